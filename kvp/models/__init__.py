@@ -1,0 +1,1 @@
+"""Decoders seen as spaces, and the surgery that cuts them."""

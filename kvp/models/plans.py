@@ -1,0 +1,47 @@
+"""Plans and scores on disk: JSON for indices, safetensors for numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kvp.types import Plan, Space
+
+
+def write_scores(path: Path, scores: Mapping[Space, Tensor]) -> None:
+    """One tensor per space, named by its key."""
+    save_file({space.key: score.contiguous() for space, score in scores.items()}, path)
+
+
+def read_scores(path: Path) -> dict[Space, Tensor]:
+    """What `write_scores` wrote."""
+    return {space_of(key, tuple(score.shape)): score for key, score in sorted(load_file(path).items())}
+
+
+def write_plan(directory: Path, plan: Plan) -> None:
+    """`plan.json`: the indices kept per space; `edits.safetensors` if parameters are rewritten."""
+    spaces = {s.key: {"shape": s.shape, "keep": keep.tolist()} for s, keep in sorted(plan.keep.items())}
+    (directory / "plan.json").write_text(json.dumps({"spaces": spaces}))
+    if plan.edits:
+        save_file(
+            {name: edit.contiguous() for name, edit in plan.edits.items()}, directory / "edits.safetensors"
+        )
+
+
+def read_plan(directory: Path) -> Plan:
+    """What `write_plan` wrote."""
+    spaces = json.loads((directory / "plan.json").read_text())["spaces"]
+    keep = {space_of(key, tuple(node["shape"])): torch.tensor(node["keep"]) for key, node in spaces.items()}
+    edits = directory / "edits.safetensors"
+    return Plan(keep, load_file(edits) if edits.exists() else {})
+
+
+def space_of(key: str, shape: tuple[int, ...]) -> Space:
+    """The space of a key such as "qk.3" or "block"."""
+    kind, _, layer = key.partition(".")
+    return Space(kind, int(layer) if layer else None, shape)  # type: ignore[arg-type]

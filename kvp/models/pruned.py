@@ -1,0 +1,96 @@
+"""The pruned twin of a Hugging Face model class.
+
+A twin's config is its family's config plus `kvp_layers`, the widths of every layer; with it the model
+is an ordinary checkpoint: `from_pretrained`, `generate`, PEFT and lm-eval need to know nothing more
+than `import kvp`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from kvp.models.attention import NoAttention, NoMLP, PrunedAttention, resize
+from kvp.models.family import FAMILIES, PRUNED_PREFIX, Family, family_of
+from kvp.models.shapes import layer_shapes
+from kvp.types import LayerShape
+
+
+def _twin(family: Family) -> type[PreTrainedModel]:
+    """Config, attention and model class of a family's pruned twin, registered with the Auto classes."""
+
+    class Config(family.config_class):  # type: ignore[name-defined]
+        model_type = PRUNED_PREFIX + family.name
+        kvp_layers: list[dict[str, Any]] | None = None
+
+    class Attention(PrunedAttention, family.attention_class):  # type: ignore[name-defined]
+        has_qk_norm = family.qk_norm
+
+    class Model(family.causal_lm):  # type: ignore[name-defined]
+        config_class = Config
+
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            cache_index = 0
+            for index, (layer, shape) in enumerate(zip(self.model.layers, layer_shapes(config), strict=True)):
+                if shape.num_key_value_heads:
+                    layer.self_attn = Attention(config, index, shape, cache_index)
+                    cache_index += 1
+                else:
+                    layer.self_attn = NoAttention()
+                _resize_mlp(layer, config.hidden_size, shape.intermediate_size)
+            self.post_init()
+
+    prefix = family.causal_lm.__name__.removesuffix("ForCausalLM")
+    for cls, name in ((Config, "Config"), (Attention, "Attention"), (Model, "ForCausalLM")):
+        cls.__name__ = cls.__qualname__ = f"Kvp{prefix}{name}"
+    Model.config = Config
+    AutoConfig.register(Config.model_type, Config)
+    AutoModelForCausalLM.register(Config, Model)
+    return Model
+
+
+def _resize_mlp(layer: Any, hidden: int, intermediate: int) -> None:
+    if not intermediate:
+        layer.mlp = NoMLP()
+        return
+    for name in ("gate_proj", "up_proj"):
+        resize(layer.mlp, name, hidden, intermediate)
+    resize(layer.mlp, "down_proj", intermediate, hidden)
+
+
+PRUNED_CLASSES: dict[str, type[PreTrainedModel]] = {name: _twin(family) for name, family in FAMILIES.items()}
+
+
+def pruned_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The twin's model class for a dense or pruned config."""
+    return PRUNED_CLASSES[family_of(config).name]
+
+
+def pruned_config(
+    config: PretrainedConfig, shapes: Sequence[LayerShape], blocks: Sequence[int]
+) -> PretrainedConfig:
+    """The config of the twin of widths `shapes`, whose layers are the `blocks` of the given model.
+
+    Raises:
+        ValueError: No layer keeps an attention (nothing would carry the position), or attention is
+            removed from a model that mixes layer types (sliding and full): the cache could not tell.
+    """
+    with_attention = [shape.num_key_value_heads > 0 for shape in shapes]
+    fields = config.to_dict()
+    if not any(with_attention):
+        raise ValueError("the plan removes every attention; at least one layer must keep its attention")
+    if fields.get("layer_types"):
+        fields["layer_types"] = [fields["layer_types"][block] for block in blocks]
+        if not all(with_attention) and len(set(fields["layer_types"])) > 1:
+            raise ValueError(
+                "attention cannot be removed from single layers of a model that mixes sliding and full "
+                "attention; remove whole blocks instead"
+            )
+    fields.update(num_hidden_layers=len(shapes), kvp_layers=[dataclasses.asdict(shape) for shape in shapes])
+    for name in ("model_type", "architectures", "transformers_version"):
+        fields.pop(name, None)
+    config_class = pruned_class(config).config_class
+    assert config_class is not None
+    return config_class(**fields)

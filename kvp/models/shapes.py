@@ -1,0 +1,155 @@
+"""The widths of every layer as data, and what a model of such widths weighs.
+
+No weights are needed: the shapes come from the config, so parameter counts of a 7B recipe are exact
+on a laptop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from transformers import PretrainedConfig
+
+from kvp.models.family import family_of
+from kvp.types import LayerShape, Plan, Size, Space
+
+CHANNELS_PER_PAIR = 2
+
+
+def layer_shapes(config: PretrainedConfig) -> tuple[LayerShape, ...]:
+    """The widths of every layer of a dense or pruned model."""
+    pruned = getattr(config, "kvp_layers", None)
+    if pruned is None:
+        return dense_shapes(config)
+    return tuple(LayerShape(**{**layer, "rope_pairs": _as_tuples(layer["rope_pairs"])}) for layer in pruned)
+
+
+def dense_shapes(config: PretrainedConfig) -> tuple[LayerShape, ...]:
+    """The widths that the config's own global fields describe."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layer = LayerShape(
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        qk_head_dim=head_dim,
+        v_head_dim=head_dim,
+        intermediate_size=config.intermediate_size,
+    )
+    return (layer,) * config.num_hidden_layers
+
+
+def _as_tuples(pairs: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
+    return None if pairs is None else tuple(tuple(row) for row in pairs)
+
+
+def cut(shapes: Sequence[LayerShape], plan: Plan) -> tuple[LayerShape, ...]:
+    """The shapes that remain when `plan` is applied to a model of `shapes`.
+
+    Raises:
+        ValueError: The plan names a space that a model of these shapes does not have.
+    """
+    keep = {(space.kind, space.layer): indices for space, indices in plan.keep.items()}
+    for space in plan.keep:
+        _check_space(space, shapes)
+    kept_blocks = keep.get(("block", None), torch.arange(len(shapes))).tolist()
+    kept_attention = set(keep.get(("attention", None), torch.arange(len(shapes))).tolist())
+    kept_mlp = set(keep.get(("mlp", None), torch.arange(len(shapes))).tolist())
+    layers = []
+    for index in kept_blocks:
+        layer = _cut_layer(
+            shapes[index], *(keep.get((kind, index)) for kind in ("kv_group", "qk", "vo", "ffn"))
+        )
+        if index not in kept_attention:
+            layer = replace(layer, num_attention_heads=0, num_key_value_heads=0, rope_pairs=None)
+        if index not in kept_mlp:
+            layer = replace(layer, intermediate_size=0)
+        layers.append(layer)
+    return tuple(layers)
+
+
+def _check_space(space: Space, shapes: Sequence[LayerShape]) -> None:
+    if space.layer is not None and not 0 <= space.layer < len(shapes):
+        raise ValueError(f"the plan names layer {space.layer}, the model has {len(shapes)} layers")
+    if space.shape != space_shape(space, shapes):
+        raise ValueError(
+            f"the plan's space {space.key} has shape {space.shape}, the model's has "
+            f"{space_shape(space, shapes)}: it was made for another model"
+        )
+
+
+def space_shape(space: Space, shapes: Sequence[LayerShape]) -> tuple[int, ...]:
+    """The shape that `space` has in a model of `shapes`."""
+    if space.layer is None:
+        return (len(shapes),)
+    layer = shapes[space.layer]
+    groups = layer.num_key_value_heads
+    return {
+        "kv_group": (groups,),
+        "qk": (groups, layer.qk_head_dim // CHANNELS_PER_PAIR),
+        "vo": (groups, layer.v_head_dim),
+        "ffn": (layer.intermediate_size,),
+    }[space.kind]
+
+
+def _cut_layer(
+    layer: LayerShape,
+    groups: torch.Tensor | None,
+    pairs: torch.Tensor | None,
+    channels: torch.Tensor | None,
+    neurons: torch.Tensor | None,
+) -> LayerShape:
+    rope_pairs = layer.rope_pairs
+    if pairs is not None:
+        dense = range(layer.qk_head_dim // CHANNELS_PER_PAIR)
+        rows = rope_pairs or (tuple(dense),) * layer.num_key_value_heads
+        rope_pairs = tuple(
+            tuple(row[i] for i in kept) for row, kept in zip(rows, pairs.tolist(), strict=True)
+        )
+    if groups is not None:
+        queries = layer.num_attention_heads // layer.num_key_value_heads
+        rope_pairs = rope_pairs and tuple(rope_pairs[group] for group in groups.tolist())
+        layer = replace(layer, num_attention_heads=queries * len(groups), num_key_value_heads=len(groups))
+    return replace(
+        layer,
+        rope_pairs=rope_pairs,
+        qk_head_dim=layer.qk_head_dim if pairs is None else CHANNELS_PER_PAIR * pairs.shape[-1],
+        v_head_dim=layer.v_head_dim if channels is None else channels.shape[-1],
+        intermediate_size=layer.intermediate_size if neurons is None else len(neurons),
+    )
+
+
+def size(config: PretrainedConfig, shapes: Sequence[LayerShape]) -> Size:
+    """Parameters, blocks and KV bytes per token (in the config's dtype) of a model of `shapes`."""
+    embeddings = config.vocab_size * config.hidden_size
+    outside = embeddings * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+    block_params = sum(_layer_params(config, layer) for layer in shapes)
+    return Size(
+        params=outside + block_params,
+        block_params=block_params,
+        blocks=len(shapes),
+        kv_bytes_per_token=itemsize(config) * sum(layer.kv_width for layer in shapes),
+    )
+
+
+def itemsize(config: PretrainedConfig) -> int:
+    """Bytes of one number in the config's dtype."""
+    dtype = config.dtype or torch.float32
+    assert isinstance(dtype, torch.dtype)
+    return dtype.itemsize
+
+
+def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
+    hidden, family = config.hidden_size, family_of(config)
+    o_bias = getattr(config, "attention_bias", False)
+    qkv_bias = o_bias or family.qkv_bias
+    mlp_bias = getattr(config, "mlp_bias", False)
+    q_out = layer.num_attention_heads * layer.qk_head_dim
+    k_out, v_out = layer.num_key_value_heads * layer.qk_head_dim, layer.num_key_value_heads * layer.v_head_dim
+    o_in = layer.num_attention_heads * layer.v_head_dim
+    attention = hidden * (q_out + k_out + v_out + o_in) + qkv_bias * (q_out + k_out + v_out) + o_bias * hidden
+    if family.qk_norm:
+        attention += 2 * layer.qk_head_dim
+    mlp = 3 * hidden * layer.intermediate_size + mlp_bias * (2 * layer.intermediate_size + hidden)
+    norms = 2 * hidden
+    return norms + attention * (layer.num_key_value_heads > 0) + mlp * (layer.intermediate_size > 0)

@@ -1,0 +1,157 @@
+"""Which spaces a decoder has, and which rows and columns of which matrices each of them cuts.
+
+The coupling between matrices is stated here once; surgery, masks and scores all read it:
+
+* `kv_group g`: rows of k and v; rows of its query heads in q, columns of those heads in o.
+* `qk i` (rope pair): rows i and i + width / 2 of k, and of each query head of the group in q.
+* `vo j`: row j of v, column j of o in every query head of the group.
+* `ffn n`: row n of gate and up, column n of down.
+* `attention`, `mlp`, `block`: every matrix of the sublayer or layer.
+
+Query heads belong to groups contiguously: head h to group h // (heads / groups).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from kvp.models.family import Family, family_of
+from kvp.models.shapes import layer_shapes, space_shape
+from kvp.types import KINDS, Kind, LayerShape, Space
+
+ACROSS_LAYERS: tuple[Kind, ...] = ("block", "attention", "mlp")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One matrix cut by a space.
+
+    Attributes:
+        name: The module's name, e.g. "model.layers.3.self_attn.q_proj".
+        axis: 0 for rows (outputs, with their biases), 1 for columns (inputs).
+        index: (size of that axis,) the flat index of the space that each row or column belongs to.
+    """
+
+    name: str
+    axis: int
+    index: Tensor
+
+
+def available_kinds(config: PretrainedConfig) -> tuple[Kind, ...]:
+    """The kinds of spaces a family offers."""
+    return tuple(kind for kind in KINDS if not (kind == "qk" and family_of(config).qk_norm))
+
+
+def find_spaces(config: PretrainedConfig, kinds: Iterable[Kind]) -> list[Space]:
+    """The spaces of the given kinds, layer by layer.
+
+    Raises:
+        ValueError: The family has no such space; the message names those it has.
+    """
+    available, shapes = available_kinds(config), layer_shapes(config)
+    spaces = []
+    for kind in kinds:
+        if kind not in available:
+            reason = "its norms over head_dim tie all query-key channels of a head together, so it"
+            raise ValueError(
+                f"{config.model_type}: {reason if kind == 'qk' else 'it'} has no space {kind!r}; "
+                f"it has: {', '.join(available)}"
+            )
+        layers = [None] if kind in ACROSS_LAYERS else _layers_with(kind, shapes)
+        for layer in layers:
+            space = Space(kind, layer, ())
+            spaces.append(Space(kind, layer, space_shape(space, shapes)))
+    return spaces
+
+
+def _layers_with(kind: Kind, shapes: Sequence[LayerShape]) -> list[int | None]:
+    width = (lambda s: s.intermediate_size) if kind == "ffn" else (lambda s: s.num_key_value_heads)
+    return [index for index, shape in enumerate(shapes) if width(shape)]
+
+
+def members(config: PretrainedConfig, space: Space) -> list[Member]:
+    """The matrices that `space` cuts, with the index each row or column belongs to."""
+    family, shapes = family_of(config), layer_shapes(config)
+    if space.layer is None:
+        return [
+            Member(name, 0, torch.full((rows,), index))
+            for index, shape in enumerate(shapes)
+            for name, rows in _sublayer_rows(config, family, space.kind, index, shape)
+        ]
+    shape, layer = shapes[space.layer], f"{family.layers}.{space.layer}"
+    groups, queries = shape.num_key_value_heads, shape.num_attention_heads
+    q, k, v, o = (f"{layer}.{family.attention}.{name}" for name in (family.q, family.k, family.v, family.o))
+    group_of_query = torch.arange(groups).repeat_interleave(queries // groups if groups else 1)
+    of_groups, of_queries = torch.arange(groups), group_of_query
+    match space.kind:
+        case "kv_group":
+            return [
+                Member(q, 0, of_queries.repeat_interleave(shape.qk_head_dim)),
+                Member(k, 0, of_groups.repeat_interleave(shape.qk_head_dim)),
+                Member(v, 0, of_groups.repeat_interleave(shape.v_head_dim)),
+                Member(o, 1, of_queries.repeat_interleave(shape.v_head_dim)),
+            ]
+        case "qk":
+            pairs = shape.qk_head_dim // 2
+            channel = torch.arange(pairs).repeat(2)
+            return [
+                Member(q, 0, (of_queries[:, None] * pairs + channel).flatten()),
+                Member(k, 0, (of_groups[:, None] * pairs + channel).flatten()),
+            ]
+        case "vo":
+            channel = torch.arange(shape.v_head_dim)
+            return [
+                Member(v, 0, (of_groups[:, None] * shape.v_head_dim + channel).flatten()),
+                Member(o, 1, (of_queries[:, None] * shape.v_head_dim + channel).flatten()),
+            ]
+        case _:
+            neuron = torch.arange(shape.intermediate_size)
+            gate, up, down = (
+                f"{layer}.{family.mlp}.{name}" for name in (family.gate, family.up, family.down)
+            )
+            return [Member(gate, 0, neuron), Member(up, 0, neuron), Member(down, 1, neuron)]
+
+
+def _sublayer_rows(
+    config: PretrainedConfig, family: Family, kind: Kind, index: int, shape: LayerShape
+) -> list[tuple[str, int]]:
+    """(module name, number of rows) of the matrices of a layer that removing `kind` removes."""
+    layer, hidden = f"{family.layers}.{index}", config.hidden_size
+    groups = shape.num_key_value_heads
+    attention = {
+        family.q: shape.num_attention_heads * shape.qk_head_dim,
+        family.k: groups * shape.qk_head_dim,
+        family.v: groups * shape.v_head_dim,
+        family.o: hidden,
+    }
+    mlp = {family.gate: shape.intermediate_size, family.up: shape.intermediate_size, family.down: hidden}
+    rows = []
+    if kind in ("block", "attention") and groups:
+        rows += [(f"{layer}.{family.attention}.{name}", count) for name, count in attention.items()]
+    if kind in ("block", "mlp") and shape.intermediate_size:
+        rows += [(f"{layer}.{family.mlp}.{name}", count) for name, count in mlp.items()]
+    return rows
+
+
+def fold(values: Tensor, member: Member, space: Space) -> Tensor:
+    """Sum a vector over the rows (or columns) of a member into the indices of its space."""
+    total = values.new_zeros(_numel(space.shape))
+    return total.index_add_(0, member.index.to(values.device), values).view(space.shape)
+
+
+def keep_mask(space: Space, keep: Tensor) -> Tensor:
+    """(numel of the space,) boolean: True where the index stays."""
+    mask = torch.zeros(_numel(space.shape), dtype=torch.bool)
+    if keep.dim() == 2:
+        keep = keep + torch.arange(space.shape[0])[:, None] * space.shape[1]
+    mask[keep.flatten()] = True
+    return mask
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

@@ -1,0 +1,83 @@
+"""Tiny random decoders of every family, MHA, GQA and MQA, built from configs; no network, no files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+
+import kvp  # noqa: F401
+from kvp.models.family import FAMILIES, family_of
+from kvp.models.spaces import find_spaces
+from kvp.types import Kind, Plan
+
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
+
+
+def tiny_config(family: str = "llama", heads: str = "gqa", **changes):
+    num_attention_heads, num_key_value_heads = HEADS[heads]
+    fields = {
+        "vocab_size": 96,
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "sliding_window": None,
+        "dtype": "float32",
+    }
+    if family == "llama":
+        fields |= {"attention_bias": True, "mlp_bias": True}
+        fields.pop("sliding_window")
+    return CONFIGS[family](**{**fields, **changes})
+
+
+def tiny_model(
+    family: str = "llama", heads: str = "gqa", *, dtype=torch.float32, seed: int = 0, **changes
+) -> PreTrainedModel:
+    """A random model whose biases and norms are random too, so that no term is silently zero."""
+    torch.manual_seed(seed)
+    config = tiny_config(family, heads, **changes)
+    model = family_of(config).causal_lm(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.2)
+            elif parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=0.15)
+    return model.to(dtype).eval()
+
+
+def random_plan(model: PreTrainedModel, kinds: list[Kind], *, keep: float = 0.6, seed: int = 0) -> Plan:
+    """Random indices, about `keep` of each space and at least one; widths differ between layers."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = {}
+    for space in find_spaces(model.config, kinds):
+        n, rows = space.shape[-1], space.shape[:-1]
+        kept = max(1, round(keep * n) - (space.layer or 0) % 2)
+        scores = torch.rand(*rows, n, generator=generator)
+        chosen[space] = scores.topk(kept).indices.sort().values
+    return Plan(chosen)
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=sorted(HEADS))
+def heads(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(3, 96, (2, 17), generator=torch.Generator().manual_seed(1))
