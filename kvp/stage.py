@@ -1,0 +1,287 @@
+"""Stages: work done once per fingerprint of its inputs, in a directory that exists only when finished.
+
+    stage = Store(Path("outputs/store")).once("score", {"seed": 0}, lambda directory: {"loss": 3.2})
+
+Below `root/<stage>/`: `<fp>/` is finished, `.<fp>.partial/` being written, `.<fp>.lock` held by the
+process that writes, `.<fp>.holder` says who that is, `.<fp>.corrupt-<n>/` was found damaged. A process
+may die at any moment. Needs a file system with `flock`: any local disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import resource
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[Path], Mapping[str, Any] | None]
+
+RESULT, MANIFEST = "result.json", "manifest.json"
+DISK_FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+
+
+class StageError(OSError):
+    """The store cannot be written; the message names the place and the way out."""
+
+    def __init__(self, path: Path, cause: BaseException) -> None:
+        way_out = "Free space or get write access there, or choose another place with store=DIR."
+        super().__init__(f"cannot write {path}: {cause}. {way_out}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage: its directory, and the mapping its work returned, as JSON gives it back.
+
+    `seconds` and `peak_bytes` (see `measured`) are those of the process that did the work. `found`
+    says that it was finished before; False: it was computed now.
+    """
+
+    name: str
+    fingerprint: str
+    path: Path
+    result: dict[str, Any]
+    seconds: float
+    peak_bytes: int | None
+    found: bool
+
+
+def fingerprint(stage: str, version: int, inputs: Mapping[str, Any]) -> str:
+    """The sha256 (hex) of a stage's name, version and inputs as canonical JSON.
+
+    Raises:
+        TypeError: A value, or a key, that JSON does not hold (a Path, a tensor); its place is named.
+        ValueError: A NaN or an infinity.
+    """
+    return _sha256({"stage": stage, "version": version, "inputs": _plain(inputs, "inputs")})
+
+
+class Store:
+    """Finished stages below one directory, shared by any number of processes.
+
+    Raises:
+        StageError: `root` cannot be created or written.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root).absolute()
+        self._verified: set[Path] = set()
+        with _on_disk(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root) as probe:
+                probe.write(b"kvp")
+
+    def once(
+        self,
+        stage: str,
+        inputs: Mapping[str, Any],
+        work: Work,
+        *,
+        version: int = 1,
+        resumable: bool = False,
+    ) -> Stage:
+        """Finds the stage finished, or lets `work` write it; never both, never half.
+
+        Args:
+            stage: What is done; may hold a slash ("evaluate/squad").
+            inputs: Everything that decides the result, as JSON data.
+            work: Writes its files into the directory it is given and returns its result. Raises:
+                nothing stays. The names result.json and manifest.json are taken.
+            version: Raise it when the code of `work` changes its numbers.
+            resumable: Keep the files of a failed or killed attempt for the next one to go on from;
+                `work` removes those that are no part of the result.
+
+        Raises:
+            StageError: The disk is full or refuses to be written.
+            TypeError, ValueError: `inputs` or the result are not JSON data, or hold a NaN.
+        """
+        digest = fingerprint(stage, version, inputs)
+        final = self.root / stage / digest[:16]
+        found = self._damage(final, digest) is None
+        if not found:
+            with _locked(final):
+                damage = self._damage(final, digest)  # none if another process has just finished it
+                found = damage is None
+                if damage:
+                    head = {"stage": stage, "version": version, "inputs": _plain(inputs, "inputs")}
+                    partial = _make_way(final, damage, resumable)
+                    _finish(partial, final, work, head | {"fingerprint": digest}, resumable)
+                    self._verified.add(final)
+        manifest, result = (json.loads((final / name).read_bytes()) for name in (MANIFEST, RESULT))
+        return Stage(stage, digest, final, result, manifest["seconds"], manifest["peak_bytes"], found)
+
+    def _damage(self, final: Path, digest: str) -> str | None:
+        """What is wrong with a finished directory, naming the file; None: nothing. Hashes files once."""
+        try:
+            manifest = dict(json.loads((final / MANIFEST).read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            return f"{MANIFEST} cannot be read ({error})"
+        if manifest.pop("seal", None) != _sha256(manifest) or manifest["fingerprint"] != digest:
+            return f"{MANIFEST} was changed"
+        for name, written in {} if final in self._verified else manifest["files"].items():
+            try:
+                present = _describe(final / name)
+            except OSError as error:
+                return f"{name} cannot be read ({error})"
+            if present != written:
+                return f"{name} was changed: it is {present}, {written} was written"
+        self._verified.add(final)
+        return None
+
+
+@contextmanager
+def measured() -> Iterator[dict[str, Any]]:
+    """Fills in `seconds` and `peak_bytes` of a block once it is over; blocks must not nest.
+
+    The peak is that of the GPUs if the process has used one, otherwise its resident memory (since the
+    block began on Linux, since the process began elsewhere).
+    """
+    cost: dict[str, Any] = {}
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # begins VmHWM anew
+    if cuda := _cuda():
+        for device in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    yield cost
+    cost["seconds"] = time.perf_counter() - started
+    cost["peak_bytes"] = _peak_bytes()
+
+
+def _cuda() -> Any:
+    """`torch.cuda` if this process uses it, else None; does not import torch to find out."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch and torch.cuda.is_initialized() else None
+
+
+def _peak_bytes() -> int:
+    if cuda := _cuda():
+        return sum(map(cuda.max_memory_allocated, range(cuda.device_count())))
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` as JSON gives it back (tuples become lists), or an error naming the place."""
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{where} has the key {key!r}: JSON keys are strings")
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}: JSON holds finite numbers only; use None for 'no value'")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{where} is a {type(value).__name__}, not JSON data (str, number, list, mapping)")
+
+
+def _sha256(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "size": stream.tell()}
+
+
+@contextmanager
+def _on_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StageError(path, error) from error
+
+
+@contextmanager
+def _locked(final: Path) -> Iterator[None]:
+    """Holds the lock of a stage, after waiting for another holder; one that dies lets go of it."""
+    lock, holder = FileLock(final.with_name(f".{final.name}.lock")), final.with_name(f".{final.name}.holder")
+    with _on_disk(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            who = holder.read_text() if holder.exists() else "another process"
+            log.info("waiting for %s, which %s is computing", final, who)
+            lock.acquire(poll_interval=0.2)
+    try:
+        with _on_disk(final):
+            holder.write_text(f"{socket.gethostname()} pid {os.getpid()}")
+        yield
+    finally:
+        lock.release()
+
+
+def _make_way(final: Path, damage: str, resumable: bool) -> Path:
+    """Moves a damaged directory aside and returns the one to write in, empty unless resumable."""
+    partial = final.with_name(f".{final.name}.partial")
+    with _on_disk(final):
+        if final.exists():
+            names = (final.with_name(f".{final.name}.corrupt-{n}") for n in count(1))
+            aside = next(path for path in names if not path.exists())
+            log.warning("%s: %s; moved to %s, computing it again", final, damage, aside.name)
+            final.rename(aside)
+        if partial.exists() and not resumable:
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+    return partial
+
+
+def _finish(partial: Path, final: Path, work: Work, manifest: dict[str, Any], resumable: bool) -> None:
+    """Does the work, and renames its directory once all of it is on the disk."""
+    try:
+        with measured() as cost:
+            result = work(partial)
+        with _on_disk(partial):
+            _seal(partial, result or {}, manifest | cost)
+            partial.rename(final)
+            _sync(final.parent)
+    except BaseException as error:
+        if not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
+        full = any(text in str(error) for text in DISK_FULL)  # safetensors has its own class of error
+        if full and not isinstance(error, StageError):
+            raise StageError(partial, error) from error
+        raise
+
+
+def _seal(partial: Path, result: Mapping[str, Any], manifest: dict[str, Any]) -> None:
+    (partial / RESULT).write_text(json.dumps(_plain(result, "result"), indent=2))
+    (partial / MANIFEST).unlink(missing_ok=True)  # of an attempt killed just before its rename
+    inside = sorted(partial.rglob("*"))
+    manifest["files"] = {p.relative_to(partial).as_posix(): _describe(p) for p in inside if p.is_file()}
+    manifest["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+    (partial / MANIFEST).write_text(json.dumps(manifest | {"seal": _sha256(manifest)}, indent=2))
+    for path in [*inside, partial / MANIFEST, partial]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
