@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvp.tracking import Jsonl, Null, Wandb
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import sys
+from pathlib import Path
+from kvp.tracking import Wandb
+
+def use(log):
+    print(log.location)
+    log.metrics({"loss": 2.5}, step=10)
+    log.metrics({"loss": 1.5, "ppl/squad": float("inf")}, step=5)
+    log.metrics({"tokens": 7})
+    log.summary({"ppl": {"squad": 3.5, "drop": {"dense": 4}}, "ratio": 0.25})
+    log.table("results", ["method", "ppl"], [["kvpruner", 3.5], ["none", None], ["depth", "-"]])
+    log.bar("importance", ["block 0", "block 1"], [0.1, 0.9], "Importance of blocks")
+    log.artifact(model, "model", "model")
+    log.artifact(plan, "plan", "plan")
+
+directory = Path(sys.argv[1])
+model, plan = directory / "model", directory / "plan.json"
+model.mkdir()
+(model / "weights").write_bytes(b"12345")
+plan.write_text("{}")
+config = {"seed": 1, "strategy": {"ratio": 0.25, "layers": [1, 2]}}
+assert "wandb" not in sys.modules
+info = dict(name="kvpruner", group="study", job_type="prune", tags=["a", "b"], config=config)
+with Wandb().run(run_id="good", directory=directory / "good", **info) as log:
+    use(log)
+try:
+    with Wandb(group="mine").run(run_id="bad", directory=directory / "bad", **info) as log:
+        print(log.location)
+        raise RuntimeError("diverged")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory) -> tuple[Path, list[str], str]:
+    """Two real W&B runs, without a network where it can be taken away: their directory, output, errors."""
+    directory = tmp_path_factory.mktemp("wandb")
+    alone = subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode == 0
+    python = [*(["unshare", "-rn"] if alone else []), sys.executable, "-c", SCRIPT, str(directory)]
+    home = {"WANDB_DATA_DIR": str(directory / "data"), "WANDB_CACHE_DIR": str(directory / "cache")}
+    asked_otherwise = {"WANDB_MODE": "online", "WANDB_PROJECT": "other", "WANDB_RUN_ID": "other"}
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | home | asked_otherwise
+    done = subprocess.run(python, env=env, cwd=directory, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return directory, done.stdout.splitlines(), done.stderr
+
+
+def records(run_directory: Path) -> Iterator:
+    """The records of an offline run: LevelDB's log format, blocks of 32 KiB, after a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = run_directory.glob("wandb/offline-run-*/run-*.wandb")
+    data, position, record = file.read_bytes(), 7, b""
+    while position < len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(record)
+            record = b""
+
+
+def items(entries) -> dict:
+    return {"/".join(e.nested_key) or e.key: json.loads(e.value_json) for e in entries}
+
+
+def test_wandb_offline_run_reads_back(offline):
+    directory, printed, errors = offline
+    found = list(records(directory / "good"))
+    (run,) = (r.run for r in found if r.HasField("run"))
+    assert (run.run_id, run.project, run.display_name) == ("good", "kvp", "kvpruner")
+    assert (run.run_group, run.job_type, list(run.tags)) == ("study", "prune", ["a", "b"])
+    config = {u.key: json.loads(u.value_json) for u in run.config.update}
+    assert config["strategy"] == {"ratio": 0.25, "layers": [1, 2]} and config["seed"] == 1
+
+    history = [items(r.history.item) for r in found if r.HasField("history")]
+    assert [(row["step"], row["loss"]) for row in history if "loss" in row] == [(10, 2.5), (5, 1.5)]
+    assert [row["ppl/squad"] for row in history if "ppl/squad" in row] == [float("inf")]
+    assert [row["tokens"] for row in history if "tokens" in row] == [7]
+    assert any(row.get("results/nrows") == 3 for row in history)
+
+    summary: dict = {}
+    for record in found:
+        summary |= items(record.summary.update)
+    assert (summary["ppl/squad"], summary["ppl/drop/dense"], summary["ratio"]) == (3.5, 4, 0.25)
+    assert [r.exit.exit_code for r in found if r.HasField("exit")] == [0]
+    assert (Path(printed[0]).parent, errors) == (directory / "good" / "wandb", "")
+
+
+def test_wandb_keeps_table_chart_and_artifacts_without_copying_them(offline):
+    directory, _, _ = offline
+    found = list(records(directory / "good"))
+    artifacts = {r.artifact.name: r.artifact for r in found if r.HasField("artifact")}
+    (weights,), (plan,) = artifacts["model"].manifest.contents, artifacts["plan"].manifest.contents
+    assert (weights.path, weights.size) == ("weights", 5)
+    assert weights.local_path == str(directory / "model" / "weights")
+    assert plan.local_path == str(directory / "plan.json")
+    (file,) = directory.glob("good/wandb/offline-run-*/files/media/table/results*")
+    table = json.loads(file.read_text())
+    assert table["columns"] == ["method", "ppl"]
+    assert table["data"] == [["kvpruner", 3.5], ["none", None], ["depth", "-"]]
+    (chart,) = (u for r in found for u in r.config.update if "importance" in u.nested_key)
+    assert "Importance of blocks" in chart.value_json
+
+
+def test_wandb_run_that_fails_ends_with_exit_code_1(offline):
+    directory, printed, _ = offline
+    found = list(records(directory / "bad"))
+    assert [r.exit.exit_code for r in found if r.HasField("exit")] == [1]
+    assert next(r.run for r in found if r.HasField("run")).run_group == "mine"
+    assert printed[-1] == "diverged"
+
+
+def test_wandb_refuses_an_unknown_mode():
+    with pytest.raises(ValueError, match="tracker=none"):
+        Wandb(mode="disabled")
+
+
+def use(tracker, directory: Path, fail: bool = False) -> str:
+    info = {"name": "n", "run_id": "1", "directory": directory, "config": {"a": {"b": [1]}}, "tags": ["t"]}
+    with tracker.run(**info) as log:
+        log.metrics({"loss": 2.5, "nan": float("nan")}, step=3)
+        log.metrics({"loss": 1.5})
+        if fail:
+            raise KeyboardInterrupt
+        log.summary({"ppl": {"squad": 3.5}})
+        log.table("t", ["a", "b"], [(1, "x"), (None, 2)])
+        log.bar("b", [0, 1], [0.5, 1.0], "T")
+        log.artifact(directory / "model", "model", "model")
+    return log.location
+
+
+def test_jsonl_round_trip(tmp_path):
+    location = use(Jsonl(), tmp_path / "new")
+    assert location == str(tmp_path / "new" / "metrics.jsonl")
+    lines = [json.loads(line, parse_constant=str) for line in Path(location).read_text().splitlines()]
+    assert lines == [
+        {"kind": "run", "name": "n", "run_id": "1", "config": {"a": {"b": [1]}}, "tags": ["t"]},
+        {"kind": "metrics", "step": 3, "values": {"loss": 2.5, "nan": "NaN"}},
+        {"kind": "metrics", "step": None, "values": {"loss": 1.5}},
+        {"kind": "summary", "values": {"ppl/squad": 3.5}},
+        {"kind": "table", "name": "t", "columns": ["a", "b"], "rows": [[1, "x"], [None, 2]]},
+        {"kind": "bar", "name": "b", "title": "T", "labels": [0, 1], "values": [0.5, 1.0]},
+        {"kind": "artifact", "name": "model", "type": "model", "path": str(tmp_path / "new" / "model")},
+        {"kind": "exit", "exit_code": 0},
+    ]
+
+
+def test_jsonl_keeps_the_lines_of_a_failed_run_and_appends_the_next(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        use(Jsonl(), tmp_path, fail=True)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["run", "metrics", "metrics", "exit"]
+    assert json.loads(lines[-1])["exit_code"] == 1
+    use(Jsonl(), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:4] == lines
+
+
+def test_null_accepts_everything_and_writes_nothing(tmp_path):
+    assert use(Null(), tmp_path) == ""
+    with pytest.raises(KeyboardInterrupt):
+        use(Null(), tmp_path, fail=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_tracker_option_instantiates():
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    def load(name: str):
+        return instantiate(OmegaConf.load(ROOT / "conf" / "tracker" / f"{name}.yaml"))
+
+    assert load("wandb") == Wandb()
+    assert isinstance(load("jsonl"), Jsonl) and isinstance(load("none"), Null)
