@@ -1,0 +1,1 @@
+"""Strategies: from a model to a plan."""

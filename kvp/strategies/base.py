@@ -1,0 +1,195 @@
+"""What a strategy is: from a model and calibration data to a plan.
+
+A strategy works in two steps, because the first is expensive and the second cheap: `score` looks at
+the model and does not know the budget; `plan` turns scores and a budget into indices. A sweep over
+ratios therefore scores once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kvp.models.shapes import layer_shapes
+from kvp.models.spaces import find_spaces
+from kvp.models.surgery import masked, without
+from kvp.strategies.allocate import Allocator, Part, Pool, Sensitivity
+from kvp.strategies.signals import losses_without
+from kvp.types import Budget, Kind, Plan, Space
+
+Scores = Mapping[Space, Tensor]
+CHANNEL_KINDS: tuple[Kind, ...] = ("qk", "vo", "ffn")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a strategy may look at.
+
+    Attributes:
+        model: The model to prune, in eval mode.
+        calibration: (num_samples, length) token ids; None for strategies that need none.
+        batch_size: Samples per pass.
+        seed: For everything that is drawn.
+    """
+
+    model: PreTrainedModel
+    calibration: Tensor | None
+    batch_size: int
+    seed: int
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's config."""
+        return self.model.config
+
+    @cached_property
+    def batches(self) -> tuple[Tensor, ...]:
+        """The calibration ids in batches."""
+        return self.batches_of(self.batch_size)
+
+    def batches_of(self, batch_size: int) -> tuple[Tensor, ...]:
+        """The calibration ids in batches of `batch_size`."""
+        assert self.calibration is not None, "this strategy needs calibration data"
+        return self.calibration.split(batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy(ABC):
+    """Base of all structural methods: abstract; its leaves are final, and their fields are their YAML.
+
+    Class attributes:
+        late: Fields that do not change the scores; they are left out of the score stage's fingerprint.
+    """
+
+    late: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether `score` or `sensitivity` reads calibration data."""
+        return True
+
+    @property
+    def probes(self) -> bool:
+        """Whether `plan` wants the profile that `sensitivity` measures."""
+        return False
+
+    @abstractmethod
+    def check(self, config: PretrainedConfig, budget: Budget) -> None:
+        """Refuse, before any weight is read, a space or a budget that this model cannot offer.
+
+        Raises:
+            ValueError: Names the spaces there are, or the nearest reachable ratio.
+        """
+
+    @abstractmethod
+    def score(self, target: Target) -> dict[Space, Tensor]:
+        """A score for every index of every space, of the space's shape; higher = kept."""
+
+    def sensitivity(self, target: Target, scores: Scores) -> Tensor:
+        """(layers,) how much the loss rises, in nats per token, without each layer's part."""
+        raise AssertionError(f"{type(self).__name__} asks for no sensitivity profile")
+
+    def probe_inputs(self, scores: str) -> dict[str, Any]:
+        """What decides the profile, besides model and calibration; `scores` is their fingerprint."""
+        raise AssertionError(f"{type(self).__name__} asks for no sensitivity profile")
+
+    @abstractmethod
+    def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
+        """The indices that stay under `budget`.
+
+        Args:
+            config: Of the model the scores belong to.
+            scores: What `score` returned.
+            budget: How much to remove, of what.
+            profile: (layers,) what `sensitivity` returned, zeros if the strategy does not probe.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreStrategy(Strategy):
+    """A strategy whose plan is: allocate the budget to pools, keep the best units of each.
+
+    Leaves write `kinds` and `score`, and `pools` where units compete otherwise than index by index.
+    """
+
+    late: ClassVar[tuple[str, ...]] = ("allocator",)
+
+    allocator: Allocator
+
+    @property
+    def probes(self) -> bool:
+        """The allocator decides."""
+        return isinstance(self.allocator, Sensitivity)
+
+    @abstractmethod
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of spaces this strategy cuts."""
+
+    def pools(self, config: PretrainedConfig, scores: Scores) -> list[Pool]:
+        """Which units compete with each other: by default the indices of each space, row by row."""
+        return [
+            Pool(
+                parts=(Part(space, score.view(-1, space.shape[-1])),),
+                units=space.shape[-1],
+                step=self.allocator.multiple_of if space.kind in CHANNEL_KINDS else 1,
+                layer=space.layer,
+            )
+            for space, score in scores.items()
+        ]
+
+    def check(self, config: PretrainedConfig, budget: Budget) -> None:
+        """Plan with scores of zero: the budget and the spaces are the same."""
+        scores = {space: torch.zeros(space.shape) for space in find_spaces(config, self.kinds())}
+        self.plan(config, scores, budget, torch.zeros(len(layer_shapes(config))))
+
+    def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
+        """Allocate, then keep the best units of every pool."""
+        pools = self.pools(config, scores)
+        units = self.allocator.allocate(config, pools, budget, profile)
+        return Plan(
+            {s: keep for pool, k in zip(pools, units, strict=True) for s, keep in pool.keep(k).items()}
+        )
+
+    def sensitivity(self, target: Target, scores: Scores) -> Tensor:
+        """(layers,) nats per token that the loss rises without each layer's attention, or a part of it.
+
+        Phase A of KVPruner (arXiv 2409.11057, figure 3: the change after removing the KV of a block).
+        """
+        allocator = self.allocator
+        assert isinstance(allocator, Sensitivity)
+        model, layers = target.model, range(len(layer_shapes(target.config)))
+        if allocator.probe == "attention":
+            removals = [(n, lambda n=n: without(model, n, "attention")) for n in layers]
+        else:
+            plans = self._partial_plans(target.config, scores, allocator.probe_ratio)
+            removals = [(n, lambda plan=plan: masked(model, plan)) for n, plan in plans.items()]
+        base, losses = losses_without(model, target.batches, removals)
+        profile = torch.zeros(len(layers), dtype=torch.float64)
+        profile[[n for n, _ in removals]] = losses - base
+        return profile
+
+    def probe_inputs(self, scores: str) -> dict[str, Any]:
+        """Removing the whole attention depends on no score."""
+        allocator = self.allocator
+        assert isinstance(allocator, Sensitivity)
+        if allocator.probe == "attention":
+            return {"probe": "attention"}
+        late = {name: getattr(self, name) for name in self.late if name != "allocator"}
+        return {"probe": "partial", "probe_ratio": allocator.probe_ratio, "scores": scores, **late}
+
+    def _partial_plans(self, config: PretrainedConfig, scores: Scores, ratio: float) -> dict[int, Plan]:
+        """Per layer, the plan that removes `ratio` of its units and touches no other layer."""
+        keep = {
+            space: indices
+            for pool in self.pools(config, scores)
+            for space, indices in pool.keep(max(1, round(pool.units * (1 - ratio)))).items()
+        }
+        layers = sorted({space.layer for space in keep if space.layer is not None})
+        return {n: Plan({s: indices for s, indices in keep.items() if s.layer == n}) for n in layers}

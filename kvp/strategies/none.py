@@ -1,0 +1,32 @@
+"""No pruning: the dense baseline, and with a recovery the dense control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from kvp.strategies.base import Scores, Strategy, Target
+from kvp.types import Budget, Plan, Space
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPruning(Strategy):
+    """Keeps everything, whatever the ratio."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Nothing is scored."""
+        return False
+
+    def check(self, config: PretrainedConfig, budget: Budget) -> None:
+        """Every model can be left as it is."""
+
+    def score(self, target: Target) -> dict[Space, Tensor]:
+        """No spaces, no scores."""
+        return {}
+
+    def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
+        """The empty plan."""
+        return Plan({})

@@ -1,0 +1,18 @@
+"""Random units: the floor under every criterion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvp.strategies.channels import ChannelStrategy
+from kvp.strategies.importance import Importance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random(ChannelStrategy):
+    """Keep units drawn uniformly under the run's seed."""
+
+    @property
+    def criterion(self) -> Importance:
+        """Uniform noise."""
+        return "random"

@@ -1,0 +1,256 @@
+"""What a pass over calibration data can collect: gradients, activation norms, the loss without a part.
+
+All passes run the model's own forward with hooks; none calls a decoder layer by hand, so that a
+change in its arguments cannot silently change a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kvp.models.family import family_of
+from kvp.models.shapes import itemsize, layer_shapes, size
+from kvp.models.spaces import Member
+
+Reduce = Callable[[Tensor, Tensor], Tensor]
+TOKENS_PER_CHUNK = 512  # logits of this many tokens are held in float32 at once
+
+
+def next_token_nll(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """(batch, seq_len - 1) negative log-likelihoods in nats; logits are never held whole.
+
+    Pass `labels` (batch, seq_len) and either `input_ids` or `inputs_embeds`.
+    """
+    labels = inputs.pop("labels")
+    hidden = model.base_model(use_cache=False, **inputs).last_hidden_state[:, :-1]
+    targets, head = labels[:, 1:].flatten(), model.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    pieces = [
+        F.cross_entropy(head(rows).float(), chunk, reduction="none")
+        for rows, chunk in zip(
+            hidden.flatten(0, 1).split(TOKENS_PER_CHUNK), targets.split(TOKENS_PER_CHUNK), strict=True
+        )
+    ]
+    return torch.cat(pieces).view(labels.shape[0], -1)
+
+
+def gradient_sums(
+    model: PreTrainedModel,
+    members: Sequence[Member],
+    batches: Sequence[Tensor],
+    reduce: Reduce,
+    *,
+    gradient_checkpointing: bool = False,
+) -> dict[tuple[str, int], Tensor]:
+    """Per row (axis 0) or column (axis 1) of each member: the sum of `reduce(weight, gradient)`.
+
+    The gradient is that of the mean loss (nats per token) of one batch; results are averaged over the
+    batches. Each gradient is reduced in float32 as soon as it is ready and freed, so that memory is
+    weights + activations + one gradient.
+
+    Raises:
+        FloatingPointError: The loss or a score is not finite.
+    """
+    axes: dict[str, set[int]] = {}
+    for member in members:
+        axes.setdefault(member.name, set()).add(member.axis)
+    sums: dict[tuple[str, int], Tensor] = {}
+
+    def collect(name: str) -> Callable[[nn.Parameter], None]:
+        def hook(weight: nn.Parameter) -> None:
+            with torch.no_grad():
+                values = reduce(weight.float(), weight.grad.float())  # type: ignore[union-attr]
+                for axis in axes[name]:
+                    row = values.sum(1 - axis).cpu() / len(batches)
+                    sums[name, axis] = sums[name, axis] + row if (name, axis) in sums else row
+            weight.grad = None
+
+        return hook
+
+    with _only_gradients_of(model, axes, collect), _checkpointing(model, gradient_checkpointing):
+        for number, ids in enumerate(tqdm(batches, desc="gradients", unit="batch")):
+            ids = ids.to(model.device)
+            with torch.enable_grad():
+                loss = next_token_nll(model, input_ids=ids, labels=ids).mean()
+                _require_finite(loss, f"the calibration loss of batch {number}")
+                loss.backward()
+    for name, total in sums.items():
+        _require_finite(total.sum(), f"the score of {name}")
+    return sums
+
+
+@contextmanager
+def _only_gradients_of(
+    model: PreTrainedModel,
+    names: dict[str, set[int]],
+    collect: Callable[[str], Callable[[nn.Parameter], None]],
+) -> Iterator[None]:
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    handles = []
+    for name in names:
+        weight = model.get_parameter(f"{name}.weight")
+        weight.requires_grad_(True)
+        handles.append(weight.register_post_accumulate_grad_hook(collect(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
+    if not enabled:
+        yield
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # Hugging Face checkpoints in training mode only
+    try:
+        yield
+    finally:
+        model.eval()
+        model.gradient_checkpointing_disable()
+
+
+def _require_finite(value: Tensor, what: str) -> None:
+    if not torch.isfinite(value):
+        raise FloatingPointError(
+            f"{what} is not finite: check the checkpoint, or score in float32 (model.dtype=float32)"
+        )
+
+
+def scoring_bytes(
+    config: PretrainedConfig, *, batch_size: int, length: int, gradient_checkpointing: bool = False
+) -> dict[str, int]:
+    """Estimated peak memory of a gradient criterion, in bytes: weights, activations, constant, total.
+
+    Activations count, per token and layer, what autograd keeps in the model's dtype: residual stream
+    and norms (with their float32 copies), projections, and the attention output; with checkpointing
+    only the layer inputs and one layer at a time. The constant is the largest gradient with its
+    float32 copies, and one chunk of logits in float32.
+    """
+    shapes, width = layer_shapes(config), itemsize(config)
+    tokens = batch_size * length
+    per_layer = [
+        width
+        * (
+            6 * config.hidden_size
+            + 3 * shape.num_attention_heads * shape.qk_head_dim
+            + 3 * shape.num_key_value_heads * (shape.qk_head_dim + shape.v_head_dim)
+            + 2 * shape.num_attention_heads * shape.v_head_dim
+            + 4 * shape.intermediate_size
+        )
+        + 4 * 4 * config.hidden_size
+        for shape in shapes
+    ]
+    kept = (
+        len(shapes) * width * config.hidden_size + max(per_layer)
+        if gradient_checkpointing
+        else sum(per_layer)
+    )
+    logits = (
+        tokens * config.vocab_size * (width + 4) + 2 * min(tokens, TOKENS_PER_CHUNK) * config.vocab_size * 4
+    )
+    largest = max(
+        config.hidden_size
+        * max(s.num_attention_heads * max(s.qk_head_dim, s.v_head_dim), s.intermediate_size)
+        for s in shapes
+    )
+    parts = {
+        "weights": width * size(config, shapes).params,
+        "activations": tokens * kept + logits,
+        "constant": largest * (2 * width + 3 * 4),
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def output_square_sums(
+    model: PreTrainedModel, names: Sequence[str], batches: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Per output channel of each named module: the sum of squares over all calibration tokens."""
+    sums: dict[str, Tensor] = {}
+
+    def collect(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            squares = output.float().pow(2).sum(dim=tuple(range(output.dim() - 1))).cpu()
+            sums[name] = sums[name] + squares if name in sums else squares
+
+        return hook
+
+    with ExitStack() as stack, torch.inference_mode():
+        for name in names:
+            handle = model.get_submodule(name).register_forward_hook(collect(name))
+            stack.callback(handle.remove)
+        for ids in tqdm(batches, desc="activations", unit="batch"):
+            model.base_model(input_ids=ids.to(model.device), use_cache=False)
+    return sums
+
+
+@torch.inference_mode()
+def losses_without(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    removals: Sequence[tuple[int, Callable[[], AbstractContextManager[None]]]],
+) -> tuple[float, Tensor]:
+    """The mean loss of the whole model, and with each removal: `(layer, context that removes)`.
+
+    A removal in layer n leaves every hidden state before n as it was, so only the suffix is run, from
+    the stored input of layer n: the same numbers as the naive pass in about half its time.
+
+    Returns:
+        Base NLL, and (removals,) NLLs, in nats per token.
+    """
+    base, losses, weights = 0.0, torch.zeros(len(removals), dtype=torch.float64), 0
+    progress = tqdm(total=len(batches) * len(removals), desc="sensitivity", unit="probe")
+    for ids in batches:
+        ids = ids.to(model.device)
+        with _layer_inputs(model) as inputs:
+            base += next_token_nll(model, input_ids=ids, labels=ids).double().sum().item()
+        for number, (layer, removal) in enumerate(removals):
+            with removal(), suffix(model, layer):
+                nll = next_token_nll(model, inputs_embeds=inputs[layer], labels=ids)
+            losses[number] += nll.double().sum().cpu()
+            progress.update()
+        weights += ids.shape[0] * (ids.shape[1] - 1)
+    progress.close()
+    return base / weights, losses / weights
+
+
+@contextmanager
+def _layer_inputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """The hidden states (batch, seq_len, hidden_size) that enter each layer in the passes inside."""
+    inputs: list[Tensor] = []
+    with ExitStack() as stack:
+        for layer in model.get_submodule(family_of(model.config).layers).children():
+            handle = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+            stack.callback(handle.remove)
+        yield inputs
+
+
+@contextmanager
+def suffix(model: PreTrainedModel, start: int) -> Iterator[None]:
+    """The model without its first `start` layers: feed it `inputs_embeds`."""
+    parent, _, name = family_of(model.config).layers.rpartition(".")
+    owner, layers = model.get_submodule(parent), model.get_submodule(f"{parent}.{name}")
+    types = getattr(model.config, "layer_types", None)
+    assert isinstance(layers, nn.ModuleList)
+    setattr(owner, name, layers[start:])
+    if types:
+        model.config.layer_types = types[start:]
+    try:
+        yield
+    finally:
+        setattr(owner, name, layers)
+        if types:
+            model.config.layer_types = types

@@ -1,0 +1,67 @@
+"""The prefix-reusing pass gives the numbers of the naive one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvp.models.spaces import available_kinds, find_spaces
+from kvp.models.surgery import apply, mask, masked, without
+from kvp.strategies.signals import losses_without, suffix
+from kvp.types import Plan
+from tests.conftest import random_plan, tiny_model
+
+
+def naive(model, batches):
+    with torch.no_grad():
+        return sum(model(ids, labels=ids).loss.item() * len(ids) for ids in batches) / sum(map(len, batches))
+
+
+@pytest.fixture
+def batches():
+    return torch.randint(3, 96, (5, 16), generator=torch.Generator().manual_seed(3)).split(2)
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp", "block"])
+def test_loss_without_a_part_is_the_naive_one(family, batches, kind):
+    model = tiny_model(family, dtype=torch.float64)
+    space = find_spaces(model.config, [kind])[0]
+    base, losses = losses_without(
+        model, batches, [(n, lambda n=n: without(model, n, kind)) for n in range(3)]
+    )
+    assert base == pytest.approx(naive(model, batches), rel=1e-6)
+    for n in range(3):
+        kept = torch.tensor([i for i in range(3) if i != n])
+        assert losses[n].item() == pytest.approx(naive(apply(model, Plan({space: kept})), batches), rel=1e-6)
+
+
+def test_partial_probe_is_the_naive_one(family, batches):
+    model = tiny_model(family, dtype=torch.float64)
+    kinds = [kind for kind in ("qk", "vo", "ffn") if kind in available_kinds(model.config)]
+    whole = random_plan(model, kinds)
+    plans = [Plan({s: k for s, k in whole.keep.items() if s.layer == n}) for n in range(3)]
+    removals = [(n, lambda plan=plan: masked(model, plan)) for n, plan in enumerate(plans)]
+    _, losses = losses_without(model, batches, removals)
+    for loss, plan in zip(losses, plans, strict=True):
+        assert loss.item() == pytest.approx(naive(mask(model, plan), batches), rel=1e-6)
+
+
+def test_layers_of_mixed_types_keep_their_own(batches):
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    model = tiny_model(
+        "qwen2", dtype=torch.float64, layer_types=kinds, use_sliding_window=True, sliding_window=4
+    )
+    _, losses = losses_without(model, batches, [(n, lambda n=n: without(model, n, "mlp")) for n in range(3)])
+    space = find_spaces(model.config, ["mlp"])[0]
+    for n in range(3):
+        kept = torch.tensor([i for i in range(3) if i != n])
+        assert losses[n].item() == pytest.approx(naive(mask(model, Plan({space: kept})), batches), rel=1e-6)
+
+
+def test_suffix_restores_the_model_even_after_an_error():
+    model = tiny_model()
+    layers = model.model.layers
+    with pytest.raises(RuntimeError, match="boom"), suffix(model, 2):
+        assert len(model.model.layers) == 1
+        raise RuntimeError("boom")
+    assert model.model.layers is layers
