@@ -43,10 +43,6 @@ class ModelSource(ABC):
     name: str
     dtype: str = "auto"
 
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the model, for fingerprints and provenance.
@@ -207,7 +203,7 @@ def load_config(path: Path) -> PretrainedConfig:
 def load_model(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """A checkpoint in eval mode."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    return model.eval().to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval().to(torch.device(device))
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -222,6 +218,8 @@ def resolve_device(device: str) -> str:
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     """ "auto": bfloat16 where the device computes it in hardware, float32 elsewhere (emulation is slower)."""
+    if dtype not in DTYPES:
+        raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.startswith("cuda"):

@@ -251,13 +251,15 @@ class Sensitivity(Allocator):
         probe: "attention" removes the whole attention of one block, "partial" only `probe_ratio` of
             its units, those of the lowest score.
         probe_ratio: Fraction removed by the partial probe.
+        probe_samples: Calibration samples to probe on, the first ones; None for all.
     """
 
     rule: Literal["inverse", "softmax"] = "inverse"
-    temperature: float = 0.5
-    epsilon: float = 1e-3
+    temperature: float = 0.75
+    epsilon: float = 0.01
     probe: Literal["attention", "partial"] = "attention"
     probe_ratio: float = 0.5
+    probe_samples: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -269,6 +271,8 @@ class Sensitivity(Allocator):
             raise ValueError(f"allocator.temperature must be >= 0 (softmax: > 0), got {self.temperature}")
         if self.epsilon <= 0:
             raise ValueError(f"allocator.epsilon must be > 0, got {self.epsilon}")
+        if self.probe_samples is not None and self.probe_samples < 1:
+            raise ValueError(f"allocator.probe_samples must be >= 1 or null, got {self.probe_samples}")
         if not 0 < self.probe_ratio <= 1:
             raise ValueError(f"allocator.probe_ratio must be in (0, 1], got {self.probe_ratio}")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -166,11 +166,13 @@ class ScoreStrategy(Strategy):
         assert isinstance(allocator, Sensitivity)
         model, layers = target.model, range(len(layer_shapes(target.config)))
         if allocator.probe == "attention":
-            removals = [(n, lambda n=n: without(model, n, "attention")) for n in layers]
+            removals = [(n, partial(without, model, n, "attention")) for n in layers]
         else:
             plans = self._partial_plans(target.config, scores, allocator.probe_ratio)
-            removals = [(n, lambda plan=plan: masked(model, plan)) for n, plan in plans.items()]
-        base, losses = losses_without(model, target.batches, removals)
+            removals = [(n, partial(masked, model, plan)) for n, plan in plans.items()]
+        assert target.calibration is not None
+        batches = target.calibration[: allocator.probe_samples].split(target.batch_size)
+        base, losses = losses_without(model, batches, removals)
         profile = torch.zeros(len(layers), dtype=torch.float64)
         profile[[n for n, _ in removals]] = losses - base
         return profile
@@ -180,9 +182,10 @@ class ScoreStrategy(Strategy):
         allocator = self.allocator
         assert isinstance(allocator, Sensitivity)
         if allocator.probe == "attention":
-            return {"probe": "attention"}
+            return {"probe": "attention", "samples": allocator.probe_samples}
         late = {name: getattr(self, name) for name in self.late if name != "allocator"}
-        return {"probe": "partial", "probe_ratio": allocator.probe_ratio, "scores": scores, **late}
+        ratio, samples = allocator.probe_ratio, allocator.probe_samples
+        return {"probe": "partial", "ratio": ratio, "samples": samples, "scores": scores, **late}
 
     def _partial_plans(self, config: PretrainedConfig, scores: Scores, ratio: float) -> dict[int, Plan]:
         """Per layer, the plan that removes `ratio` of its units and touches no other layer."""

@@ -5,22 +5,28 @@ groups therefore collect their own query heads. Higher = kept. w is a weight, g 
 mean calibration loss of a batch, in nats per token.
 
 * `random`: uniform noise. `l1`: sum |w|. `l2`: sum w^2.
-* `taylor_group`: |sum w g| over everything the index cuts: the first-order change of the loss when
-  the whole coupled set is scaled away.
+* `taylor_gate`: mean over *samples* of |dL/dgate|, for a gate that scales what the index carries (the
+  key channels of a pair, a value channel, a group's values, an FFN activation); dL/dgate is the sum
+  over tokens of activation times its gradient (Michel et al., arXiv 1905.10650, on heads). Scaling the
+  keys is scaling the queries, scaling v is scaling o, so one gate speaks for all coupled matrices.
+* `taylor_group`: |sum w g| over everything the index cuts: twice |dL/dgate| of the mean loss, whose
+  samples cancel each other near an optimum.
 * `taylor_vector`: sum over rows and columns of |sum w g|. `taylor_element`: sum |w g| (LLM-Pruner,
   arXiv 2305.11627, "Vector" and "Element1").
 * `second_order`: sum w^2 F with F = mean of squared per-sample gradients, the diagonal Fisher
-  ("Element2"; the 1/2 is dropped there as here). `mixed`: sum |w g - w^2 g^2 / 2|, per sample.
+  ("Element2"; the 1/2 is dropped there as here). `mixed`: sum |w g - w^2 g^2 / 2|.
 * `activation`: per rope pair sum over its query heads of |q_i| |k_i|, per value channel |v_j| times
   the norm of its o_proj columns; |.| is the L2 norm over calibration tokens.
 
 Absolute values of elements (`taylor_element`, `mixed`) are taken per batch: with one batch they are
-LLM-Pruner's; with several, they need no second copy of the gradients.
+LLM-Pruner's; with several, they need no second copy of the gradients. `second_order` and `mixed` go
+sample by sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -28,13 +34,16 @@ from torch import Tensor
 
 from kvp.models.spaces import Member, fold, members
 from kvp.strategies.base import Target
-from kvp.strategies.signals import Reduce, gradient_sums, output_square_sums, scoring_bytes
-from kvp.types import Space
+from kvp.strategies.signals import Reduce, gate_derivatives, gradient_sums, output_square_sums, scoring_bytes
+from kvp.types import Kind, Space
+
+log = logging.getLogger(__name__)
 
 Importance = Literal[
     "random",
     "l1",
     "l2",
+    "taylor_gate",
     "taylor_group",
     "taylor_vector",
     "taylor_element",
@@ -52,6 +61,7 @@ GRADIENT: dict[str, Reduce] = {
     "mixed": lambda w, g: (w * g - (w * g).pow(2) / 2).abs(),
 }
 PER_SAMPLE = ("second_order", "mixed")
+GATED: dict[Kind, int] = {"qk": 1, "vo": 0, "kv_group": 2, "ffn": 2}  # which member carries the gate
 
 
 def score_spaces(
@@ -70,7 +80,19 @@ def score_spaces(
         return {space: _weight_score(target, space, WEIGHT[importance]) for space in spaces}
     if importance == "activation":
         return _activation_scores(target, spaces)
+    _announce_memory(target, importance, gradient_checkpointing)
+    if importance == "taylor_gate":
+        return _gate_scores(target, spaces, gradient_checkpointing)
     return _gradient_scores(target, spaces, importance, gradient_checkpointing)
+
+
+def _announce_memory(target: Target, importance: str, gradient_checkpointing: bool) -> None:
+    batch_size, length = target.batches_of(1 if importance in PER_SAMPLE else target.batch_size)[0].shape
+    estimate = scoring_bytes(
+        target.config, batch_size=batch_size, length=length, gradient_checkpointing=gradient_checkpointing
+    )
+    parts = ", ".join(f"{part} {count / 2**30:.2f} GiB" for part, count in estimate.items())
+    log.info("scoring by %s needs about %s", importance, parts)
 
 
 def _weight_score(target: Target, space: Space, power: int) -> Tensor:
@@ -85,16 +107,6 @@ def _gradient_scores(
     target: Target, spaces: Sequence[Space], importance: str, gradient_checkpointing: bool
 ) -> dict[Space, Tensor]:
     batches = target.batches_of(1) if importance in PER_SAMPLE else target.batches
-    estimate = scoring_bytes(
-        target.config,
-        batch_size=batches[0].shape[0],
-        length=batches[0].shape[1],
-        gradient_checkpointing=gradient_checkpointing,
-    )
-    print(
-        f"scoring by {importance}: about "
-        + ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in estimate.items())
-    )
     of = {space: members(target.config, space) for space in spaces}
     sums = gradient_sums(
         target.model,
@@ -112,13 +124,31 @@ def _gradient_scores(
     return {space: total.abs() for space, total in scores.items()}
 
 
-def _activation_scores(target: Target, spaces: Sequence[Space]) -> dict[Space, Tensor]:
-    unknown = {space.kind for space in spaces} - {"qk", "vo"}
+def _gate_scores(
+    target: Target, spaces: Sequence[Space], gradient_checkpointing: bool
+) -> dict[Space, Tensor]:
+    _require_kinds("taylor_gate", spaces, GATED)
+    of = {space: members(target.config, space)[GATED[space.kind]] for space in spaces}
+    gates = gate_derivatives(
+        target.model, list(of.values()), target.batches, gradient_checkpointing=gradient_checkpointing
+    )
+    return {
+        space: torch.stack([fold(sample, m, space).abs() for sample in gates[m.name, m.axis]]).mean(0)
+        for space, m in of.items()
+    }
+
+
+def _require_kinds(importance: str, spaces: Sequence[Space], kinds: Collection[Kind]) -> None:
+    unknown = {space.kind for space in spaces} - set(kinds)
     if unknown:
         raise ValueError(
-            f"importance=activation is defined for qk and vo, not for {', '.join(sorted(unknown))}; "
-            "use grouping=coupled, separate or vo, or another importance"
+            f"importance={importance} is defined for {', '.join(kinds)}, not for {', '.join(sorted(unknown))}; "
+            "choose another strategy.importance or strategy.grouping"
         )
+
+
+def _activation_scores(target: Target, spaces: Sequence[Space]) -> dict[Space, Tensor]:
+    _require_kinds("activation", spaces, ("qk", "vo"))
     outputs = [m.name for space in spaces for m in members(target.config, space) if m.axis == 0]
     squares = output_square_sums(target.model, outputs, target.batches)
     return {space: _activation_score(target, space, squares) for space in spaces}

@@ -24,7 +24,7 @@ class KVPruner(ChannelStrategy):
         importance: One of `kvp.strategies.importance`.
     """
 
-    importance: Importance = "taylor_group"
+    importance: Importance = "taylor_gate"
 
     def __post_init__(self) -> None:
         super().__post_init__()

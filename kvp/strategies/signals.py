@@ -6,6 +6,7 @@ change in its arguments cannot silently change a number.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -82,9 +83,52 @@ def gradient_sums(
                 loss = next_token_nll(model, input_ids=ids, labels=ids).mean()
                 _require_finite(loss, f"the calibration loss of batch {number}")
                 loss.backward()
-    for name, total in sums.items():
+    for (name, _), total in sums.items():
         _require_finite(total.sum(), f"the score of {name}")
     return sums
+
+
+def gate_derivatives(
+    model: PreTrainedModel,
+    members: Sequence[Member],
+    batches: Sequence[Tensor],
+    *,
+    gradient_checkpointing: bool = False,
+) -> dict[tuple[str, int], Tensor]:
+    """(samples, channels) dL/dgate of each output (axis 0) or input (axis 1) channel of each member.
+
+    L is a sample's mean loss in nats per token, and the gate scales the channel at all its tokens:
+    dL/dgate = sum over tokens of activation times gradient. No weight needs a gradient.
+
+    Raises:
+        FloatingPointError: The loss is not finite.
+    """
+    gates: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+
+    def watch(key: tuple[str, int], activation: Tensor) -> None:
+        def hook(gradient: Tensor) -> None:
+            gates[key].append((activation.detach().float() * gradient.float()).sum(1).cpu())
+
+        if activation.requires_grad:
+            activation.register_hook(hook)
+
+    with ExitStack() as stack, torch.enable_grad():
+        stack.enter_context(_only_gradients_of(model, {}, lambda name: lambda weight: None))
+        stack.enter_context(_checkpointing(model, gradient_checkpointing))
+        embed = model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))
+        stack.callback(embed.remove)
+        for member in members:
+            key, module = (member.name, member.axis), model.get_submodule(member.name)
+            handle = module.register_forward_hook(
+                lambda m, inputs, output, key=key: watch(key, inputs[0] if key[1] else output)
+            )
+            stack.callback(handle.remove)
+        for number, ids in enumerate(tqdm(batches, desc="gates", unit="batch")):
+            ids = ids.to(model.device)
+            losses = next_token_nll(model, input_ids=ids, labels=ids).mean(dim=1)
+            _require_finite(losses.sum(), f"the calibration loss of batch {number}")
+            losses.sum().backward()
+    return {key: torch.cat(samples) for key, samples in gates.items()}
 
 
 @contextmanager

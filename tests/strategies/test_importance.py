@@ -128,8 +128,22 @@ def test_activation_scores_match_a_naive_loop(target):
             assert scores[vo][group, j].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["qk", "vo", "kv_group", "ffn"])
+def test_gate_scores_match_weights_times_gradients(target, kind):
+    """Scaling what a channel carries is scaling the weights that write it (or, for the FFN, read it)."""
+    space = find_spaces(target.config, [kind])[1]
+    rows = score_spaces(target, [space], "taylor_gate")[space].view(-1, space.shape[-1])
+    carries = {"qk": "k_proj", "vo": "v_proj", "kv_group": "v_proj", "ffn": "down_proj"}[kind]
+    weights, samples = dict(target.model.named_parameters()), naive_gradients(target, 1)
+    for group, index in [(0, 0), (len(rows) - 1, space.shape[-1] - 1)]:
+        parts = [part for part in slices(target, space, group, index) if carries in part[0]]
+        gates = [sum((weights[n][i, j] * g[n][i, j]).sum() for n, i, j in parts) for g in samples]
+        expected = sum(gate.abs() for gate in gates) / len(gates)
+        assert rows[group, index].item() == pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_activation_is_refused_where_it_is_not_defined(target):
-    with pytest.raises(ValueError, match="defined for qk and vo, not for ffn"):
+    with pytest.raises(ValueError, match="defined for qk, vo, not for ffn"):
         score_spaces(target, find_spaces(target.config, ["ffn"]), "activation")
 
 
@@ -145,11 +159,14 @@ def test_same_seed_same_scores_and_the_model_is_left_alone(target, importance):
 
 def test_gradient_checkpointing_changes_nothing(target):
     spaces = find_spaces(target.config, ["qk", "vo", "ffn"])
-    plain, checkpointed = (score_spaces(target, spaces, "taylor_element", flag) for flag in (False, True))
-    assert all(torch.allclose(plain[s], checkpointed[s], rtol=1e-5, atol=1e-8) for s in spaces)
+    for importance in ("taylor_element", "taylor_gate"):
+        plain, checkpointed = (score_spaces(target, spaces, importance, flag) for flag in (False, True))
+        assert all(torch.allclose(plain[s], checkpointed[s], rtol=1e-5, atol=1e-8) for s in spaces)
 
 
-@pytest.mark.parametrize("importance", ["l2", "taylor_group", "taylor_element", "second_order", "activation"])
+@pytest.mark.parametrize(
+    "importance", ["l2", "taylor_gate", "taylor_group", "taylor_element", "second_order", "activation"]
+)
 def test_scores_permute_with_the_kv_groups(importance):
     model = tiny_model("llama", "gqa", num_hidden_layers=2, attention_bias=False)
     ids = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(2))

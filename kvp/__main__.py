@@ -1,0 +1,113 @@
+"""`python -m kvp`: compose the configuration, run the experiment, print its table."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to `main`, which words them
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
+
+import hydra
+import torch
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+HERE = Path(__file__).resolve().parent
+CONF = next(path for path in (HERE.parent / "conf", HERE / "conf") if path.is_dir())
+
+
+def _compute_dtype(dtype: str, device: str) -> str:
+    from kvp.models.load import resolve_device, resolve_dtype
+
+    return str(resolve_dtype(dtype, resolve_device(device))).removeprefix("torch.")
+
+
+OmegaConf.register_new_resolver("compute_dtype", _compute_dtype)
+
+USER_ERRORS = (
+    ValueError,
+    FloatingPointError,
+    OSError,
+    RuntimeError,
+    MemoryError,
+    HydraException,
+    OmegaConfBaseException,
+)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def job(config: DictConfig) -> None:
+    """One run of a single command or of a sweep."""
+    from rich.console import Console
+
+    from kvp.report.summary import summary
+    from kvp.run import run
+
+    for chatty in ("httpx", "accelerate", "datasets", "filelock"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    Console().print(summary(run(config)))
+
+
+def main() -> None:
+    """The console script: exit code 1 and one clear error for whatever a user can mend."""
+    try:
+        job()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; finished stages stay, the same command goes on from them")
+    except USER_ERRORS as error:
+        if os.environ.get("KVP_TRACEBACK"):
+            raise
+        print(f"kvp: error: {_words(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _words(error: BaseException) -> str:
+    """The innermost message, and the nearest valid name for a misspelt option."""
+    while error.__cause__ is not None and isinstance(error, HydraException | OmegaConfBaseException):
+        if isinstance(error.__cause__, OmegaConfBaseException) and "not in struct" in str(error.__cause__):
+            break
+        error = error.__cause__
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{error}. Lower batch sizes (calibration, evaluation, recovery), or device=cpu"
+    message = str(error) or type(error).__name__
+    misspelt = re.search(r"Could not override '([\w./@]+)'|Key '([\w.]+)' is not in struct", message)
+    if misspelt is None:
+        return message
+    return f"there is no option {misspelt[1] or misspelt[2]!r}." + _nearest(misspelt[1] or misspelt[2])
+
+
+def _nearest(name: str) -> str:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    groups = [
+        word
+        for word in sys.argv[1:]
+        if re.fullmatch(r"[\w/]+=[\w]+", word) and (CONF / word.split("=")[0]).is_dir()
+    ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        known = _keys(OmegaConf.to_container(compose("config", overrides=groups)), "")
+    same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or same_leaf[:3]
+    return f" Did you mean {' or '.join(close)}?" if close else " See --cfg job for all options."
+
+
+def _keys(node: object, prefix: str) -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    here = [f"{prefix}{key}" for key in node]
+    return here + [name for key, child in node.items() for name in _keys(child, f"{prefix}{key}.")]
+
+
+if __name__ == "__main__":
+    main()

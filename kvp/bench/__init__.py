@@ -1,0 +1,1 @@
+"""Benchmarks that are commands: they print figures and judge nothing."""

@@ -1,0 +1,1 @@
+"""What a checkpoint costs to run: throughput, memory and counts."""

@@ -1,0 +1,100 @@
+"""Speed and memory of a checkpoint under one protocol, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = ("float32", "float16", "bfloat16")
+LOWEST = {"batch_size": 1, "prompt_length": 1, "new_tokens": 1, "warmup": 0, "runs": 1, "seed": 0}
+STDERR_LINES = 20
+# Threads that spin at every barrier make a decode step several times slower as soon as another process
+# wants their core; sleeping threads do not. The user's own setting wins.
+ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Prefill and decode throughput, peak memory, KV bytes and MACs of a model.
+
+    Attributes:
+        batch_size: Sequences at a time.
+        prompt_length: Tokens of the prompt, drawn uniformly from the vocabulary: speed and memory
+            depend on shapes, not on text.
+        new_tokens: Decode steps after the prompt, greedy, never stopped by an end of text.
+        warmup: Runs (prefill and decode) that are thrown away.
+        runs: Timed runs; results are their median and interquartile range.
+        seed: Of the prompt.
+    """
+
+    batch_size: int = 4
+    prompt_length: int = 256
+    new_tokens: int = 32
+    warmup: int = 1
+    runs: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, lowest in LOWEST.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"measure.{name} must be >= {lowest}, got {getattr(self, name)}")
+
+    def check_positions(self, max_position_embeddings: int) -> None:
+        """Raises ValueError if the protocol's sequences are longer than the model's positions."""
+        if self.prompt_length + self.new_tokens > max_position_embeddings:
+            raise ValueError(
+                f"measure.prompt_length + measure.new_tokens must be <= {max_position_embeddings} "
+                f"(max_position_embeddings), got {self.prompt_length} + {self.new_tokens}"
+            )
+
+    def measure(self, checkpoint: Path, *, device: str, dtype: str) -> dict[str, Any]:
+        """Measure the Hugging Face model in the directory `checkpoint` on `device` ("cpu", "cuda").
+
+        Returns:
+            JSON data: "protocol", "prefill" and "decode" ("tokens_per_second" over the batch, its
+            "iqr", raw "seconds"; decode also "milliseconds_per_step"), "memory" (bytes: "peak_bytes",
+            "weights_bytes", "cache_bytes", "rest_bytes", "baseline_bytes", and "method"),
+            "kv_bytes_per_token", "macs" of one prompt, "device", "threads", "dtype", "attention".
+
+        Raises:
+            ValueError: `device` or `dtype` cannot be measured.
+            RuntimeError: The measuring process failed; the end of its stderr is in the message.
+        """
+        _check(device, dtype)
+        spec = {"checkpoint": str(checkpoint), "device": device, "dtype": dtype, "protocol": asdict(self)}
+        command = [sys.executable, "-m", "kvp.measurement.child", json.dumps(spec)]
+        child = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENVIRONMENT | os.environ
+        )
+        if child.returncode:
+            raise RuntimeError(f"measuring {checkpoint} with {self} on {device} {_failure(child)}")
+        return {"protocol": asdict(self), **json.loads(child.stdout.splitlines()[-1])}
+
+
+def _check(device: str, dtype: str) -> None:
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"measure runs on cpu or cuda, got {device!r}: use measure=none there")
+    if kind == "cpu" and sys.platform != "linux":
+        raise ValueError(
+            "measure reads a CPU process's peak memory from /proc (Linux): use measure=none here"
+        )
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def _failure(child: subprocess.CompletedProcess[str]) -> str:
+    """How `child` ended, and the last it said."""
+    if child.returncode < 0:
+        ending = f"was killed by {signal.Signals(-child.returncode).name} (SIGKILL: as a rule out of memory)"
+    else:
+        ending = f"failed with exit status {child.returncode}"
+    return "\n".join([ending, *child.stderr.splitlines()[-STDERR_LINES:]])

@@ -1,0 +1,88 @@
+"""Peak memory of a process that serves a model, split into weights, cache and the rest.
+
+On a GPU the peak is what torch's allocator handed out (the CUDA context is not in it). On a CPU it is
+the kernel's own record of the resident set, VmHWM, so it belongs to a process of its own: see `child`.
+Both are set back once the model is loaded, since loading may hold the weights twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # man 5 proc: sets VmHWM to the current resident size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """The parts of a peak, in bytes.
+
+    Attributes:
+        peak_bytes: Highest use from the end of loading to the last token, baseline included.
+        weights_bytes: Parameters and buffers; tied ones once.
+        cache_bytes: Keys and values at the last token.
+        baseline_bytes: In use before loading: interpreter and libraries ("rss"), 0 as a rule ("cuda").
+        method: "cuda" (allocator) or "rss" (resident set).
+    """
+
+    peak_bytes: int
+    weights_bytes: int
+    cache_bytes: int
+    baseline_bytes: int
+    method: str
+
+    @property
+    def rest_bytes(self) -> int:
+        """Activations, workspaces and what the allocator keeps: the peak less everything named, at least 0."""
+        return max(0, self.peak_bytes - self.baseline_bytes - self.weights_bytes - self.cache_bytes)
+
+    def summary(self) -> dict[str, Any]:
+        """All parts, `rest_bytes` among them."""
+        return {**asdict(self), "rest_bytes": self.rest_bytes}
+
+
+def weights_bytes(model: PreTrainedModel) -> int:
+    """Bytes of parameters and buffers, each shared tensor once."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """`model` with all weights resident on `device`.
+
+    `from_pretrained` leaves CPU weights mapped to the file: pages that were not read yet would not
+    count, and those that were could be evicted. A copy is in memory once and for good; tensor by tensor,
+    so that where they were not mapped, no hole of the size of the model stays in the heap.
+    """
+    if device.type == "cpu":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def bytes_in_use(device: torch.device) -> int:
+    """Bytes held now: by torch's allocator on a GPU, by this process on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The highest `bytes_in_use` since `reset_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget earlier peaks."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        CLEAR_REFS.write_text(RESET_PEAK)
+
+
+def _status(field: str) -> int:
+    """A size from /proc/self/status (Linux), which states kB and means KiB."""
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return 1024 * int(lines[field].split()[0])

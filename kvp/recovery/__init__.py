@@ -1,0 +1,1 @@
+"""Recovery: a little training after the cut."""

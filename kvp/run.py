@@ -1,0 +1,54 @@
+"""The experiment, top to bottom: dense baseline, prune, recover, and the same examination of each.
+
+python -m kvp ratio.value=0.25 recovery=lora_text
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from kvp.experiment import Experiment
+from kvp.record import Record, announce, finished_before, make_record, write_record
+from kvp.tracking import Null
+
+
+def run(config: DictConfig) -> Record:
+    """Run the experiment that a configuration describes; everything finished before is found.
+
+    Returns:
+        The record, as in `run.json`.
+
+    Raises:
+        ValueError: An option, budget or space is not to be had; nothing was computed.
+        FileNotFoundError: Data or model are missing; the message names the ways out.
+        FloatingPointError: A loss is not finite.
+        StageError: The store cannot be written.
+    """
+    started = time.time()
+    x = Experiment.compose(config)
+    x.check_sources()
+    dense = x.dense()
+    x.check_model(dense.config)
+
+    directory = Path(config.runs).absolute() / x.name
+    earlier = finished_before(directory)
+    tracker = Null() if earlier else x.tracker
+    with tracker.run(
+        name=x.name, run_id=x.hash, directory=directory, config=x.node, group=x.group, job_type="run"
+    ) as tracked:
+        models = {"dense": x.examine(dense)}
+        pruned = x.prune(dense)
+        models["pruned"] = x.examine(pruned)
+        recovered = x.recover(pruned)
+        if recovered is not None:
+            models["recovered"] = x.examine(recovered)
+
+        record = make_record(
+            x, models, directory, tracked.location or (earlier or {}).get("tracker"), started
+        )
+        write_record(record, directory)
+        announce(record, x, tracked)
+    return record

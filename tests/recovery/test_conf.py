@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from kvp.data.instructions import Instructions
+from kvp.recovery.lora import Lora
+
+CONF = Path(__file__).parents[2] / "conf"
+
+
+def load(path):
+    """The node as it stands in a whole configuration, whose `dtype` it refers to."""
+    return OmegaConf.create({"dtype": "float32", "recovery": OmegaConf.load(path)}).recovery
+
+
+@pytest.mark.parametrize("path", (CONF / "recovery").glob("lora*.yaml"), ids=lambda path: path.stem)
+def test_every_lora_states_every_option(path):
+    config = load(path)
+    recovery = instantiate(config, _convert_="all")
+    assert set(config) == {"_target_"} | set(Lora.__dataclass_fields__)
+    assert set(config.data) == {"_target_"} | set(type(recovery.data).__dataclass_fields__)
+
+
+def test_the_alpaca_recipe_is_that_of_llm_pruner():
+    recipe = instantiate(load(CONF / "recovery" / "lora_alpaca.yaml"), _convert_="all")
+    assert (recipe.rank, recipe.alpha, recipe.dropout, recipe.learning_rate) == (8, 16, 0.05, 1e-4)
+    assert (recipe.epochs, recipe.batch_size, recipe.micro_batch_size, recipe.warmup_steps) == (2, 64, 4, 100)
+    assert recipe.data == Instructions(cutoff=256) and recipe.validation == 2000

@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from kvp.data.corpora import FileCorpus
+from kvp.data.instructions import Instructions
+from kvp.data.text import PackedText
+from kvp.recovery import lora
+from kvp.recovery.batches import IGNORE, collate, mean_loss
+from kvp.recovery.journal import newest_checkpoint
+from kvp.recovery.lora import Lora
+
+TEXT = (
+    " ".join(
+        f"the {animal} {verb} the {thing}"
+        for animal in ("cat", "dog", "cow", "hen")
+        for verb in ("sees", "eats", "likes")
+        for thing in ("grass", "corn", "milk", "bread", "moon")
+    )
+    * 4
+)
+OPTIONS: dict[str, Any] = {
+    "learning_rate": 3e-2,
+    "max_steps": 25,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "warmup_steps": 2,
+    "dtype": "float32",
+    "save_steps": 7,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads cost more than they bring on models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory) -> dict[str, FileCorpus]:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return {"text": FileCorpus(path=str(path))}
+
+
+def save_checkpoint(path: Path, dtype: torch.dtype = torch.float32, hidden_size: int = 32) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.to(dtype).save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel(unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator([TEXT], trainers.WordLevelTrainer(special_tokens=["?"]))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("pruned"))
+
+
+def make(**changes: Any) -> Lora:
+    return Lora(**{"data": PackedText(corpora=["text"], length=16), **OPTIONS, **changes})
+
+
+def recover(recovery: Lora, checkpoint: Path, directory: Path, corpora, seed: int = 0) -> dict[str, Any]:
+    directory.mkdir(exist_ok=True)
+    return recovery.recover(checkpoint, directory, corpora=corpora, seed=seed, device="cpu")
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+
+
+def adapter(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter" / "adapter_model.safetensors")
+
+
+@dataclass
+class Recovered:
+    path: Path
+    result: dict[str, Any]
+    before: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def recovered(checkpoint, corpora, tmp_path_factory) -> Recovered:
+    path, before = tmp_path_factory.mktemp("recovered"), digests(checkpoint)
+    return Recovered(path, recover(make(validation=6), checkpoint, path, corpora), before)
+
+
+def test_the_loss_goes_down_also_on_what_was_held_out(recovered):
+    result = recovered.result
+    assert result["final_loss"] < 0.8 * result["first_loss"]
+    assert result["validation"]["loss_after"] < 0.8 * result["validation"]["loss_before"]
+    assert result["steps"] == 25 and result["tokens_seen"] == 25 * 4 * 16
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_every_step_has_its_line(recovered):
+    rows = [json.loads(line) for line in (recovered.path / "losses.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 26))
+    assert rows[0]["learning_rate"] == 0 and rows[2]["learning_rate"] == pytest.approx(3e-2)  # warmed up
+    assert rows[0]["loss"] == recovered.result["first_loss"]
+
+
+def test_the_checkpoint_is_untouched_and_no_pickle_is_left(recovered, checkpoint):
+    assert digests(checkpoint) == recovered.before
+    files = [p for p in recovered.path.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} == {".safetensors", ".json", ".jsonl"}
+    assert {p.name for p in recovered.path.iterdir()} == {"adapter", "model", "losses.jsonl"}
+
+
+def test_merged_weights_are_the_update_written_out(recovered, checkpoint):
+    dense, merged = (load_file(path / "model.safetensors") for path in (checkpoint, recovered.path / "model"))
+    updates = adapter(recovered.path)
+    assert len(updates) == 2 * 7 * 2
+    for name, weight in dense.items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{prefix}.lora_A.weight" in updates:
+            weight = weight + 2 * updates[f"{prefix}.lora_B.weight"] @ updates[f"{prefix}.lora_A.weight"]
+        torch.testing.assert_close(merged[name], weight)
+
+
+def test_adapter_and_merged_model_open_as_any_other(recovered, checkpoint):
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    ids = AutoTokenizer.from_pretrained(recovered.path / "model")(
+        "the cow eats the moon", return_tensors="pt"
+    )
+    updated = PeftModel.from_pretrained(base, recovered.path / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(recovered.path / "model").eval()
+    torch.testing.assert_close(
+        updated(ids["input_ids"]).logits, merged(ids["input_ids"]).logits, atol=1e-4, rtol=1e-4
+    )
+    assert merged.config.to_dict() | {"_name_or_path": ""} == base.config.to_dict() | {"_name_or_path": ""}
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_trained_in_bfloat16_and_stored_as_it_came(stored, corpora, tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "pruned", stored)
+    result = recover(make(dtype="bfloat16"), checkpoint, tmp_path / "recovered", corpora)
+    assert result["final_loss"] < 0.8 * result["first_loss"]
+    assert {t.dtype for t in adapter(tmp_path / "recovered").values()} == {torch.float32}
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "recovered" / "model")
+    assert merged.dtype == stored
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import torch
+from tests.recovery.test_lora import FileCorpus, make
+torch.set_num_threads(1)
+checkpoint, directory, text = sys.argv[1:]
+make(max_steps=60).recover(
+    Path(checkpoint), Path(directory), corpora={"text": FileCorpus(path=text)}, seed=3, device="cpu"
+)
+"""
+
+
+def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(checkpoint, corpora, tmp_path):
+    killed, losses = tmp_path / "killed", tmp_path / "killed" / "losses.jsonl"
+    killed.mkdir()
+    command = [sys.executable, "-c", CHILD, str(checkpoint), str(killed), str(corpora["text"].path)]
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while child.poll() is None and not (losses.exists() and losses.read_text().count("\n") > 16):
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    resumed_from = int(str(newest_checkpoint(killed / "trainer")).rpartition("-")[2])
+    assert 14 <= resumed_from < 60
+
+    result = recover(make(max_steps=60), checkpoint, killed, corpora, seed=3)
+    assert result["steps"] == 60
+    recover(make(max_steps=60), checkpoint, tmp_path / "undisturbed", corpora, seed=3)
+    found, expected = adapter(killed), adapter(tmp_path / "undisturbed")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    rows = [
+        [json.loads(x) for x in (tmp_path / d / "losses.jsonl").open()] for d in ("killed", "undisturbed")
+    ]
+    assert [(r["step"], r["loss"]) for r in rows[0]] == [(r["step"], r["loss"]) for r in rows[1]]
+
+
+def test_a_checkpoint_that_was_being_written_is_removed(tmp_path):
+    for step, complete in {7: True, 14: True, 100: False}.items():
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if complete:
+            (tmp_path / f"checkpoint-{step}" / "complete").touch()
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-14")
+    assert not (tmp_path / "checkpoint-100").exists()
+    assert newest_checkpoint(tmp_path / "absent") is None
+
+
+def test_seed_decides_and_gradient_checkpointing_does_not(checkpoint, corpora, tmp_path):
+    runs = {
+        "a": (make(max_steps=4), 0),
+        "b": (make(max_steps=4, gradient_checkpointing=True), 0),
+        "c": (make(max_steps=4), 1),
+    }
+    for name, (recovery, seed) in runs.items():
+        recover(recovery, checkpoint, tmp_path / name, corpora, seed)
+    a, b, c = (adapter(tmp_path / name) for name in runs)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not any(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_every_model_sees_the_same_batches(checkpoint, corpora, tmp_path, monkeypatch):
+    seen: list[list] = []
+    monkeypatch.setattr(lora, "collate", lambda examples: (seen[-1].append(examples), collate(examples))[1])
+    for path in (checkpoint, save_checkpoint(tmp_path / "wide", hidden_size=64)):
+        seen.append([])
+        recover(make(), path, tmp_path / f"{len(seen)}", corpora)
+    assert seen[0] == seen[1]
+    epoch = len(seen[0]) // 2
+    assert seen[0][:epoch] != seen[0][epoch : 2 * epoch]
+
+
+def test_padding_changes_nothing(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    examples = [{"input_ids": list(range(1, n)), "labels": [IGNORE, *range(2, n)]} for n in (4, 9, 12)]
+    batch = collate(examples)
+    assert batch["input_ids"].shape == batch["labels"].shape == (3, 16)
+    logits = model(batch["input_ids"]).logits
+    for row, example in zip(logits, examples, strict=True):
+        alone = model(torch.tensor([example["input_ids"]])).logits[0]
+        torch.testing.assert_close(row[: len(alone)], alone)
+    lengths = torch.tensor([len(e["input_ids"]) - 1 for e in examples])
+    losses = torch.tensor([mean_loss(model, [e], 1) for e in examples])
+    assert mean_loss(model, examples, 2) == pytest.approx((losses * lengths).sum() / lengths.sum())
+
+
+def test_instructions(checkpoint, tmp_path):
+    rows = [
+        {"instruction": "the cat sees", "input": "", "output": "the moon"},
+        {"instruction": "the dog", "input": "corn", "output": "eats the corn"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows * 6))
+    data = Instructions(path=str(tmp_path / "rows.json"), cutoff=60)
+    result = recover(make(data=data, max_steps=None, epochs=2), checkpoint, tmp_path / "recovered", {})
+    assert result["steps"] == 6 and result["epochs"] == 2
+    assert result["final_loss"] < result["first_loss"]
+
+
+def test_a_diverging_run_stops_and_says_why(checkpoint, corpora, tmp_path):
+    with pytest.raises(
+        FloatingPointError, match=r"Step \d+: loss .* learning rate 9.6e\+29: lower learning_rate"
+    ):
+        recover(make(learning_rate=1e30, warmup_steps=0), checkpoint, tmp_path / "recovered", corpora)
+
+
+def test_an_adapter_that_did_not_move_is_an_error(checkpoint, corpora, tmp_path):
+    with pytest.raises(ArithmeticError, match="did not move from 0"):
+        recover(make(max_steps=1, warmup_steps=1), checkpoint, tmp_path / "recovered", corpora)
+
+
+def test_holding_everything_out_is_an_error(checkpoint, corpora, tmp_path):
+    with pytest.raises(ValueError, match="leave none to train on"):
+        recover(make(validation=1000), checkpoint, tmp_path / "recovered", corpora)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float16"}, "Llama-2 and later diverge"),
+        ({"epochs": 1}, "exactly one of epochs=1 and max_steps=25"),
+        ({"max_steps": None}, "exactly one"),
+        ({"rank": 0}, "rank must be > 0, got 0"),
+        ({"batch_size": 5}, "multiple of micro_batch_size"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"warmup_steps": -1}, "warmup_steps must be >= 0, got -1"),
+        ({"scheduler": "step"}, "linear or cosine"),
+    ],
+)
+def test_options_out_of_bounds_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_identity_names_the_data_and_no_bookkeeping(corpora):
+    identity = make().identity(corpora)
+    assert json.loads(json.dumps(identity)) == identity
+    assert identity == make(save_steps=9).identity(corpora)
+    assert identity != make(rank=4).identity(corpora)
+    assert identity["data"]["corpora"][0]["name"] == "text"
