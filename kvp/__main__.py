@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 HERE = Path(__file__).resolve().parent
-CONF = next(path for path in (HERE.parent / "conf", HERE / "conf") if path.is_dir())
+CONF = next(path for path in (HERE / "conf", HERE.parent / "conf") if path.is_dir())
 
 
 def _compute_dtype(dtype: str, device: str) -> str:
@@ -79,10 +79,21 @@ def _words(error: BaseException) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return f"{error}. Lower batch sizes (calibration, evaluation, recovery), or device=cpu"
     message = str(error) or type(error).__name__
+    if missing := re.search(r"Could not find '([\w/]+)/(\w+)'", message):
+        return _no_such_choice(*missing.groups())
     misspelt = re.search(r"Could not override '([\w./@]+)'|Key '([\w.]+)' is not in struct", message)
     if misspelt is None:
         return message
     return f"there is no option {misspelt[1] or misspelt[2]!r}." + _nearest(misspelt[1] or misspelt[2])
+
+
+def _no_such_choice(group: str, name: str) -> str:
+    choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    if not choices:
+        return f"there is no group {group!r}. See --help for all groups."
+    close = difflib.get_close_matches(name, choices, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"there is no {group}={name}.{hint} There are: {', '.join(choices)}"
 
 
 def _nearest(name: str) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -110,7 +111,14 @@ class Experiment:
 
         def build(name: str) -> Any:
             node = OmegaConf.select(config, name)
-            return None if node is None else instantiate(node, _convert_="all")
+            if node is None or "_target_" not in node:  # measure=none, or what a preset adds to it
+                return None
+            try:
+                return instantiate(node, _convert_="all")
+            except InstantiationException as error:
+                if isinstance(error.__cause__, TypeError):
+                    raise ValueError(f"{name} has a value of the wrong type: {error.__cause__}") from error
+                raise
 
         node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         assert isinstance(node, dict)
@@ -118,7 +126,7 @@ class Experiment:
         return cls(
             node={str(key): value for key, value in node.items() if key not in NOT_INPUTS},
             source=source,
-            corpora=build("corpora"),
+            corpora=instantiate(config.corpora, _convert_="all"),
             strategy=build("strategy"),
             budget=build("ratio"),
             calibration=build("calibration"),

@@ -13,16 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from kvp.__main__ import CONF
+from kvp.__main__ import CONF, main
+from kvp.models.load import load_tokenizer
 from kvp.run import run
+from tests.test_tracking import records
 
 ROOT = Path(__file__).parent.parent
 
 
+LIGHT = ("tracker=none", "measure=none", "evaluation.zero_shot=null")
+
+
 def overrides(tmp_path, *more):
-    return ["debug=smoke", "tracker=none", f"store={tmp_path}/store", f"runs={tmp_path}/runs", *more]
+    return ["debug=smoke", f"store={tmp_path}/store", f"runs={tmp_path}/runs", *more]
 
 
 def run_here(tmp_path, *more):
@@ -30,14 +37,13 @@ def run_here(tmp_path, *more):
         return run(compose("config", overrides=overrides(tmp_path, *more)))
 
 
-def command(*words):
-    return [sys.executable, "-m", "kvp", *words]
-
-
-def call(tmp_path, *more, **options):
-    return subprocess.run(
-        command(*overrides(tmp_path, *more)), cwd=ROOT, capture_output=True, text=True, **options
-    )
+def main_here(monkeypatch, capsys, *words):
+    """`python -m kvp words`, in this process: its exit code and stderr."""
+    monkeypatch.setattr(sys, "argv", ["kvp", *words])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    return exit_.value.code, capsys.readouterr().err
 
 
 def numbers(record):
@@ -45,14 +51,40 @@ def numbers(record):
     kept = {}
     for name in ("dense", "pruned", "recovered"):
         model = record[name]
-        kept[name] = {"size": model["size"], "evaluation": model["evaluation"]}
+        perplexity = {key: result["value"] for key, result in model["evaluation"]["perplexity"].items()}
+        kept[name] = {"size": model["size"], "perplexity": perplexity}
     return kept
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("run")
-    return tmp_path, run_here(tmp_path, "tracker=jsonl")
+    return tmp_path, run_here(tmp_path)
+
+
+def test_wandb_holds_the_run(finished):
+    """Read back from the offline run's own log."""
+    _, record = finished
+    written = list(records(Path(record["directory"])))
+    run = next(r.run for r in written if r.WhichOneof("record_type") == "run")
+    assert run.run_id == record["hash"]
+    assert run.run_group == "tiny-kvpruner"
+    assert run.job_type == "run"
+    assert json.loads(next(i.value_json for i in run.config.update if i.key == "ratio"))["value"] == 0.25
+    summary = {}
+    for r in written:
+        if r.WhichOneof("record_type") == "summary":
+            summary |= {item.key or "/".join(item.nested_key): item.value_json for item in r.summary.update}
+    assert json.loads(summary["pruned/kv_bytes_per_token"]) == record["pruned"]["size"]["kv_bytes_per_token"]
+    squad = record["recovered"]["evaluation"]["perplexity"]["squad"]["value"]
+    assert json.loads(summary["recovered/perplexity/squad"]) == pytest.approx(squad)
+    history = [
+        {i.key or "/".join(i.nested_key) for i in r.history.item} for r in written if r.HasField("history")
+    ]
+    for key in ("recover/loss", "stage/prune/seconds", "widths", "sensitivity"):
+        assert any(name.startswith(key) for row in history for name in row), key
+    assert any(r.HasField("artifact") for r in written)
+    assert next(r.exit.exit_code for r in written if r.HasField("exit")) == 0
 
 
 def test_record_holds_what_the_readme_promises(finished):
@@ -99,7 +131,7 @@ def test_only_safetensors_and_json_on_disk(finished):
 
 def test_a_second_run_computes_nothing(finished):
     tmp_path, first = finished
-    again = run_here(tmp_path, "tracker=jsonl")
+    again = run_here(tmp_path)
     assert all(stage["found"] for stage in again["stages"])
     assert numbers(again) == numbers(first)
     assert again["directory"] == first["directory"]
@@ -108,27 +140,27 @@ def test_a_second_run_computes_nothing(finished):
 
 def test_a_changed_option_computes_only_what_depends_on_it(finished):
     tmp_path, first = finished
-    other = run_here(tmp_path, "ratio.value=0.5")
+    other = run_here(tmp_path, *LIGHT, "ratio.value=0.5")
     computed = {stage["name"] for stage in other["stages"] if not stage["found"]}
     assert "score" not in computed
     assert "sensitivity" not in computed
     assert "model" not in computed
     assert {"prune", "recover"} <= computed
-    assert other["dense"] == first["dense"]
+    assert other["dense"]["evaluation"]["perplexity"] == first["dense"]["evaluation"]["perplexity"]
     assert other["pruned"]["size"]["kv_bytes_per_token"] < first["pruned"]["size"]["kv_bytes_per_token"]
 
 
 def test_dense_baseline_and_dense_control(finished):
     tmp_path, first = finished
-    baseline = run_here(tmp_path, "strategy=none", "recovery=none")
+    baseline = run_here(tmp_path, "tracker=none", "strategy=none", "recovery=none")
     assert baseline["ratio"]["asked"] is None
     assert set(baseline["ratio"]["achieved"].values()) == {0}
     assert baseline["pruned"] == baseline["dense"]
     assert "recovered" not in baseline
     assert all(stage["found"] for stage in baseline["stages"])
-    control = run_here(tmp_path, "strategy=none")
+    control = run_here(tmp_path, *LIGHT, "strategy=none")
     assert control["recovered"]["size"]["params"] == first["dense"]["size"]["params"]
-    assert control["recovered"]["evaluation"] != control["dense"]["evaluation"]
+    assert numbers(control)["recovered"]["perplexity"] != numbers(control)["dense"]["perplexity"]
 
 
 def test_overlap_of_calibration_and_evaluation_is_said(finished):
@@ -137,7 +169,13 @@ def test_overlap_of_calibration_and_evaluation_is_said(finished):
         result["overlap"] == {"calibration": "none", "recovery": "none"}
         for result in first["recovered"]["evaluation"]["perplexity"].values()
     )
-    options = ["calibration=squad", "calibration.num_samples=4", "calibration.length=64", "recovery=none"]
+    options = [
+        *LIGHT,
+        "calibration=squad",
+        "calibration.num_samples=4",
+        "calibration.length=64",
+        "recovery=none",
+    ]
     same_corpus = run_here(tmp_path, *options)
     assert (
         same_corpus["pruned"]["evaluation"]["perplexity"]["squad"]["overlap"]["calibration"] == "same corpus"
@@ -147,10 +185,10 @@ def test_overlap_of_calibration_and_evaluation_is_said(finished):
 
 
 def test_kill_in_every_stage_then_rerun_gives_the_same(finished, tmp_path):
-    _, undisturbed = finished
+    undisturbed = run_here(finished[0], *LIGHT)
     for stage in ("score", "prune", "recover", "evaluate/perplexity/lambada"):
         process = subprocess.Popen(
-            command(*overrides(tmp_path, "tracker=jsonl")),
+            [sys.executable, "-m", "kvp", *overrides(tmp_path, *LIGHT)],
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -161,7 +199,7 @@ def test_kill_in_every_stage_then_rerun_gives_the_same(finished, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         assert process.returncode == -signal.SIGKILL, f"{stage} was over before it could be killed"
-    rerun = run_here(tmp_path, "tracker=jsonl")
+    rerun = run_here(tmp_path, *LIGHT)
     assert numbers(rerun) == numbers(undisturbed)
     weights = [
         (Path(record["recovered"]["checkpoint"]) / "model.safetensors").read_bytes()
@@ -176,7 +214,7 @@ def test_an_edited_stage_is_not_trusted(finished):
     weights = checkpoint / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    again = run_here(tmp_path, "tracker=jsonl")
+    again = run_here(tmp_path)
     assert weights.read_bytes() == content
     assert [stage["name"] for stage in again["stages"] if not stage["found"]] == ["prune"]
 
@@ -185,42 +223,68 @@ def test_an_edited_stage_is_not_trusted(finished):
     ("options", "message"),
     [
         (["ratio.value=1.5"], "ratio.value must be in [0, 1), got 1.5"),
+        (["ratio.value=abc"], "ratio has a value of the wrong type"),
         (["ratio.valu=0.5"], "Did you mean ratio.value"),
-        (["strategy=kvprunner"], "kvpruner"),
+        (["strategy=kvprunner"], "Did you mean kvpruner?"),
+        (["strategi=random"], "strategi"),
         (["strategy.importance=tailor"], "strategy.importance must be one of random"),
+        (["strategy.allocator.temperature=-1"], "temperature must be >= 0"),
         (["calibration.corpora=[squat]"], "Did you mean 'squad'?"),
         (["evaluation.perplexity.window=1"], "window must be >= 2, got 1"),
-        (["recovery.rank=0"], "rank"),
+        (["evaluation.zero_shot.tasks=[piqua]"], "piqa"),
+        (["recovery.rank=0"], "rank must be > 0, got 0"),
+        (["measure.batch_size=0"], "batch_size must be >= 1, got 0"),
         (["ratio=params", "ratio.value=0.9"], "the nearest is"),
         (["model.dtype=float8"], "model.dtype must be one of auto"),
         (["store=/dev/null/store"], "store=DIR"),
+        (["model=local", "model.path=/nowhere"], "neither a directory nor"),
+        (["evaluation.perplexity.corpora=[text]"], "KVP_TEXT"),
     ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_bad_options_fail_with_one_clear_error(tmp_path, options, message):
-    result = call(tmp_path, *options)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.strip().splitlines()) <= 12
+def test_bad_options_fail_with_one_clear_error(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, stderr = main_here(monkeypatch, capsys, *overrides(tmp_path, *options))
+    assert code == 1
+    errors = [line for line in stderr.splitlines() if line.startswith("kvp: error:")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in stderr
     assert not list((tmp_path / "store").glob("score/*"))
 
 
-def test_nan_weights_are_one_clear_error_and_leave_nothing(tmp_path):
-    model = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(run_dense(tmp_path)).config)
+def test_weights_that_are_not_finite_are_one_clear_error_and_leave_nothing(
+    finished, tmp_path, monkeypatch, capsys
+):
+    dense = finished[1]["dense"]["checkpoint"]
+    model = AutoModelForCausalLM.from_pretrained(dense)
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
-    broken = tmp_path / "broken"
-    model.save_pretrained(broken)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (broken / file).write_bytes((Path(run_dense(tmp_path)) / file).read_bytes())
-    options = ["model=local", f"model.path={broken}", "evaluation=none"]
-    result = call(tmp_path, *(o for o in options), "~debug", "measure=none", "recovery=none")
-    assert result.returncode == 1
-    assert "not finite" in result.stderr
-    assert not list((tmp_path / "store").glob("score/*"))
+    model.save_pretrained(tmp_path / "broken")
+    load_tokenizer(dense).save_pretrained(tmp_path / "broken")
+    options = ["model=local", f"model.path={tmp_path}/broken", "evaluation=none", *LIGHT]
+    code, stderr = main_here(monkeypatch, capsys, *overrides(tmp_path, *options))
+    assert code == 1
+    assert "kvp: error: the calibration loss of batch 0 is not finite" in stderr
+    left = {path.suffix for path in (tmp_path / "store" / "score").iterdir()}
+    assert left <= {".lock", ".holder"}
 
 
-def run_dense(tmp_path):
-    return run_here(tmp_path, "strategy=none", "recovery=none", "evaluation=none", "measure=none")["dense"][
-        "checkpoint"
-    ]
+def test_a_sweep_scores_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["kvp", "-m", *overrides(tmp_path, *LIGHT), "ratio.value=0.25,0.5", "recovery=none"]
+    )
+    GlobalHydra.instance().clear()
+    main()
+    assert len(list((tmp_path / "store" / "score").glob("[!.]*"))) == 1
+    assert len(list((tmp_path / "store" / "prune").glob("[!.]*"))) == 2
+    assert len(list((tmp_path / "runs").glob("*/run.json"))) == 2
+
+
+@pytest.mark.parametrize("group", sorted(path.name for path in CONF.iterdir() if path.is_dir()))
+def test_every_option_of_every_group_composes(group):
+    skipped = {"machine", "hydra"}
+    for path in () if group in skipped else sorted((CONF / group).glob("*.yaml")):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", overrides=[f"{group}={path.stem}"])
+            assert OmegaConf.to_container(config, resolve=path.stem != "local", throw_on_missing=False)

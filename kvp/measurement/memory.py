@@ -7,6 +7,7 @@ Both are set back once the model is loaded, since loading may hold the weights t
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """`model` with all weights resident on `device`.
 
     `from_pretrained` leaves CPU weights mapped to the file: pages that were not read yet would not
-    count, and those that were could be evicted. A copy is in memory once and for good; tensor by tensor,
-    so that where they were not mapped, no hole of the size of the model stays in the heap.
+    count, and those that were could be evicted. A copy is in memory once and for good, made tensor
+    by tensor so that the model is never held twice.
     """
     if device.type == "cpu":
         for parameter in model.parameters():
@@ -75,10 +76,11 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget earlier peaks."""
+    """Forget earlier peaks; on a CPU, first hand back what loading freed, or it would hide activations."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
+        ctypes.CDLL(None).malloc_trim(0)  # glibc, as every Linux build of torch
         CLEAR_REFS.write_text(RESET_PEAK)
 
 

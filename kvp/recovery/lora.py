@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -32,10 +33,12 @@ from kvp.recovery.base import Example, Examples, Recovery
 from kvp.recovery.batches import collate, mean_loss
 from kvp.recovery.journal import Journal, newest_checkpoint
 
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # a name that PEFT still reads
+
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = ("bfloat16", "float32")
-PROBE = (2, 64)  # sequences and tokens on which the merged model must agree with the adapter
-MERGE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the logits' norm
+PROBE = (1, 32)  # sequences and tokens on which the merged model must agree with the adapter
+MERGE_TOLERANCE = 1e-3  # of the norm of the logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,9 +239,9 @@ class Lora(Recovery):
 
 
 def merge(checkpoint: Path, adapter: Path, probe: Tensor) -> tuple[PreTrainedModel, dict[str, float]]:
-    """The checkpoint with the adapter added to its weights: each sum in float32, rounded once.
+    """The checkpoint with the adapter added to its weights in float32, then rounded once to its own dtype.
 
-    Starts from the weights on disk in their own dtype, not from those that were trained over.
+    Starts from the weights on disk, not from those that were trained over, which may have been rounded.
 
     Args:
         checkpoint: The model the adapter was trained on.
@@ -246,23 +249,24 @@ def merge(checkpoint: Path, adapter: Path, probe: Tensor) -> tuple[PreTrainedMod
         probe: Token ids of shape (sequences, tokens) on which the two forms are compared.
 
     Returns:
-        The model, on the CPU, and the largest difference of a logit between the two.
+        The model, on the CPU, and the largest difference of a logit between the two in float32.
 
     Raises:
         ArithmeticError: They differ by more than rounding explains.
     """
-    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    stored = AutoConfig.from_pretrained(checkpoint).dtype
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     updated = PeftModel.from_pretrained(base, adapter)
     expected = _logits(updated, probe)
     merged = updated.merge_and_unload()
     difference = _logits(merged, probe) - expected
     relative = (difference.norm() / expected.norm()).item()
-    if not relative <= MERGE_TOLERANCE[merged.dtype]:
+    if not relative <= MERGE_TOLERANCE:
         raise ArithmeticError(
-            f"The merged model's logits differ from the adapter's by {relative:.2%} of their norm, "
-            f"{merged.dtype} explains {MERGE_TOLERANCE[merged.dtype]:.2%}: train with dtype=float32"
+            f"The merged model's logits differ from the adapter's by {relative:.2%} of their norm, rounding "
+            f"explains {MERGE_TOLERANCE:.2%}: lower learning_rate or alpha, the update is too large"
         )
-    return merged, {"merge_max_diff": difference.abs().max().item(), "merge_relative_diff": relative}
+    return merged.to(stored), {"merge_max_diff": difference.abs().max().item()}
 
 
 def _check_trained(model: PeftModel) -> None:
