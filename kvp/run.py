@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from kvp import steps
 from kvp.experiment import Experiment
 from kvp.record import Record, announce, finished_before, make_record, write_record
 from kvp.tracking import Null
@@ -30,7 +31,7 @@ def run(config: DictConfig) -> Record:
     started = time.time()
     x = Experiment.compose(config)
     x.check_sources()
-    dense = x.dense()
+    dense = steps.dense(x)
     x.check_model(dense.config)
 
     directory = Path(config.runs).absolute() / x.name
@@ -39,12 +40,12 @@ def run(config: DictConfig) -> Record:
     with tracker.run(
         name=x.name, run_id=x.hash, directory=directory, config=x.node, group=x.group, job_type="run"
     ) as tracked:
-        models = {"dense": x.examine(dense)}
-        pruned = x.prune(dense)
-        models["pruned"] = x.examine(pruned)
-        recovered = x.recover(pruned)
+        models = {"dense": steps.examine(x, dense)}
+        pruned = steps.prune(x, dense)
+        models["pruned"] = steps.examine(x, pruned)
+        recovered = steps.recover(x, pruned)
         if recovered is not None:
-            models["recovered"] = x.examine(recovered)
+            models["recovered"] = steps.examine(x, recovered)
 
         record = make_record(
             x, models, directory, tracked.location or (earlier or {}).get("tracker"), started

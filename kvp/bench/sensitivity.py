@@ -24,7 +24,7 @@ from kvp.models.load import PackagedModel, load_model, resolve_device, resolve_d
 from kvp.models.shapes import layer_shapes
 from kvp.models.surgery import without
 from kvp.stage import Store
-from kvp.strategies.signals import losses_without
+from kvp.strategies.losses import losses_without
 
 
 @torch.inference_mode()

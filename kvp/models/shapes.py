@@ -135,8 +135,7 @@ def size(config: PretrainedConfig, shapes: Sequence[LayerShape]) -> Size:
 def itemsize(config: PretrainedConfig) -> int:
     """Bytes of one number in the config's dtype."""
     dtype = config.dtype or torch.float32
-    assert isinstance(dtype, torch.dtype)
-    return dtype.itemsize
+    return (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
 
 
 def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:

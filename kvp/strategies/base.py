@@ -20,8 +20,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
 from kvp.models.surgery import masked, without
-from kvp.strategies.allocate import Allocator, Part, Pool, Sensitivity
-from kvp.strategies.signals import losses_without
+from kvp.strategies.allocate import Allocator, Sensitivity
+from kvp.strategies.losses import losses_without
+from kvp.strategies.pools import Part, Pool
 from kvp.types import Budget, Kind, Plan, Space
 
 Scores = Mapping[Space, Tensor]

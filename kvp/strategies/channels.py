@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from kvp.models.spaces import find_spaces
-from kvp.strategies.allocate import Part, Pool
 from kvp.strategies.base import Scores, ScoreStrategy, Target
 from kvp.strategies.importance import Importance, score_spaces
+from kvp.strategies.pools import Part, Pool
 from kvp.types import Kind, Space
 
 Grouping = Literal["coupled", "separate", "kv_group", "vo", "ffn", "block", "attention", "mlp"]

@@ -8,8 +8,9 @@ from transformers import LlamaConfig
 
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import find_spaces
-from kvp.strategies.allocate import Global, Part, Pool, Sensitivity, Uniform, settle, water_fill
+from kvp.strategies.allocate import Global, Sensitivity, Uniform, settle, water_fill
 from kvp.strategies.magnitude import Magnitude
+from kvp.strategies.pools import Part, Pool
 from kvp.strategies.random import Random
 from kvp.types import DENOMINATORS, Budget
 from tests.conftest import tiny_config, tiny_model

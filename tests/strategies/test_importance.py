@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kvp.models.spaces import find_spaces
 from kvp.strategies.base import Target
 from kvp.strategies.importance import Importance, score_spaces
-from kvp.strategies.signals import next_token_nll
+from kvp.strategies.losses import next_token_nll
 from tests.conftest import tiny_model
 
 HEAD_DIM = 8

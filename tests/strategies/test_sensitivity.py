@@ -7,7 +7,7 @@ import torch
 
 from kvp.models.spaces import available_kinds, find_spaces
 from kvp.models.surgery import apply, mask, masked, without
-from kvp.strategies.signals import losses_without, suffix
+from kvp.strategies.losses import losses_without, suffix
 from kvp.types import Plan
 from tests.conftest import random_plan, tiny_model
 

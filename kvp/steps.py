@@ -1,0 +1,244 @@
+"""The steps of an experiment, each a stage of the store or several.
+
+A stage is named by a fingerprint of everything that decides its result; one that is there already is
+found, not computed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvp.data.corpora import find
+from kvp.evaluation.zeroshot import average
+from kvp.experiment import Checkpoint, Experiment, Record
+from kvp.models.load import load_model, load_tokenizer, resolve_dtype
+from kvp.models.load import save as save_checkpoint
+from kvp.models.plans import read_scores, write_plan, write_scores
+from kvp.models.shapes import layer_shapes, size
+from kvp.models.surgery import apply
+from kvp.provenance import provenance
+from kvp.stage import Stage
+from kvp.strategies.base import Scores
+from kvp.types import Plan
+
+
+def dense(x: Experiment) -> Checkpoint:
+    """The model to prune, as a Hugging Face directory."""
+    identity = x.source.identity()
+    if located := x.source.locate():
+        return Checkpoint(located, sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest())
+    stage = x.once(
+        "model",
+        "model",
+        {"node": _without(x.node["model"], "dtype", "name")} | {"identity": identity},
+        x.source.write,
+    )
+    return Checkpoint(stage.path, stage.fingerprint)
+
+
+def score(x: Experiment, dense: Checkpoint) -> tuple[Stage, Scores]:
+    """Local importance of every unit; knows neither budget nor allocator."""
+    inputs = {
+        "model": dense.fingerprint,
+        "dtype": str(x.dtype),
+        "strategy": _without(x.node["strategy"], *x.strategy.late),
+        "calibration": x.calibration_identity(),
+        "seed": x.node["seed"],
+    }
+
+    def work(directory: Path) -> dict[str, Any]:
+        scores = x.strategy.score(x.target(dense))
+        write_scores(directory / "scores.safetensors", scores)
+        return {"spaces": len(scores), **x.calibration_facts(dense)}
+
+    stage = x.once("score", "score", inputs, work)
+    return stage, read_scores(stage.path / "scores.safetensors")
+
+
+def sensitivity(x: Experiment, dense: Checkpoint, scored: Stage, scores: Scores) -> Stage | None:
+    """Phase A of KVPruner: what the loss loses with each block's KV. None if nobody asks."""
+    if not x.strategy.probes:
+        return None
+    inputs = {
+        "model": dense.fingerprint,
+        "dtype": str(x.dtype),
+        "calibration": x.calibration_identity(),
+        "probe": x.strategy.probe_inputs(scored.fingerprint),
+    }
+
+    def work(directory: Path) -> dict[str, Any]:
+        return {"nats_per_token": x.strategy.sensitivity(x.target(dense), scores).tolist()}
+
+    return x.once("sensitivity", "sensitivity", inputs, work)
+
+
+def prune(x: Experiment, dense: Checkpoint) -> Checkpoint:
+    """Score, allocate the budget, cut."""
+    if x.unpruned:
+        return dense
+    scored, scores = score(x, dense)
+    sensed = sensitivity(x, dense, scored, scores)
+    inputs = {
+        "model": dense.fingerprint,
+        "score": scored.fingerprint,
+        "sensitivity": sensed.fingerprint if sensed else None,
+        "strategy": x.node["strategy"],
+        "budget": x.node["ratio"],
+    }
+    profile = x.profile = sensed.result["nats_per_token"] if sensed else None
+
+    def work(directory: Path) -> dict[str, Any]:
+        blank = torch.zeros(len(layer_shapes(dense.config)))
+        plan = x.strategy.plan(dense.config, scores, x.budget, torch.tensor(profile) if profile else blank)
+        write_plan(directory, plan)
+        _cut(x, dense, plan, directory / "model")
+        return {"kept": {space.key: list(keep.shape) for space, keep in plan.keep.items()}}
+
+    stage = x.once("prune", "prune", inputs, work)
+    return Checkpoint(stage.path / "model", stage.fingerprint)
+
+
+def _cut(x: Experiment, dense: Checkpoint, plan: Plan, directory: Path) -> None:
+    stored = load_model(
+        dense.path,
+        dtype=resolve_dtype(str(dense.config.dtype).removeprefix("torch."), "cpu"),
+        device="cpu",
+    )
+    save_checkpoint(apply(stored, plan), load_tokenizer(dense.path), directory)
+
+
+def recover(x: Experiment, pruned: Checkpoint) -> Checkpoint | None:
+    """LoRA on the pruned model, merged."""
+    recovery = x.recovery
+    if recovery is None:
+        return None
+    inputs = {
+        "model": pruned.fingerprint,
+        "recovery": recovery.identity(x.corpora),
+        "seed": x.node["seed"],
+    }
+
+    def work(directory: Path) -> dict[str, Any]:
+        x.unload()
+        return recovery.recover(
+            pruned.path, directory, corpora=x.corpora, seed=x.node["seed"], device=x.device
+        )
+
+    stage = x.once("recover", "recover", inputs, work, resumable=True)
+    x.recovery_result = stage.result
+    x.losses = [json.loads(line) for line in (stage.path / "losses.jsonl").read_text().splitlines()]
+    return Checkpoint(stage.path / "model", stage.fingerprint)
+
+
+def evaluate(x: Experiment, checkpoint: Checkpoint) -> Record:
+    """Perplexity per corpus and accuracy per task, each a stage of its own."""
+    perplexity = {
+        name: _perplexity(x, checkpoint, name) for name in (x.perplexity.corpora if x.perplexity else ())
+    }
+    tasks = {name: _zero_shot(x, checkpoint, name) for name in (x.zero_shot.tasks if x.zero_shot else ())}
+    return {
+        "perplexity": perplexity,
+        "zero_shot": {**tasks, "average": average(tasks) if tasks else None},
+    }
+
+
+def _perplexity(x: Experiment, checkpoint: Checkpoint, name: str) -> Record:
+    perplexity, corpus = x.perplexity, find(x.corpora, name)
+    assert perplexity is not None
+    identity = corpus.identity(perplexity.part)
+    inputs = {
+        "model": checkpoint.fingerprint,
+        "dtype": str(x.dtype),
+        "protocol": _without(asdict(perplexity), "corpora"),
+        "corpus": identity,
+    }
+
+    def work(directory: Path) -> dict[str, Any]:
+        return perplexity.evaluate(x.load(checkpoint), load_tokenizer(checkpoint.path), corpus)
+
+    stage = x.once(f"evaluate/perplexity/{name}", "perplexity", inputs, work)
+    return {**stage.result, "dtype": str(x.dtype), "overlap": overlap(x, identity)}
+
+
+def _zero_shot(x: Experiment, checkpoint: Checkpoint, task: str) -> Record:
+    zero_shot = x.zero_shot
+    assert zero_shot is not None
+    inputs = {
+        "model": checkpoint.fingerprint,
+        "dtype": str(x.dtype),
+        "protocol": _without(asdict(zero_shot), "tasks"),
+        "task": task,
+    }
+
+    def work(directory: Path) -> dict[str, Any]:
+        return zero_shot.evaluate(x.load(checkpoint), load_tokenizer(checkpoint.path), task)
+
+    return {
+        **x.once(f"evaluate/zero_shot/{task}", "zero_shot", inputs, work).result,
+        "dtype": str(x.dtype),
+    }
+
+
+def overlap(x: Experiment, evaluated: Mapping[str, Any]) -> dict[str, str]:
+    """Whether calibration or recovery read the evaluated text: "none", "same corpus", "same text"."""
+    read = {
+        "calibration": (x.calibration_identity() or {}).get("corpora", []) if not x.unpruned else [],
+        "recovery": x.recovery.data.identity(x.corpora).get("corpora", []) if x.recovery else [],
+    }
+
+    def kind(other: Mapping[str, Any]) -> int:
+        return 2 if other == evaluated else int(other["name"] == evaluated["name"])
+
+    names = ("none", "same corpus", "same text")
+    return {reader: names[max(map(kind, sources), default=0)] for reader, sources in read.items()}
+
+
+def measure(x: Experiment, checkpoint: Checkpoint) -> Record | None:
+    """Tokens per second and memory, in a process of its own."""
+    protocol = x.protocol
+    if protocol is None:
+        return None
+    dtype = str(x.dtype).removeprefix("torch.")
+    device = provenance(x.device)
+    inputs = {
+        "model": checkpoint.fingerprint,
+        "protocol": asdict(protocol),
+        "dtype": dtype,
+        "device": [device["device"], device["threads"]],
+    }
+
+    def work(directory: Path) -> dict[str, Any]:
+        x.unload()
+        return protocol.measure(checkpoint.path, device=x.device, dtype=dtype)
+
+    result = x.once("measure", "measure", inputs, work).result
+    width = sum(shape.kv_width for shape in layer_shapes(checkpoint.config))
+    if result["kv_bytes_per_token"] != width * x.dtype.itemsize:
+        raise RuntimeError(
+            f"the cache of {checkpoint.path} holds {result['kv_bytes_per_token']} bytes per token, its shapes "
+            f"say {width * x.dtype.itemsize}: the checkpoint and its config disagree"
+        )
+    return result
+
+
+def examine(x: Experiment, checkpoint: Checkpoint) -> Record:
+    """Everything the record says of one model."""
+    config, shapes = checkpoint.config, layer_shapes(checkpoint.config)
+    widths = [{k: v for k, v in asdict(shape).items() if k != "rope_pairs"} for shape in shapes]
+    return {
+        "checkpoint": str(checkpoint.path),
+        "size": {**asdict(size(config, shapes)), "layers": widths},
+        "evaluation": evaluate(x, checkpoint),
+        "measure": measure(x, checkpoint),
+    }
+
+
+def _without(node: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key not in names}

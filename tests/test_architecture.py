@@ -1,0 +1,72 @@
+"""Imports go one way, third-party giants stand behind one module each, and nothing names this machine."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "kvp").rglob("*.py"))
+
+ALLOWED = {
+    "types": set(),
+    "stage": set(),
+    "tracking": set(),
+    "provenance": set(),
+    "models": {"models", "types"},
+    "data": {"data", "types"},
+    "strategies": {"strategies", "models", "types"},
+    "recovery": {"recovery", "data", "types"},
+    "evaluation": {"evaluation", "data", "types"},
+    "measurement": {"measurement", "models", "types"},
+    "report": {"report", "types"},
+    "bench": {"bench", "strategies", "models", "stage", "types"},
+}
+BEHIND = {
+    "wandb": {"tracking"},
+    "lm_eval": {"evaluation.zeroshot"},
+    "peft": {"recovery.lora"},
+    "hydra": {"__main__", "experiment"},
+    "omegaconf": {"__main__", "experiment", "run"},
+}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT / "kvp").with_suffix("").parts)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_go_one_way(path):
+    name, imported = name_of(path), imports(path)
+    part = name.partition(".")[0]
+    parts = {module.split(".")[1] for module in imported if module.startswith("kvp.")}
+    if part in ALLOWED:
+        assert parts <= ALLOWED[part], f"{name} imports {parts - ALLOWED[part]}"
+    for package, owners in BEHIND.items():
+        if package in {module.partition(".")[0] for module in imported}:
+            assert name in owners, f"only {owners} may import {package}"
+    assert "utils" not in name
+
+
+def test_one_strategy_never_imports_another():
+    leaves = {"kvpruner", "magnitude", "random", "none"}
+    for path in (ROOT / "kvp" / "strategies").glob("*.py"):
+        if path.stem in leaves:
+            assert not {f"kvp.strategies.{leaf}" for leaf in leaves} & imports(path)
+
+
+def test_every_strategy_has_its_yaml():
+    for path in (ROOT / "conf" / "strategy").glob("*.yaml"):
+        assert (ROOT / "kvp" / "strategies" / f"{path.stem}.py").exists()
