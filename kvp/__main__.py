@@ -46,15 +46,13 @@ USER_ERRORS = (
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(config: DictConfig) -> None:
     """One run of a single command or of a sweep."""
-    from rich.console import Console
-
-    from kvp.report.summary import summary
+    from kvp.report.summary import print_summary
     from kvp.run import run
 
     for chatty in ("httpx", "accelerate", "datasets", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    Console().print(summary(run(config)))
+    print_summary(run(config))
 
 
 def main() -> None:

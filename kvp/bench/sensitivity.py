@@ -33,7 +33,7 @@ def naive_losses(model: PreTrainedModel, batches: Sequence[Tensor]) -> Tensor:
     losses = []
     for layer in range(len(layer_shapes(model.config))):
         with without(model, layer, "attention"):
-            losses.append(sum(model(ids, labels=ids, use_cache=False).loss.item() for ids in batches))
+            losses.append(sum(model(ids, labels=ids).loss.item() for ids in batches))
     return torch.tensor(losses) / len(batches)
 
 

@@ -35,6 +35,7 @@ class Family:
     qkv_bias: bool = False
     layers: str = "model.layers"
     rotary: str = "model.rotary_emb"
+    norm: str = "model.norm"
     attention: str = "self_attn"
     mlp: str = "mlp"
     q: str = "q_proj"

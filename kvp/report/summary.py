@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console
 from rich.table import Table
-from rich.text import Text
+
+WIDTH = 120  # of the table in a file or pipe
 
 MODELS = ("dense", "pruned", "recovered")
 
 Read = Callable[[Mapping[str, Any]], str]
 
 
-def summary(record: Mapping[str, Any]) -> RenderableType:
+def print_summary(record: Mapping[str, Any]) -> None:
     """The table, what was achieved of what was asked, and where everything lies."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(_table(record))
+    for line in [*_notes(record), *_places(record)]:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _table(record: Mapping[str, Any]) -> Table:
     models = [name for name in MODELS if name in record]
     table = Table(title=record["name"], title_justify="left")
     table.add_column("", no_wrap=True)
@@ -24,7 +33,7 @@ def summary(record: Mapping[str, Any]) -> RenderableType:
         table.add_column(name, justify="right")
     for label, read in _rows(record["dense"]):
         table.add_row(label, *(read(record[name]) for name in models))
-    return Group(table, *(Text(line) for line in [*_notes(record), *_places(record)]))
+    return table
 
 
 def _rows(dense: Mapping[str, Any]) -> list[tuple[str, Read]]:

@@ -1,13 +1,13 @@
 """The calibration loss, of the whole model and without a part of it.
 
-All passes run the model's own forward with hooks; none calls a decoder layer by hand, so that a
-change in its arguments cannot silently change a number.
+All passes run the model's own forward, over some of its layers; none calls a decoder layer by hand, so
+that a change in its arguments cannot silently change a number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from kvp.models.family import family_of
+from kvp.models.shapes import layer_shapes
 
 TOKENS_PER_CHUNK = 512  # logits of this many tokens are held in float32 at once
 
@@ -47,49 +48,60 @@ def losses_without(
 ) -> tuple[float, Tensor]:
     """The mean loss of the whole model, and with each removal: `(layer, context that removes)`.
 
-    A removal in layer n leaves every hidden state before n as it was, so only the suffix is run, from
-    the stored input of layer n: the same numbers as the naive pass in about half its time.
+    A removal in layer n leaves every hidden state before n as it was. So all variants go through the
+    model together, layer by layer, in a batch that grows by those that begin in the layer: the numbers
+    of the naive pass with half its work, and each layer's weights are read once. Held at once: hidden
+    states and one layer's activations of `batch_size * (1 + removals)` samples.
 
     Returns:
         Base NLL, and (removals,) NLLs, in nats per token.
     """
-    base, losses, weights = 0.0, torch.zeros(len(removals), dtype=torch.float64), 0
-    progress = tqdm(total=len(batches) * len(removals), desc="sensitivity", unit="probe")
+    num_layers = len(layer_shapes(model.config))
+    total, predictions = torch.zeros(1 + len(removals), dtype=torch.float64), 0
+    progress = tqdm(total=len(batches) * num_layers, desc="sensitivity", unit="layer")
     for ids in batches:
         ids = ids.to(model.device)
-        with _layer_inputs(model) as inputs:
-            base += next_token_nll(model, input_ids=ids, labels=ids).double().sum().item()
-        for number, (layer, removal) in enumerate(removals):
-            with removal(), suffix(model, layer):
-                nll = next_token_nll(model, inputs_embeds=inputs[layer], labels=ids)
-            losses[number] += nll.double().sum().cpu()
+        states, variants = _hidden(model, 0, 0, input_ids=ids), [0]  # variant 0 is the whole model
+        for layer in range(num_layers):
+            whole, changed = states[: len(ids)], []
+            for variant, (where, removal) in enumerate(removals, start=1):
+                if where == layer:
+                    with removal():
+                        changed.append(_hidden(model, layer, layer + 1, inputs_embeds=whole))
+                    variants.append(variant)
+            states = torch.cat([_hidden(model, layer, layer + 1, inputs_embeds=states), *changed])
             progress.update()
-        weights += ids.shape[0] * (ids.shape[1] - 1)
+        with window(model, num_layers, num_layers):  # the final norm and the head
+            for variant, hidden in zip(variants, states.split(len(ids)), strict=True):
+                total[variant] += next_token_nll(model, inputs_embeds=hidden, labels=ids).double().sum().cpu()
+        predictions += ids.shape[0] * (ids.shape[1] - 1)
     progress.close()
-    return base / weights, losses / weights
+    return total[0].item() / predictions, total[1:] / predictions
+
+
+def _hidden(model: PreTrainedModel, start: int, stop: int, **inputs: Tensor) -> Tensor:
+    """(batch, seq_len, hidden_size) after layers start to stop, before the final norm."""
+    caught: list[Tensor] = []
+    norm = model.get_submodule(family_of(model.config).norm)
+    handle = norm.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    try:
+        with window(model, start, stop):
+            model.base_model(use_cache=False, **inputs)
+    finally:
+        handle.remove()
+    return caught[0]
 
 
 @contextmanager
-def _layer_inputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
-    """The hidden states (batch, seq_len, hidden_size) that enter each layer in the passes inside."""
-    inputs: list[Tensor] = []
-    with ExitStack() as stack:
-        for layer in model.get_submodule(family_of(model.config).layers).children():
-            handle = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-            stack.callback(handle.remove)
-        yield inputs
-
-
-@contextmanager
-def suffix(model: PreTrainedModel, start: int) -> Iterator[None]:
-    """The model without its first `start` layers: feed it `inputs_embeds`."""
+def window(model: PreTrainedModel, start: int, stop: int) -> Iterator[None]:
+    """The model with its layers start to stop only, for the time of a `with`: feed it `inputs_embeds`."""
     parent, _, name = family_of(model.config).layers.rpartition(".")
     owner, layers = model.get_submodule(parent), model.get_submodule(f"{parent}.{name}")
     types = getattr(model.config, "layer_types", None)
     assert isinstance(layers, nn.ModuleList)
-    setattr(owner, name, layers[start:])
+    setattr(owner, name, layers[start:stop])
     if types:
-        model.config.layer_types = types[start:]
+        model.config.layer_types = types[start:stop]
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ import torch
 
 from kvp.models.spaces import available_kinds, find_spaces
 from kvp.models.surgery import apply, mask, masked, without
-from kvp.strategies.losses import losses_without, suffix
+from kvp.strategies.losses import losses_without, window
 from kvp.types import Plan
 from tests.conftest import random_plan, tiny_model
 
@@ -58,9 +58,19 @@ def test_layers_of_mixed_types_keep_their_own(batches):
         assert losses[n].item() == pytest.approx(naive(mask(model, Plan({space: kept})), batches), rel=1e-6)
 
 
-def test_suffix_restores_the_model_even_after_an_error():
+def test_several_removals_in_one_layer_and_none_in_another(batches):
+    model = tiny_model(dtype=torch.float64)
+    removals = [(1, lambda kind=kind: without(model, 1, kind)) for kind in ("attention", "mlp", "block")]
+    base, losses = losses_without(model, batches, removals)
+    for (_, removal), loss in zip(removals, losses, strict=True):
+        with removal():
+            assert loss.item() == pytest.approx(naive(model, batches), rel=1e-6)
+    assert base == pytest.approx(naive(model, batches), rel=1e-6)
+
+
+def test_window_restores_the_model_even_after_an_error():
     model = tiny_model()
     layers = model.model.layers
-    with pytest.raises(IndexError), suffix(model, 2):
+    with pytest.raises(IndexError), window(model, 2, 3):
         model.model.layers[1]
     assert model.model.layers is layers
