@@ -161,8 +161,8 @@ def scoring_bytes(
 
     Activations count, per token and layer, what autograd keeps in the model's dtype: residual stream
     and norms (with their float32 copies), projections, and the attention output; with checkpointing
-    only the layer inputs and one layer at a time; and twice one layer's, for gradients and workspace.
-    The constant is the largest gradient with its float32 copies, and one chunk of logits in float32.
+    only the layer inputs and one layer at a time; and three times one layer's, for gradients and workspace.
+    The constant is the largest gradient with its float32 copies, and one chunk of logits with its gradients in float32.
     """
     shapes, width = layer_shapes(config), itemsize(config)
     tokens = batch_size * length
@@ -184,7 +184,7 @@ def scoring_bytes(
         else sum(per_layer)
     )
     logits = (
-        tokens * config.vocab_size * (width + 4) + 2 * min(tokens, TOKENS_PER_CHUNK) * config.vocab_size * 4
+        tokens * config.vocab_size * (width + 4) + 4 * min(tokens, TOKENS_PER_CHUNK) * config.vocab_size * 4
     )
     largest = max(
         config.hidden_size
@@ -193,7 +193,7 @@ def scoring_bytes(
     )
     parts = {
         "weights": width * size(config, shapes).params,
-        "activations": tokens * (kept + 2 * max(per_layer)) + logits,
+        "activations": tokens * (kept + 3 * max(per_layer)) + logits,
         "constant": largest * (2 * width + 3 * 4),
     }
     return {**parts, "total": sum(parts.values())}
