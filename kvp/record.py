@@ -10,14 +10,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kvp.experiment import Experiment
+from kvp.experiment import Experiment, Record
 from kvp.provenance import provenance
 from kvp.tracking import Log
 from kvp.types import DENOMINATORS, Size
 
 SCHEMA = 1  # of run.json; documented in the README, raised when a key changes its meaning
-
-Record = dict[str, Any]
 
 
 def make_record(
