@@ -15,7 +15,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
 
 import hydra
-import torch
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -46,13 +45,16 @@ USER_ERRORS = (
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(config: DictConfig) -> None:
     """One run of a single command or of a sweep."""
+    from kvp.experiment import Experiment
     from kvp.report.summary import print_summary
-    from kvp.run import run
 
     for chatty in ("httpx", "accelerate", "datasets", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    print_summary(run(config))
+    x = Experiment.compose(config)
+    from kvp.run import run  # imports seconds of modelling code, which a wrong option need not wait for
+
+    print_summary(run(x))
 
 
 def main() -> None:
@@ -74,7 +76,7 @@ def _words(error: BaseException) -> str:
         if isinstance(error.__cause__, OmegaConfBaseException) and "not in struct" in str(error.__cause__):
             break
         error = error.__cause__
-    if isinstance(error, torch.OutOfMemoryError):
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
         return f"{error}. Lower batch sizes (calibration, evaluation, recovery), or device=cpu"
     message = str(error) or type(error).__name__
     if missing := re.search(r"Could not find '([\w/]+)/(\w+)'", message):

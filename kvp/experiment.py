@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
 
 from kvp.data.calibration import Calibration
 from kvp.data.corpora import Corpus, find
@@ -39,6 +38,9 @@ from kvp.strategies.base import Strategy, Target
 from kvp.strategies.none import NoPruning
 from kvp.tracking import Tracker
 from kvp.types import Budget
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,7 @@ class Experiment:
     protocol: Measure | None
     tracker: Tracker
     store: Store
+    runs: Path
     device: str
     dtype: torch.dtype
     stages: list[Stage] = field(default_factory=list)
@@ -129,6 +132,7 @@ class Experiment:
             protocol=build("measure"),
             tracker=build("tracker"),
             store=Store(Path(config.store)),
+            runs=Path(config.runs).absolute(),
             device=device,
             dtype=getattr(torch, config.dtype),
         )

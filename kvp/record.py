@@ -34,7 +34,8 @@ def make_record(
         },
         **models,
         "sensitivity": x.profile,
-        "recovery": x.recovery_result,
+        "recovery": x.recovery_result
+        and {**x.recovery_result, "losses": [[point["step"], point["loss"]] for point in x.losses]},
         "stages": [
             {
                 "name": stage.name,

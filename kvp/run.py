@@ -6,9 +6,6 @@ python -m kvp ratio.value=0.25 recovery=lora_text
 from __future__ import annotations
 
 import time
-from pathlib import Path
-
-from omegaconf import DictConfig
 
 from kvp import steps
 from kvp.experiment import Experiment
@@ -16,25 +13,24 @@ from kvp.record import Record, announce, finished_before, make_record, write_rec
 from kvp.tracking import Null
 
 
-def run(config: DictConfig) -> Record:
-    """Run the experiment that a configuration describes; everything finished before is found.
+def run(x: Experiment) -> Record:
+    """Run an experiment; everything finished before is found.
 
     Returns:
         The record, as in `run.json`.
 
     Raises:
-        ValueError: An option, budget or space is not to be had; nothing was computed.
+        ValueError: A budget or space is not to be had; nothing was computed.
         FileNotFoundError: Data or model are missing; the message names the ways out.
         FloatingPointError: A loss is not finite.
         StageError: The store cannot be written.
     """
     started = time.time()
-    x = Experiment.compose(config)
     x.check_sources()
     dense = steps.dense(x)
     x.check_model(dense.config)
 
-    directory = Path(config.runs).absolute() / x.name
+    directory = x.runs / x.name
     earlier = finished_before(directory)
     tracker = Null() if earlier else x.tracker
     with tracker.run(

@@ -27,9 +27,9 @@ ALLOWED = {
 BEHIND = {
     "wandb": {"tracking"},
     "lm_eval": {"evaluation.zeroshot"},
-    "peft": {"recovery.lora"},
+    "peft": {"recovery.training", "recovery.merge"},
     "hydra": {"__main__", "experiment"},
-    "omegaconf": {"__main__", "experiment", "run"},
+    "omegaconf": {"__main__", "experiment"},
 }
 
 

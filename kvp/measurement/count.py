@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 
 from kvp.types import LayerShape
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def macs(config: PretrainedConfig, shapes: Sequence[LayerShape], *, prompt_length: int) -> int:

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from kvp.models.layers import resize
 from kvp.types import LayerShape
 
 
@@ -106,27 +107,3 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel pairs (i, i + width / 2), the Hugging Face layout."""
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-class NoAttention(nn.Module):
-    """A removed attention: adds nothing to the residual stream and holds no cache."""
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        """A zero that broadcasts."""
-        return hidden_states.new_zeros(()), None
-
-
-class NoMLP(nn.Module):
-    """A removed feed-forward network."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """A zero that broadcasts."""
-        return hidden_states.new_zeros(())
-
-
-def resize(module: Any, name: str, in_features: int, out_features: int) -> None:
-    """Replace a Linear by one of other widths (same bias, device and dtype, weights not initialised)."""
-    old = getattr(module, name)
-    if (old.in_features, old.out_features) != (in_features, out_features):
-        factory = {"device": old.weight.device, "dtype": old.weight.dtype}
-        setattr(module, name, nn.Linear(in_features, out_features, bias=old.bias is not None, **factory))

@@ -6,12 +6,11 @@ Two families that differ in names only are two rows of `FAMILIES`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +19,7 @@ class Family:
 
     Attributes:
         name: The `model_type` of the Hugging Face config.
-        causal_lm: The Hugging Face model class.
-        attention_class: Its attention module, whose forward the pruned twin replaces.
+        prefix: Of the Hugging Face classes' names; they are imported when they are asked for.
         qk_norm: A norm over `head_dim` follows the query and key projections (Qwen3): its statistics
             run over all channels of a head, so rope pairs cannot be cut without changing the rest.
         qkv_bias: q, k and v always have a bias and o never (Qwen2); otherwise the config's
@@ -29,8 +27,7 @@ class Family:
     """
 
     name: str
-    causal_lm: type[PreTrainedModel]
-    attention_class: type
+    prefix: str
     qk_norm: bool = False
     qkv_bias: bool = False
     layers: str = "model.layers"
@@ -46,6 +43,20 @@ class Family:
     up: str = "up_proj"
     down: str = "down_proj"
 
+    def _class(self, suffix: str) -> Any:
+        module = import_module(f"transformers.models.{self.name}.modeling_{self.name}")
+        return getattr(module, self.prefix + suffix)
+
+    @property
+    def causal_lm(self) -> type[PreTrainedModel]:
+        """The Hugging Face model class."""
+        return self._class("ForCausalLM")
+
+    @property
+    def attention_class(self) -> type:
+        """Its attention module, whose forward the pruned twin replaces."""
+        return self._class("Attention")
+
     @property
     def config_class(self) -> type[PretrainedConfig]:
         """The Hugging Face config class of the dense model."""
@@ -57,28 +68,10 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family(
-            name="llama",
-            causal_lm=modeling_llama.LlamaForCausalLM,
-            attention_class=modeling_llama.LlamaAttention,
-        ),
-        Family(
-            name="mistral",
-            causal_lm=modeling_mistral.MistralForCausalLM,
-            attention_class=modeling_mistral.MistralAttention,
-        ),
-        Family(
-            name="qwen2",
-            causal_lm=modeling_qwen2.Qwen2ForCausalLM,
-            attention_class=modeling_qwen2.Qwen2Attention,
-            qkv_bias=True,
-        ),
-        Family(
-            name="qwen3",
-            causal_lm=modeling_qwen3.Qwen3ForCausalLM,
-            attention_class=modeling_qwen3.Qwen3Attention,
-            qk_norm=True,
-        ),
+        Family(name="llama", prefix="Llama"),
+        Family(name="mistral", prefix="Mistral"),
+        Family(name="qwen2", prefix="Qwen2", qkv_bias=True),
+        Family(name="qwen3", prefix="Qwen3", qk_norm=True),
     )
 }
 

@@ -13,19 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+import transformers
+
+if TYPE_CHECKING:
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+    )
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -93,15 +92,19 @@ class PackagedModel(ModelSource):
     def write(self, directory: Path) -> dict[str, Any]:
         """Dequantise, and undo what the GGUF did to the config."""
         source = str(self._directory())
-        model = AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             source,
             gguf_file=self.file,
             dtype=torch.float32,
-            quantization_config=GgufConfig(gguf_file=self.file, dequantize=True),
+            quantization_config=transformers.GgufConfig(gguf_file=self.file, dequantize=True),
         )
         model.config.rms_norm_eps = round(model.config.rms_norm_eps, 8)  # 9.999999747e-06 in float32
         model.config._name_or_path = self.origin
-        save(model.bfloat16(), AutoTokenizer.from_pretrained(source, gguf_file=self.file), directory)
+        save(
+            model.bfloat16(),
+            transformers.AutoTokenizer.from_pretrained(source, gguf_file=self.file),
+            directory,
+        )
         return {"origin": self.origin, "quantised": "Q4_1, dequantised"}
 
 
@@ -170,8 +173,8 @@ class RandomModel(ModelSource):
     def write(self, directory: Path) -> dict[str, Any]:
         """Draw the weights."""
         torch.manual_seed(self.seed)
-        config = AutoConfig.for_model(**self.config)
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        config = transformers.AutoConfig.for_model(**self.config)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
         save(model, byte_tokenizer(), directory)
         return {"random": True}
 
@@ -185,7 +188,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -195,20 +198,27 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: 
     shutil.rmtree(directory / ".cache", ignore_errors=True)
 
 
+def _register() -> None:
+    """Teach the Auto classes the pruned models; not sooner, it imports seconds of modelling code."""
+    import kvp.models.pruned  # noqa: F401
+
+
 def load_config(path: Path) -> PretrainedConfig:
     """The config of a checkpoint; reads no weights."""
-    return AutoConfig.from_pretrained(path)
+    _register()
+    return transformers.AutoConfig.from_pretrained(path)
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """A checkpoint in eval mode."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    _register()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
     return model.eval().to(torch.device(device))
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a checkpoint."""
-    return AutoTokenizer.from_pretrained(path)
+    return transformers.AutoTokenizer.from_pretrained(path)
 
 
 def resolve_device(device: str) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from kvp.models.attention import NoAttention, NoMLP, PrunedAttention, resize
+from kvp.models.attention import PrunedAttention
 from kvp.models.family import FAMILIES, PRUNED_PREFIX, Family, family_of
+from kvp.models.layers import NoAttention, NoMLP, resize
 from kvp.models.shapes import layer_shapes
 from kvp.types import LayerShape
 
@@ -42,9 +43,8 @@ def _twin(family: Family) -> type[PreTrainedModel]:
                 _resize_mlp(layer, config.hidden_size, shape.intermediate_size)
             self.post_init()
 
-    prefix = family.causal_lm.__name__.removesuffix("ForCausalLM")
     for cls, name in ((Config, "Config"), (Attention, "Attention"), (Model, "ForCausalLM")):
-        cls.__name__ = cls.__qualname__ = f"Kvp{prefix}{name}"
+        cls.__name__ = cls.__qualname__ = f"Kvp{family.prefix}{name}"
     Model.config = Config
     AutoConfig.register(Config.model_type, Config)
     AutoModelForCausalLM.register(Config, Model)

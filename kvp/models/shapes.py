@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PretrainedConfig
 
 from kvp.models.family import family_of
 from kvp.types import LayerShape, Plan, Size, Space
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 CHANNELS_PER_PAIR = 2
 

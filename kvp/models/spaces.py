@@ -15,14 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from kvp.models.family import Family, family_of
 from kvp.models.shapes import layer_shapes, space_shape
 from kvp.types import KINDS, Kind, LayerShape, Space
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ACROSS_LAYERS: tuple[Kind, ...] = ("block", "attention", "mlp")
 

@@ -10,15 +10,17 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.strategies.pools import Pool
 from kvp.types import Budget, Plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True, kw_only=True)

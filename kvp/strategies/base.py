@@ -11,19 +11,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
 
+from kvp.models.masks import masked, without
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
-from kvp.models.surgery import masked, without
 from kvp.strategies.allocate import Allocator, Sensitivity
 from kvp.strategies.losses import losses_without
 from kvp.strategies.pools import Part, Pool
 from kvp.types import Budget, Kind, Plan, Space
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Scores = Mapping[Space, Tensor]
 CHANNEL_KINDS: tuple[Kind, ...] = ("qk", "vo", "ffn")

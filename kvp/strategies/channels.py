@@ -5,17 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from kvp.models.spaces import find_spaces
 from kvp.strategies.base import Scores, ScoreStrategy, Target
 from kvp.strategies.importance import Importance, score_spaces
 from kvp.strategies.pools import Part, Pool
 from kvp.types import Kind, Space
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 Grouping = Literal["coupled", "separate", "kv_group", "vo", "ffn", "block", "attention", "mlp"]
 Scope = Literal["head", "layer", "model"]

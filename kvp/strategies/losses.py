@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from kvp.models.family import family_of
 from kvp.models.shapes import layer_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENS_PER_CHUNK = 512  # logits of this many tokens are held in float32 at once
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
 
 from kvp.models.shapes import itemsize, layer_shapes, size
 from kvp.models.spaces import Member
 from kvp.strategies.losses import TOKENS_PER_CHUNK, next_token_nll
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kvp.models.masks import mask, masked, without
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import available_kinds, find_spaces
-from kvp.models.surgery import apply, mask, masked, without
+from kvp.models.surgery import apply
 from kvp.types import Plan, Space
 from tests.conftest import random_plan, tiny_config, tiny_model
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvp.models.masks import mask
 from kvp.models.plans import read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import available_kinds
-from kvp.models.surgery import apply, mask
+from kvp.models.surgery import apply
 from kvp.strategies.allocate import Global, Sensitivity, Uniform
 from kvp.strategies.base import Target
 from kvp.strategies.kvpruner import KVPruner

@@ -1,0 +1,103 @@
+"""A plan applied without changing a shape: its rows and columns are zero, or its sublayers are away.
+
+`mask` and `kvp.models.surgery.apply` give the same logits, which is how every strategy's plans are tested.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kvp.models.family import family_of
+from kvp.models.layers import NoAttention, NoMLP
+from kvp.models.spaces import ACROSS_LAYERS, keep_mask, members
+from kvp.types import Plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Masks = dict[str, dict[int, Tensor]]
+
+
+def masks_of(config: PretrainedConfig, plan: Plan) -> Masks:
+    """Per module and axis, which rows or columns stay under all spaces of the plan."""
+    masks: Masks = defaultdict(dict)
+    for space, keep in plan.keep.items():
+        if space.kind in ACROSS_LAYERS:
+            continue
+        stays = keep_mask(space, keep.cpu())
+        for member in members(config, space):
+            mask, axes = stays[member.index], masks[member.name]
+            axes[member.axis] = axes[member.axis] & mask if member.axis in axes else mask
+    return masks
+
+
+@torch.no_grad()
+def mask(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """A copy of the model with the removed rows and columns set to zero, its shapes unchanged."""
+    model = copy.deepcopy(model)
+    state = model.state_dict()
+    for name, edit in plan.edits.items():
+        state[name].copy_(edit)
+    for name, axes in masks_of(model.config, plan).items():
+        _zero(model, name, axes)
+    for space, keep in plan.keep.items():
+        if space.kind in ACROSS_LAYERS:
+            for layer in set(range(space.shape[0])) - set(keep.tolist()):
+                _remove_sublayers(model, layer, space.kind)
+    return model
+
+
+def _zero(model: PreTrainedModel, name: str, axes: dict[int, Tensor]) -> None:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    for axis, stays in axes.items():
+        gone = (~stays).nonzero().flatten().to(module.weight.device)
+        module.weight.index_fill_(axis, gone, 0)
+        if axis == 0 and module.bias is not None:
+            module.bias.index_fill_(0, gone, 0)
+
+
+def _remove_sublayers(model: PreTrainedModel, layer: int, kind: str) -> None:
+    family = family_of(model.config)
+    module = model.get_submodule(f"{family.layers}.{layer}")
+    if kind in ("block", "attention"):
+        module.set_submodule(family.attention, NoAttention())
+    if kind in ("block", "mlp"):
+        module.set_submodule(family.mlp, NoMLP())
+
+
+@contextmanager
+def without(model: PreTrainedModel, layer: int, kind: str) -> Iterator[None]:
+    """The model without a sublayer or block, for the time of a `with`."""
+    family = family_of(model.config)
+    module = model.get_submodule(f"{family.layers}.{layer}")
+    kept = {name: module.get_submodule(name) for name in (family.attention, family.mlp)}
+    _remove_sublayers(model, layer, kind)
+    try:
+        yield
+    finally:
+        for name, child in kept.items():
+            module.set_submodule(name, child)
+
+
+@contextmanager
+@torch.no_grad()
+def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """The model with the plan's rows and columns zeroed in place, for the time of a `with`."""
+    masks = masks_of(model.config, plan)
+    modules = {name: model.get_submodule(name) for name in masks}
+    kept = {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
+    try:
+        for name, axes in masks.items():
+            _zero(model, name, axes)
+        yield
+    finally:
+        for name, module in modules.items():
+            module.load_state_dict(kept[name])

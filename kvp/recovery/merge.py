@@ -1,0 +1,60 @@
+"""An adapter added to its checkpoint, and the proof that nothing but rounding lies between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from kvp.recovery.base import Example
+from kvp.recovery.batches import collate
+
+PROBE = (1, 32)  # sequences and tokens on which the merged model must agree with the adapter
+MERGE_TOLERANCE = 1e-3  # of the norm of the logits
+
+
+def merge(checkpoint: Path, adapter: Path, probe: Tensor) -> tuple[PreTrainedModel, dict[str, float]]:
+    """The checkpoint with the adapter added to its weights in float32, then rounded once to its own dtype.
+
+    Starts from the weights on disk, not from those that were trained over, which may have been rounded.
+
+    Args:
+        checkpoint: The model the adapter was trained on.
+        adapter: Its directory.
+        probe: Token ids of shape (sequences, tokens) on which the two forms are compared.
+
+    Returns:
+        The model, on the CPU, and the largest difference of a logit between the two in float32.
+
+    Raises:
+        ArithmeticError: They differ by more than rounding explains.
+    """
+    stored = AutoConfig.from_pretrained(checkpoint).dtype
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    updated = PeftModel.from_pretrained(base, adapter)
+    expected = _logits(updated, probe)
+    merged = updated.merge_and_unload()
+    difference = _logits(merged, probe) - expected
+    relative = (difference.norm() / expected.norm()).item()
+    if not relative <= MERGE_TOLERANCE:
+        raise ArithmeticError(
+            f"The merged model's logits differ from the adapter's by {relative:.2%} of their norm, rounding "
+            f"explains {MERGE_TOLERANCE:.2%}: lower learning_rate or alpha, the update is too large"
+        )
+    return merged.to(stored), {"merge_max_diff": difference.abs().max().item()}
+
+
+def probe_of(examples: Sequence[Example]) -> Tensor:
+    """Token ids of shape (sequences, tokens), the beginnings of the first examples."""
+    sequences, tokens = PROBE
+    shortened = [{key: ids[:tokens] for key, ids in example.items()} for example in examples[:sequences]]
+    return collate(shortened)["input_ids"]
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
+    return model.eval()(input_ids=ids, use_cache=False).logits.float()
