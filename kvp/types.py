@@ -80,6 +80,7 @@ class Plan:
 class LayerShape:
     """The widths of one decoder layer; an absent sublayer has width 0.
 
+    `o_bias` and `down_bias` say that a compensation gave o_proj or down_proj a bias that the family has not.
     `rope_pairs` lists, per KV group, the rotary frequencies kept (indices into the dense model's
     `head_dim // 2`); None stands for all of them, in order.
     """
@@ -90,6 +91,8 @@ class LayerShape:
     v_head_dim: int
     intermediate_size: int
     rope_pairs: tuple[tuple[int, ...], ...] | None = None
+    o_bias: bool = False
+    down_bias: bool = False
 
     @property
     def kv_width(self) -> int:

@@ -45,7 +45,7 @@ class PrunedAttention:
         resize(self, "q_proj", hidden, queries * shape.qk_head_dim)
         resize(self, "k_proj", hidden, groups * shape.qk_head_dim)
         resize(self, "v_proj", hidden, groups * shape.v_head_dim)
-        resize(self, "o_proj", queries * shape.v_head_dim, hidden)
+        resize(self, "o_proj", queries * shape.v_head_dim, hidden, bias=shape.o_bias)
         self.layer_idx = cache_index
         self.qk_head_dim, self.v_head_dim = shape.qk_head_dim, shape.v_head_dim
         self.num_key_value_groups = queries // groups

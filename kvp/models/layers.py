@@ -23,9 +23,10 @@ class NoMLP(nn.Module):
         return hidden_states.new_zeros(())
 
 
-def resize(module: Any, name: str, in_features: int, out_features: int) -> None:
-    """Replace a Linear by one of other widths (same bias, device and dtype, weights not initialised)."""
+def resize(module: Any, name: str, in_features: int, out_features: int, *, bias: bool = False) -> None:
+    """Replace a Linear by one of other widths, or with `bias` (same device and dtype, not initialised)."""
     old = getattr(module, name)
-    if (old.in_features, old.out_features) != (in_features, out_features):
+    bias = bias or old.bias is not None
+    if (old.in_features, old.out_features, old.bias is not None) != (in_features, out_features, bias):
         factory = {"device": old.weight.device, "dtype": old.weight.dtype}
-        setattr(module, name, nn.Linear(in_features, out_features, bias=old.bias is not None, **factory))
+        setattr(module, name, nn.Linear(in_features, out_features, bias=bias, **factory))

@@ -44,7 +44,13 @@ def mask(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     model = copy.deepcopy(model)
     state = model.state_dict()
     for name, edit in plan.edits.items():
-        state[name].copy_(edit)
+        if name in state:
+            state[name].copy_(edit)
+        else:  # a bias that a compensation adds
+            module, _, parameter = name.rpartition(".")
+            model.get_submodule(module).register_parameter(
+                parameter, nn.Parameter(edit.to(model.device, model.dtype))
+            )
     for name, axes in masks_of(model.config, plan).items():
         _zero(model, name, axes)
     for space, keep in plan.keep.items():

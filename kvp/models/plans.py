@@ -24,21 +24,16 @@ def read_scores(path: Path) -> dict[Space, Tensor]:
 
 
 def write_plan(directory: Path, plan: Plan) -> None:
-    """`plan.json`: the indices kept per space; `edits.safetensors` if parameters are rewritten."""
+    """`plan.json`: the indices kept per space. Rewritten parameters are in the checkpoint beside it."""
     spaces = {s.key: {"shape": s.shape, "keep": keep.tolist()} for s, keep in sorted(plan.keep.items())}
     (directory / "plan.json").write_text(json.dumps({"spaces": spaces}))
-    if plan.edits:
-        save_file(
-            {name: edit.contiguous() for name, edit in plan.edits.items()}, directory / "edits.safetensors"
-        )
 
 
 def read_plan(directory: Path) -> Plan:
-    """What `write_plan` wrote."""
+    """The indices that `write_plan` wrote."""
     spaces = json.loads((directory / "plan.json").read_text())["spaces"]
     keep = {space_of(key, tuple(node["shape"])): torch.tensor(node["keep"]) for key, node in spaces.items()}
-    edits = directory / "edits.safetensors"
-    return Plan(keep, load_file(edits) if edits.exists() else {})
+    return Plan(keep)
 
 
 def space_of(key: str, shape: tuple[int, ...]) -> Space:

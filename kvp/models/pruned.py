@@ -40,7 +40,7 @@ def _twin(family: Family) -> type[PreTrainedModel]:
                     cache_index += 1
                 else:
                     layer.self_attn = NoAttention()
-                _resize_mlp(layer, config.hidden_size, shape.intermediate_size)
+                _resize_mlp(layer, config.hidden_size, shape)
             self.post_init()
 
     for cls, name in ((Config, "Config"), (Attention, "Attention"), (Model, "ForCausalLM")):
@@ -51,13 +51,13 @@ def _twin(family: Family) -> type[PreTrainedModel]:
     return Model
 
 
-def _resize_mlp(layer: Any, hidden: int, intermediate: int) -> None:
-    if not intermediate:
+def _resize_mlp(layer: Any, hidden: int, shape: LayerShape) -> None:
+    if not (intermediate := shape.intermediate_size):
         layer.mlp = NoMLP()
         return
     for name in ("gate_proj", "up_proj"):
         resize(layer.mlp, name, hidden, intermediate)
-    resize(layer.mlp, "down_proj", intermediate, hidden)
+    resize(layer.mlp, "down_proj", intermediate, hidden, bias=shape.down_bias)
 
 
 PRUNED_CLASSES: dict[str, type[PreTrainedModel]] = {name: _twin(family) for name, family in FAMILIES.items()}

@@ -143,15 +143,16 @@ def itemsize(config: PretrainedConfig) -> int:
 
 def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
     hidden, family = config.hidden_size, family_of(config)
-    o_bias = getattr(config, "attention_bias", False)
-    qkv_bias = o_bias or family.qkv_bias
+    attention_bias = getattr(config, "attention_bias", False)
+    qkv_bias, o_bias = attention_bias or family.qkv_bias, attention_bias or layer.o_bias
     mlp_bias = getattr(config, "mlp_bias", False)
+    down_bias = mlp_bias or layer.down_bias
     q_out = layer.num_attention_heads * layer.qk_head_dim
     k_out, v_out = layer.num_key_value_heads * layer.qk_head_dim, layer.num_key_value_heads * layer.v_head_dim
     o_in = layer.num_attention_heads * layer.v_head_dim
     attention = hidden * (q_out + k_out + v_out + o_in) + qkv_bias * (q_out + k_out + v_out) + o_bias * hidden
     if family.qk_norm:
         attention += 2 * layer.qk_head_dim
-    mlp = 3 * hidden * layer.intermediate_size + mlp_bias * (2 * layer.intermediate_size + hidden)
+    mlp = 3 * hidden * layer.intermediate_size + mlp_bias * 2 * layer.intermediate_size + down_bias * hidden
     norms = 2 * hidden
     return norms + attention * (layer.num_key_value_heads > 0) + mlp * (layer.intermediate_size > 0)

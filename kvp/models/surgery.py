@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from kvp.models.family import family_of
 from kvp.models.masks import masks_of
 from kvp.models.pruned import pruned_class, pruned_config
 from kvp.models.shapes import cut, layer_shapes
-from kvp.types import Plan
+from kvp.types import LayerShape, Plan
 
 
 @torch.no_grad()  # not inference_mode: LoRA could not train on the result
@@ -28,11 +30,12 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     config, family = model.config, family_of(model.config)
     shapes, layers = layer_shapes(config), family.layers
     blocks = _kept_blocks(plan, len(shapes))
-    new_config = pruned_config(config, cut(shapes, plan), blocks)
+    new_shapes = _biased(config, cut(shapes, plan), blocks, plan)
+    new_config = pruned_config(config, new_shapes, blocks)
     new_config._attn_implementation = config._attn_implementation
     with torch.device("meta"):
         twin = pruned_class(config)(new_config)
-    masks, source = masks_of(config, plan), {**model.state_dict(), **plan.edits}
+    masks, source = masks_of(config, plan), _edited(model, plan)
     state = {}
     for name in twin.state_dict():
         old = re.sub(rf"^{re.escape(layers)}\.(\d+)\.", lambda m: f"{layers}.{blocks[int(m[1])]}.", name)
@@ -42,6 +45,32 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     twin.tie_weights()
     twin.generation_config = copy.deepcopy(model.generation_config)
     return twin.train(model.training)
+
+
+def _edited(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
+    state = model.state_dict()
+    return state | {name: edit.to(model.device, model.dtype) for name, edit in plan.edits.items()}
+
+
+def _biased(
+    config: PretrainedConfig, shapes: Sequence[LayerShape], blocks: Sequence[int], plan: Plan
+) -> list[LayerShape]:
+    """The shapes with the output biases that the plan's edits bring."""
+    family = family_of(config)
+
+    def edited(block: int, part: str, name: str) -> bool:
+        return f"{family.layers}.{block}.{part}.{name}.bias" in plan.edits
+
+    return [
+        replace(
+            shape,
+            o_bias=shape.num_key_value_heads > 0
+            and (shape.o_bias or edited(block, family.attention, family.o)),
+            down_bias=shape.intermediate_size > 0
+            and (shape.down_bias or edited(block, family.mlp, family.down)),
+        )
+        for block, shape in zip(blocks, shapes, strict=True)
+    ]
 
 
 def _kept_blocks(plan: Plan, num_layers: int) -> list[int]:

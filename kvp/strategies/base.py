@@ -20,6 +20,7 @@ from kvp.models.masks import masked, without
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
 from kvp.strategies.allocate import Allocator, Sensitivity
+from kvp.strategies.compensate import Compensation
 from kvp.strategies.losses import losses_without
 from kvp.strategies.pools import Part, Pool
 from kvp.types import Budget, Kind, Plan, Space
@@ -69,9 +70,14 @@ class Strategy(ABC):
 
     Class attributes:
         late: Fields that do not change the scores; they are left out of the score stage's fingerprint.
+
+    Attributes:
+        compensation: What the kept weights do for those that were cut; None: nothing.
     """
 
-    late: ClassVar[tuple[str, ...]] = ()
+    late: ClassVar[tuple[str, ...]] = ("compensation",)
+
+    compensation: Compensation | None = None
 
     @property
     def needs_calibration(self) -> bool:
@@ -122,7 +128,7 @@ class ScoreStrategy(Strategy):
     Leaves write `kinds` and `score`, and `pools` where units compete otherwise than index by index.
     """
 
-    late: ClassVar[tuple[str, ...]] = ("allocator",)
+    late: ClassVar[tuple[str, ...]] = ("compensation", "allocator")
 
     allocator: Allocator
 
@@ -186,7 +192,7 @@ class ScoreStrategy(Strategy):
         assert isinstance(allocator, Sensitivity)
         if allocator.probe == "attention":
             return {"probe": "attention", "samples": allocator.probe_samples}
-        late = {name: getattr(self, name) for name in self.late if name != "allocator"}
+        late = {name: getattr(self, name) for name in self.late if name not in ScoreStrategy.late}
         ratio, samples = allocator.probe_ratio, allocator.probe_samples
         return {"probe": "partial", "ratio": ratio, "samples": samples, "scores": scores, **late}
 

@@ -38,7 +38,7 @@ class ChannelStrategy(ScoreStrategy):
         gradient_checkpointing: Trade time for activation memory in the gradient criteria.
     """
 
-    late: ClassVar[tuple[str, ...]] = ("allocator", "scope", "gradient_checkpointing")
+    late: ClassVar[tuple[str, ...]] = (*ScoreStrategy.late, "scope", "gradient_checkpointing")
 
     grouping: Grouping = "separate"
     scope: Scope = "head"

@@ -6,8 +6,8 @@ that a change in its arguments cannot silently change a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kvp.models.family import family_of
 from kvp.models.shapes import layer_shapes
+from kvp.strategies.walk import hidden_states, window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,15 +63,15 @@ def losses_without(
     progress = tqdm(total=len(batches) * num_layers, desc="sensitivity", unit="layer")
     for ids in batches:
         ids = ids.to(model.device)
-        states, variants = _hidden(model, 0, 0, input_ids=ids), [0]  # variant 0 is the whole model
+        states, variants = hidden_states(model, 0, 0, input_ids=ids), [0]  # variant 0 is the whole model
         for layer in range(num_layers):
             whole, changed = states[: len(ids)], []
             for variant, (where, removal) in enumerate(removals, start=1):
                 if where == layer:
                     with removal():
-                        changed.append(_hidden(model, layer, layer + 1, inputs_embeds=whole))
+                        changed.append(hidden_states(model, layer, layer + 1, inputs_embeds=whole))
                     variants.append(variant)
-            states = torch.cat([_hidden(model, layer, layer + 1, inputs_embeds=states), *changed])
+            states = torch.cat([hidden_states(model, layer, layer + 1, inputs_embeds=states), *changed])
             progress.update()
         with window(model, num_layers, num_layers):  # the final norm and the head
             for variant, hidden in zip(variants, states.split(len(ids)), strict=True):
@@ -79,34 +79,3 @@ def losses_without(
         predictions += ids.shape[0] * (ids.shape[1] - 1)
     progress.close()
     return total[0].item() / predictions, total[1:] / predictions
-
-
-def _hidden(model: PreTrainedModel, start: int, stop: int, **inputs: Tensor) -> Tensor:
-    """(batch, seq_len, hidden_size) after layers start to stop, before the final norm."""
-    caught: list[Tensor] = []
-    norm = model.get_submodule(family_of(model.config).norm)
-    handle = norm.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-    try:
-        with window(model, start, stop):
-            model.base_model(use_cache=False, **inputs)
-    finally:
-        handle.remove()
-    return caught[0]
-
-
-@contextmanager
-def window(model: PreTrainedModel, start: int, stop: int) -> Iterator[None]:
-    """The model with its layers start to stop only, for the time of a `with`: feed it `inputs_embeds`."""
-    parent, _, name = family_of(model.config).layers.rpartition(".")
-    owner, layers = model.get_submodule(parent), model.get_submodule(f"{parent}.{name}")
-    types = getattr(model.config, "layer_types", None)
-    assert isinstance(layers, nn.ModuleList)
-    setattr(owner, name, layers[start:stop])
-    if types:
-        model.config.layer_types = types[start:stop]
-    try:
-        yield
-    finally:
-        setattr(owner, name, layers)
-        if types:
-            model.config.layer_types = types

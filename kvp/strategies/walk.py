@@ -1,0 +1,111 @@
+"""A walk through a decoder, layer by layer, with the calibration states that stand before each layer.
+
+Statistics of inputs are taken one layer at a time, so that nothing but the states, the layer at work and
+its statistics is held. Passes run the model's own forward over some of its layers; none calls a decoder
+layer by hand, so that a change in its arguments cannot silently change a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from kvp.models.family import family_of
+from kvp.models.shapes import layer_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Visit:
+    """One layer of a walk, and the hidden states that stand before it.
+
+    Attributes:
+        layer: Its index.
+        states: Per batch, (batch, seq_len, hidden_size).
+    """
+
+    model: PreTrainedModel
+    layer: int
+    states: list[Tensor]
+
+    @property
+    def name(self) -> str:
+        """The layer's, e.g. "model.layers.3"."""
+        return f"{family_of(self.model.config).layers}.{self.layer}"
+
+    @torch.no_grad()
+    def inputs(self, *names: str) -> Iterator[dict[str, Tensor]]:
+        """Per batch, what goes into the named modules, (tokens, in_features); one pass of the layer."""
+        for states in self.states:
+            with caught_inputs(self.model, names) as caught:
+                hidden_states(self.model, self.layer, self.layer + 1, inputs_embeds=states)
+            yield {name: inputs.flatten(0, -2) for name, inputs in caught.items()}
+
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """Per batch, the states after the layer as it is now."""
+        return [
+            hidden_states(self.model, self.layer, self.layer + 1, inputs_embeds=states)
+            for states in self.states
+        ]
+
+
+@torch.no_grad()
+def walk(model: PreTrainedModel, batches: Sequence[Tensor], desc: str) -> Iterator[Visit]:
+    """Visit the layers in order; what is changed in a layer during its visit is seen by the layers after it."""
+    states = [hidden_states(model, 0, 0, input_ids=ids.to(model.device)) for ids in batches]
+    for layer in tqdm(range(len(layer_shapes(model.config))), desc=desc, unit="layer"):
+        visit = Visit(model, layer, states)
+        yield visit
+        states = visit.outputs()
+
+
+def hidden_states(model: PreTrainedModel, start: int, stop: int, **inputs: Tensor) -> Tensor:
+    """(batch, seq_len, hidden_size) after layers start to stop, before the final norm."""
+    norm = family_of(model.config).norm
+    with window(model, start, stop), caught_inputs(model, [norm]) as caught:
+        model.base_model(use_cache=False, **inputs)
+    return caught[norm]
+
+
+@contextmanager
+def caught_inputs(model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What goes into the named modules in the passes of a `with`."""
+    caught: dict[str, Tensor] = {}
+
+    def catch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            caught[name] = args[0]
+
+        return hook
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(catch(name)).remove)
+        yield caught
+
+
+@contextmanager
+def window(model: PreTrainedModel, start: int, stop: int) -> Iterator[None]:
+    """The model with its layers start to stop only, for the time of a `with`: feed it `inputs_embeds`."""
+    parent, _, name = family_of(model.config).layers.rpartition(".")
+    owner, layers = model.get_submodule(parent), model.get_submodule(f"{parent}.{name}")
+    types = getattr(model.config, "layer_types", None)
+    assert isinstance(layers, nn.ModuleList)
+    setattr(owner, name, layers[start:stop])
+    if types:
+        model.config.layer_types = types[start:stop]
+    try:
+        yield
+    finally:
+        setattr(owner, name, layers)
+        if types:
+            model.config.layer_types = types
