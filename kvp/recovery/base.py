@@ -50,5 +50,5 @@ class Recovery(ABC):
         """Everything but the checkpoint and the seed that decides the result, fit for a fingerprint."""
 
     @abstractmethod
-    def check(self, corpora: Mapping[str, Corpus]) -> None:
-        """Fails at once where the data is unknown or out of reach."""
+    def check(self, corpora: Mapping[str, Corpus], device: str) -> None:
+        """Fails at once where the data is unknown or out of reach, or the device does not suffice."""

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -32,12 +33,15 @@ class Journal(TrainerCallback):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path  # the first of several processes writes
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Takes over the lines of the checkpoint, if any."""
+        self.writes = state.is_world_process_zero
+        if not self.writes:
+            return
         self.path.write_text("".join(map(_line, state.log_history)))
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="lora", unit="step")
 
@@ -67,6 +71,8 @@ class Journal(TrainerCallback):
                 f"{row['learning_rate']:.3g}: lower learning_rate, or set dtype to float32"
             )
         row["seconds"] = time.perf_counter() - self.begun
+        if not self.writes:
+            return
         with self.path.open("a") as file:
             file.write(_line(row))
         self.bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
@@ -75,14 +81,17 @@ class Journal(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Marks the checkpoint complete."""
+        """Marks the checkpoint complete, once every process has written its part."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
         Path(str(args.output_dir), f"checkpoint-{state.global_step}", COMPLETE).touch()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Closes the bar."""
-        self.bar.close()
+        if self.writes:
+            self.bar.close()
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from kvp.data.corpora import Corpus
 from kvp.recovery.base import Examples, Recovery
 
@@ -32,6 +34,8 @@ class Lora(Recovery):
         max_steps: optimizer steps; exactly one of the two.
         batch_size: Examples per step.
         micro_batch_size: Examples per pass; memory and speed hang on it.
+        num_processes: Trains in so many processes, one GPU each. Every step sees the examples that one
+            process would see, but for the last of an epoch, which is filled up from the epoch's beginning.
         warmup_steps: Of linear growth to the peak, before the `scheduler` takes it to 0.
         scheduler: "linear" or "cosine".
         weight_decay: Of AdamW.
@@ -51,6 +55,7 @@ class Lora(Recovery):
     max_steps: int | None = None
     batch_size: int = 64
     micro_batch_size: int = 4
+    num_processes: int = 1
     warmup_steps: int = 100
     scheduler: Literal["linear", "cosine"] = "linear"
     weight_decay: float = 0.0
@@ -72,6 +77,7 @@ class Lora(Recovery):
             "epochs",
             "max_steps",
             "micro_batch_size",
+            "num_processes",
             "save_steps",
         ):
             if (value := getattr(self, name)) is not None and value <= 0:
@@ -81,22 +87,29 @@ class Lora(Recovery):
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.batch_size < 1 or self.batch_size % self.micro_batch_size:
-            sizes = f"batch_size={self.batch_size}, micro_batch_size={self.micro_batch_size}"
-            raise ValueError(f"batch_size must be a multiple of micro_batch_size, got {sizes}")
+        if self.batch_size < 1 or self.batch_size % (self.micro_batch_size * self.num_processes):
+            sizes = f"{self.batch_size}, {self.micro_batch_size} and {self.num_processes}"
+            raise ValueError(
+                f"batch_size must be a multiple of micro_batch_size * num_processes, got {sizes}"
+            )
         if self.scheduler not in ("linear", "cosine"):
             raise ValueError(f"scheduler must be linear or cosine, got {self.scheduler!r}")
 
     def identity(self, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
-        """Every option but `save_steps`, which changes no number, and which bytes the data stand for."""
-        options = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("data", "save_steps")
-        }
+        """Every option that changes numbers, and which bytes the data stand for."""
+        apart = ("data", "save_steps", "num_processes")
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        if self.num_processes > 1:
+            options["num_processes"] = self.num_processes
         return {**options, "target_modules": list(self.target_modules), "data": self.data.identity(corpora)}
 
-    def check(self, corpora: Mapping[str, Corpus]) -> None:
-        """Fails at once where the data is unknown or out of reach."""
+    def check(self, corpora: Mapping[str, Corpus], device: str) -> None:
+        """Fails at once where the data is unknown or out of reach, or there are too few GPUs."""
         self.data.check(corpora)
+        if device == "cuda" and self.num_processes > (gpus := torch.cuda.device_count()):
+            raise ValueError(
+                f"recovery.num_processes={self.num_processes} needs as many GPUs, here are {gpus}"
+            )
 
     def recover(
         self, checkpoint: Path, directory: Path, *, corpora: Mapping[str, Corpus], seed: int, device: str

@@ -27,7 +27,7 @@ from transformers import (
 from kvp.data.corpora import FileCorpus
 from kvp.data.instructions import Instructions
 from kvp.data.text import PackedText
-from kvp.recovery import training
+from kvp.recovery import fit
 from kvp.recovery.batches import IGNORE, collate, mean_loss
 from kvp.recovery.journal import newest_checkpoint
 from kvp.recovery.lora import Lora
@@ -243,9 +243,7 @@ def test_seed_decides_and_gradient_checkpointing_does_not(checkpoint, corpora, t
 
 def test_every_model_sees_the_same_batches(checkpoint, corpora, tmp_path, monkeypatch):
     seen: list[list] = []
-    monkeypatch.setattr(
-        training, "collate", lambda examples: (seen[-1].append(examples), collate(examples))[1]
-    )
+    monkeypatch.setattr(fit, "collate", lambda examples: (seen[-1].append(examples), collate(examples))[1])
     for path in (checkpoint, save_checkpoint(tmp_path / "wide", hidden_size=64)):
         seen.append([])
         recover(make(), path, tmp_path / f"{len(seen)}", corpora)

@@ -1,0 +1,72 @@
+"""Training in two CPU processes: the record of one, and nobody left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from kvp.data.text import PackedText
+from kvp.recovery.journal import newest_checkpoint
+from tests.recovery.test_lora import CHILD, adapter, checkpoint, corpora, make, recover  # noqa: F401
+
+STEPS = 60  # less than an epoch
+DATA = PackedText(corpora=["text"], length=4)
+
+
+def rows(directory):
+    return [json.loads(line) for line in (directory / "losses.jsonl").open()]
+
+
+def test_two_processes_train_as_one_does_even_when_killed(checkpoint, corpora, tmp_path):  # noqa: F811
+    killed, losses = tmp_path / "killed", tmp_path / "killed" / "losses.jsonl"
+    killed.mkdir()
+    program = CHILD.replace("make(", f"make(num_processes=2, dropout=0.0, data={DATA}, ")
+    program = program.replace("import torch\n", "import torch\nfrom kvp.data.text import PackedText\n")
+    command = [sys.executable, "-c", program, str(checkpoint), str(killed), str(corpora["text"].path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    while child.poll() is None and not (losses.exists() and losses.read_text().count("\n") > 16):
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    time.sleep(0.5)
+    lines = losses.read_text()
+    assert newest_checkpoint(killed / "trainer")
+    time.sleep(1)
+    assert losses.read_text() == lines  # its processes died with it
+
+    result = recover(
+        make(max_steps=STEPS, dropout=0.0, data=DATA, num_processes=2), checkpoint, killed, corpora, seed=3
+    )
+    alone = recover(
+        make(max_steps=STEPS, dropout=0.0, data=DATA), checkpoint, tmp_path / "alone", corpora, seed=3
+    )
+    assert result["num_processes"] == 2
+    assert alone["num_processes"] == 1
+    assert {key: result[key] for key in ("steps", "epochs", "tokens_seen", "trainable_params")} == {
+        key: alone[key] for key in ("steps", "epochs", "tokens_seen", "trainable_params")
+    }
+    assert [row["step"] for row in rows(killed)] == list(range(1, STEPS + 1))
+    for one, other in zip(rows(killed), rows(tmp_path / "alone"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-3)
+    found, expected = adapter(killed), adapter(tmp_path / "alone")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_is_heard(checkpoint, corpora, tmp_path):  # noqa: F811
+    with pytest.raises(RuntimeError, match="lower learning_rate"):
+        recover(make(max_steps=4, num_processes=2, learning_rate=1e30), checkpoint, tmp_path / "x", corpora)
+
+
+def test_batches_must_divide():
+    with pytest.raises(ValueError, match="multiple of micro_batch_size \\* num_processes, got 4, 2 and 3"):
+        make(num_processes=3)
