@@ -1,0 +1,1 @@
+"""Checkpoints for engines that know nothing of kvp."""

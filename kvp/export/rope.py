@@ -1,0 +1,72 @@
+"""Any set of rope pairs in stock terms.
+
+transformers, vLLM and SGLang read "longrope" as inv_freq_j = 1 / (factor_j * theta^(2j / d')). With
+factor_j = 1 / (w_j * theta^(2j / d')), in float64, it gives any frequencies w_j, scaled ones (llama3, linear,
+yarn) included; short and long factors are the same list, so that no engine's switch between them matters.
+A set {s, s + m, s + 2m, ...} needs no factors: it is the rope of another theta, which every engine has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from kvp.export.layout import Layout
+
+
+def longrope(layout: Layout, rope: dict[str, Any], inv_freq: Tensor, max_positions: int) -> dict[str, Any]:
+    """`rope_parameters` that give the kept of the dense model's frequencies `inv_freq` (head_dim / 2,)."""
+    theta, width = float(rope["rope_theta"]), layout.head_dim
+    kept = [inv_freq.double()[pair].item() for pair in layout.pairs]
+    factors = [1 / (w * theta ** (2 * j / width)) for j, w in enumerate(kept)]
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": max_positions,  # else engines guess, and scale the logits
+        "short_factor": factors,
+        "long_factor": factors,
+    }
+
+
+def arithmetic(layout: Layout, rope: dict[str, Any]) -> dict[str, Any]:
+    """`rope_parameters` of an arithmetic progression of pairs: theta' = theta^(m d' / d).
+
+    Raises:
+        ValueError: The pairs are no arithmetic progression, or start late in a rope that is scaled.
+    """
+    start, step = layout.pairs[0], _step(layout.pairs)
+    kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
+    if step is None:
+        raise ValueError(
+            f"the kept rope pairs {list(layout.pairs)} are no arithmetic progression: use --to stock, whose "
+            "factors express any set"
+        )
+    if kind not in ("default", "llama3") or (start and kind != "default"):
+        raise ValueError(
+            f"pairs from {start} on of a rope of type {kind!r} have no arithmetic form: use --to stock"
+        )
+    moved = {**rope, "rope_theta": theta ** (step * layout.head_dim / layout.dense_head_dim)}
+    if start:
+        moved |= {"rope_type": "linear", "factor": theta ** (2 * start / layout.dense_head_dim)}
+    return moved
+
+
+def _step(pairs: Sequence[int]) -> int | None:
+    if len(pairs) < 2:
+        return 1
+    steps = {after - before for before, after in pairwise(pairs)}
+    return steps.pop() if len(steps) == 1 else None
+
+
+def query_scale(layout: Layout, attention_scaling: float) -> float:
+    """What q_proj is multiplied by: stock code divides logits by sqrt(d'), the dense model by sqrt(d).
+
+    yarn's scaling of cosine and sine goes in too, squared: not every engine reads `attention_factor`.
+    """
+    return math.sqrt(layout.head_dim / layout.dense_head_dim) * attention_scaling**2

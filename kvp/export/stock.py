@@ -1,0 +1,159 @@
+"""A pruned checkpoint as an ordinary Llama, Mistral, Qwen2 or Qwen3 directory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from kvp.export.layout import Layout, stock_layout
+from kvp.export.rope import arithmetic, longrope, query_scale
+from kvp.models.family import FAMILIES, Family, family_of
+from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes
+from kvp.types import LayerShape
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Form = Literal["stock", "stock_arithmetic", "padded"]
+OURS = ("kvp_layers", "model_type", "architectures", "transformers_version")
+
+
+@torch.no_grad()
+def to_stock(model: PreTrainedModel, form: Form) -> PreTrainedModel:
+    """The same function in a class that transformers has, on the CPU, in the dtype of the given model.
+
+    Raises:
+        ValueError: The shapes do not allow it; the message says what would.
+    """
+    config, family = model.config, family_of(model.config)
+    if form == "padded":
+        layout = Layout(_padded_layer(config), tuple(range(_head_dim(config) // 2)), _head_dim(config))
+        state = _padded_state(model)
+    else:
+        layout, state = stock_layout(config), dict(model.state_dict())
+    rotary = model.get_submodule(family.rotary)
+    scaling: float = rotary.attention_scaling  # type: ignore[assignment]
+    rope = _rope(config)
+    if not layout.keeps_rope:
+        inv_freq: Tensor = rotary.inv_freq  # type: ignore[assignment]
+        positions = config.max_position_embeddings
+        plain = form == "stock"
+        rope = longrope(layout, rope, inv_freq, positions) if plain else arithmetic(layout, rope)
+        _scale_queries(state, config, family, query_scale(layout, scaling))
+    stock_family = _servable(family, config, layout)
+    stock_config = _stock_config(config, stock_family, layout, rope)
+    with torch.device("meta"):
+        stock = stock_family.causal_lm(stock_config)
+    stock.load_state_dict(state, assign=True)
+    stock.set_submodule(family.rotary, type(rotary)(stock_config))
+    stock.tie_weights()
+    stock.generation_config = model.generation_config
+    return stock.eval()
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return dense_shapes(config)[0].qk_head_dim
+
+
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
+    return dict(config.rope_parameters)
+
+
+def _scale_queries(state: dict[str, Tensor], config: PretrainedConfig, family: Family, scale: float) -> None:
+    for index in range(config.num_hidden_layers):
+        for part in ("weight", "bias"):
+            name = f"{family.layers}.{index}.{family.attention}.{family.q}.{part}"
+            if name in state:
+                state[name] = (state[name].double() * scale).to(state[name].dtype)
+
+
+def _servable(family: Family, config: PretrainedConfig, layout: Layout) -> Family:
+    """Llama refuses a hidden size that its heads do not divide; Mistral is the same model and does not."""
+    if family.name != "llama" or config.hidden_size % layout.layer.num_attention_heads == 0:
+        return family
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        raise ValueError(
+            f"{layout.layer.num_attention_heads} heads do not divide hidden_size={config.hidden_size}, which "
+            "Llama classes demand, and Mistral's have no biases: keep a number of groups that divides it"
+        )
+    return FAMILIES["mistral"]
+
+
+def _stock_config(
+    config: PretrainedConfig, family: Family, layout: Layout, rope: dict[str, Any]
+) -> PretrainedConfig:
+    fields = {name: value for name, value in config.to_dict().items() if name not in OURS}
+    if family.name == "mistral":
+        fields.setdefault("sliding_window", None)
+    fields |= {
+        "num_attention_heads": layout.layer.num_attention_heads,
+        "num_key_value_heads": layout.layer.num_key_value_heads,
+        "head_dim": layout.head_dim,
+        "intermediate_size": layout.layer.intermediate_size,
+        "rope_parameters": rope,
+    }
+    return family.config_class(**fields)
+
+
+def _padded_layer(config: PretrainedConfig) -> LayerShape:
+    dense = dense_shapes(config)[0]
+    if any(shape.o_bias or shape.down_bias for shape in layer_shapes(config)):
+        raise ValueError("a compensation added biases that no stock class of the family has: no padded form")
+    return replace(dense, rope_pairs=None)
+
+
+def _padded_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Every matrix in the dense model's shape: what was cut is zero, rope pairs are where they were."""
+    config, family = model.config, family_of(model.config)
+    shapes, dense = layer_shapes(config), dense_shapes(config)[0]
+    with torch.device("meta"):
+        fields = {name: value for name, value in config.to_dict().items() if name not in OURS}
+        whole = family.causal_lm(family.config_class(**fields)).state_dict()
+    state, narrow = {}, model.state_dict()
+    for name, like in whole.items():
+        if name in narrow and narrow[name].shape == like.shape and not _is_query_or_key(name, family):
+            state[name] = narrow[name]
+            continue
+        state[name] = torch.zeros(like.shape, dtype=model.dtype)
+        if name in narrow and narrow[name].numel():
+            rows, columns = _places(name, family, shapes, dense)
+            block = narrow[name] if narrow[name].dim() == 2 else narrow[name][:, None]
+            target = state[name] if like.dim() == 2 else state[name][:, None]
+            rows = torch.arange(block.shape[0]) if rows is None else rows
+            columns = torch.arange(block.shape[1]) if columns is None else columns
+            target[rows[:, None], columns] = block
+    return state
+
+
+def _is_query_or_key(name: str, family: Family) -> bool:
+    return name.split(".")[-2] in (family.q, family.k)
+
+
+def _places(
+    name: str, family: Family, shapes: tuple[LayerShape, ...], dense: LayerShape
+) -> tuple[Tensor | None, Tensor | None]:
+    """Rows and columns of the dense matrix that the rows and columns of a pruned one go to; None: the first."""
+    if not name.startswith(f"{family.layers}."):
+        return None, None
+    shape, module = shapes[int(name[len(family.layers) + 1 :].split(".")[0])], name.split(".")[-2]
+    groups, queries = shape.num_key_value_heads, shape.num_attention_heads
+    if module in (family.q, family.k):
+        heads = queries if module == family.q else groups
+        pairs = shape.rope_pairs or (tuple(range(shape.qk_head_dim // CHANNELS_PER_PAIR)),) * groups
+        half = dense.qk_head_dim // CHANNELS_PER_PAIR
+        rows = [
+            head * dense.qk_head_dim + pair + offset
+            for head in range(heads)
+            for offset in (0, half)
+            for pair in pairs[head * groups // heads]
+        ]
+        return torch.tensor(rows), None
+    if module in (family.v, family.o):
+        heads = groups if module == family.v else queries
+        channel = torch.arange(shape.v_head_dim)
+        flat = (torch.arange(heads)[:, None] * dense.v_head_dim + channel).flatten()
+        return (flat, None) if module == family.v else (None, flat)
+    return None, None

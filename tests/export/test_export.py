@@ -1,0 +1,197 @@
+"""Exports open in a process that never imports kvp, with the same logits and the same greedy text."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvp.export.layout import stock_layout
+from kvp.export.stock import to_stock
+from kvp.export.write import export
+from kvp.models.load import byte_tokenizer, save
+from kvp.models.spaces import available_kinds, find_spaces
+from kvp.models.surgery import apply
+from kvp.strategies.allocate import Uniform
+from kvp.strategies.kvpruner import KVPruner
+from kvp.types import Budget, Plan
+from tests.conftest import random_plan, tiny_model
+
+ROPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+}
+
+
+def shared_plan(model, pairs):
+    """The rope pairs `pairs` in every head and layer, and as many value channels, different in every one."""
+    free = random_plan(model, ["qk", "vo"])
+    keep = {}
+    for space in free.keep:
+        groups, width = space.shape
+        if space.kind == "qk":
+            keep[space] = torch.tensor([list(pairs)] * groups)
+        else:
+            generator = torch.Generator().manual_seed(space.layer)
+            scores = torch.rand(groups, width, generator=generator)
+            keep[space] = scores.topk(2 * len(pairs)).indices.sort().values
+    return Plan(keep)
+
+
+def channel_plan(model, scope):
+    strategy = KVPruner(allocator=Uniform(multiple_of=2), scope=scope)
+    torch.manual_seed(0)
+    scores = {space: torch.rand(space.shape) for space in find_spaces(model.config, strategy.kinds())}
+    budget = Budget(value=0.25, of="kv_cache")
+    return strategy.plan(model.config, scores, budget, torch.zeros(model.config.num_hidden_layers))
+
+
+def stock_model(family, heads, rope="default", pairs=(0, 2, 3), **changes):
+    theta = {"rope_theta": 1000.0}
+    model = tiny_model(
+        family, heads, rope_parameters=ROPES[rope] | theta, attention_bias=False, mlp_bias=False, **changes
+    )
+    return apply(model, shared_plan(model, pairs))
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_stock_gives_the_same_logits(family, rope, heads, tokens):
+    pruned = stock_model(family, heads, rope)
+    stock = to_stock(pruned, "stock")
+    assert type(stock).__module__.startswith("transformers.")
+    with torch.no_grad():
+        difference = stock(tokens).logits - pruned(tokens).logits
+    assert difference.abs().max() < 2e-4
+    assert stock.config.head_dim == 6
+
+
+@pytest.mark.parametrize("pairs", [(0, 1, 2), (0, 2), (1, 2, 3)])
+def test_arithmetic_sets_need_no_factors(pairs, tokens):
+    pruned = stock_model("llama", "gqa", pairs=pairs)
+    stock = to_stock(pruned, "stock_arithmetic")
+    assert "short_factor" not in stock.config.rope_parameters
+    with torch.no_grad():
+        assert (stock(tokens).logits - pruned(tokens).logits).abs().max() < 2e-4
+
+
+def test_padded_gives_the_same_logits_for_any_plan(family, heads, tokens):
+    model = tiny_model(family, heads)
+    kinds = [kind for kind in ("kv_group", "qk", "vo", "ffn") if kind in available_kinds(model.config)]
+    pruned = apply(model, random_plan(model, kinds))
+    padded = to_stock(pruned, "padded")
+    with torch.no_grad():
+        assert (padded(tokens).logits - pruned(tokens).logits).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("kinds", [["block"], ["ffn"]])
+def test_depth_and_uniform_ffn_are_stock(kinds, tokens):
+    model = tiny_model("mistral", "gqa")
+    plan = random_plan(model, kinds)
+    width = min(keep.shape[-1] for keep in plan.keep.values())
+    pruned = apply(model, Plan({space: keep[..., :width] for space, keep in plan.keep.items()}))
+    stock = to_stock(pruned, "stock")
+    with torch.no_grad():
+        assert torch.equal(stock(tokens).logits, pruned(tokens).logits)
+
+
+def test_groups_that_do_not_divide_the_hidden_size_become_mistral(tokens):
+    model = tiny_model("llama", "mha", attention_bias=False, mlp_bias=False, hidden_size=40)
+    spaces = random_plan(model, ["kv_group"]).keep
+    pruned = apply(model, Plan({space: torch.arange(3) for space in spaces}))
+    stock = to_stock(pruned, "stock")
+    assert stock.config.model_type == "mistral"
+    with torch.no_grad():
+        assert torch.equal(stock(tokens).logits, pruned(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        (["qk"], "different qk_head_dim.*uniform"),
+        (["vo"], "different v_head_dim"),
+        (["attention"], "sublayer is missing"),
+        (["ffn"], "different intermediate_size"),
+    ],
+)
+def test_what_is_not_stock_is_refused_with_the_way_out(kinds, message):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        stock_layout(apply(model, random_plan(model, kinds)).config)
+
+
+def test_free_rope_pairs_are_refused():
+    model = tiny_model()
+    plan = channel_plan(model, "head")
+    with pytest.raises(ValueError, match=r"one set of rope pairs.*scope=model"):
+        stock_layout(apply(model, plan).config)
+
+
+def test_scope_model_is_stock(tokens):
+    model = tiny_model()
+    pruned = apply(model, channel_plan(model, "model"))
+    with torch.no_grad():
+        assert (to_stock(pruned, "stock")(tokens).logits - pruned(tokens).logits).abs().max() < 2e-4
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("export") / "pruned"
+    pruned = stock_model("llama", "gqa", vocab_size=259)
+    save(pruned, byte_tokenizer(), path)
+    return path
+
+
+def test_the_command_writes_what_a_stranger_opens(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "kvp.export", str(checkpoint), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    serving = json.loads((out / "serving.json").read_text())
+    assert serving["check"]["logits_relative_difference"] < 1e-4
+    assert serving["check"]["greedy_tokens_equal"]
+    assert serving["kv_bytes_per_token"]["checkpoint"] == serving["kv_bytes_per_token"]["export"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["rope_scaling"]["short_factor"] == config["rope_parameters"]["long_factor"]
+    assert config["rope_theta"] == 1000.0
+    assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "LlamaForCausalLM"
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "is there already" in again.stderr
+
+
+def test_bad_input_writes_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a checkpoint"):
+        export(tmp_path, tmp_path / "out", "stock")
+    model = tiny_model(vocab_size=259)
+    save(apply(model, random_plan(model, ["vo"])), byte_tokenizer(), tmp_path / "pruned")
+    with pytest.raises(ValueError, match="different v_head_dim"):
+        export(tmp_path / "pruned", tmp_path / "out", "stock")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]
+
+
+def test_an_export_that_differs_is_removed(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvp.export.stock.query_scale", lambda layout, scaling: 1.0)
+    with pytest.raises(ArithmeticError, match="the export was removed"):
+        export(checkpoint, tmp_path / "out", "stock")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pruned_checkpoint_without_kvp_is_a_clear_message(checkpoint):
+    program = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(checkpoint)!r})"
+    stranger = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True)
+    assert stranger.returncode == 1
+    assert "kvp_llama" in stranger.stderr
