@@ -33,6 +33,7 @@ class Family:
     layers: str = "model.layers"
     rotary: str = "model.rotary_emb"
     norm: str = "model.norm"
+    layer_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     attention: str = "self_attn"
     mlp: str = "mlp"
     q: str = "q_proj"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,16 +94,37 @@ def without(model: PreTrainedModel, layer: int, kind: str) -> Iterator[None]:
 
 
 @contextmanager
-@torch.no_grad()
-def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
-    """The model with the plan's rows and columns zeroed in place, for the time of a `with`."""
-    masks = masks_of(model.config, plan)
-    modules = {name: model.get_submodule(name) for name in masks}
-    kept = {name: copy.deepcopy(module.state_dict()) for name, module in modules.items()}
+def edited(model: PreTrainedModel, edits: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model with other values of some parameters, for the time of a `with`; nothing is copied back."""
+    before = {}
+    for name, value in edits.items():
+        parameter = model.get_parameter(name)
+        before[name], parameter.data = parameter.data, value.to(parameter.device, parameter.dtype)
     try:
-        for name, axes in masks.items():
-            _zero(model, name, axes)
         yield
     finally:
-        for name, module in modules.items():
-            module.load_state_dict(kept[name])
+        for name, value in before.items():
+            model.get_parameter(name).data = value
+
+
+@contextmanager
+def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """The model without the plan's rows and columns, for the time of a `with`: what they write is zero.
+
+    No weight is touched or copied; gradients of removed rows and columns are zero.
+    """
+    with ExitStack() as stack:
+        for name, axes in masks_of(model.config, plan).items():
+            module = model.get_submodule(name)
+            gone = {axis: ~stays.to(model.device) for axis, stays in axes.items()}
+            if 0 in gone:
+                hook = module.register_forward_hook(
+                    lambda module, inputs, output, gone=gone[0]: output.masked_fill(gone, 0)
+                )
+                stack.callback(hook.remove)
+            if 1 in gone:
+                hook = module.register_forward_pre_hook(
+                    lambda module, inputs, gone=gone[1]: (inputs[0].masked_fill(gone, 0),)
+                )
+                stack.callback(hook.remove)
+        yield

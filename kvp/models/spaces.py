@@ -141,6 +141,11 @@ def _sublayer_rows(
     return rows
 
 
+def axis_sums(values: Tensor, axis: int) -> Tensor:
+    """(size of the axis,) sums of a matrix over its other axis; a norm's vector as it is."""
+    return values if values.dim() == 1 else values.sum(1 - axis)
+
+
 def fold(values: Tensor, member: Member, space: Space) -> Tensor:
     """Sum a vector over the rows (or columns) of a member into the indices of its space."""
     total = values.new_zeros(_numel(space.shape))

@@ -64,7 +64,7 @@ class Allocator(ABC):
             ValueError: The budget cannot be met within its tolerance; names the nearest that can.
         """
         dense = size(config, layer_shapes(config)).count(budget.of)
-        costs = [_cost(config, pool, budget) for pool in pools]
+        costs = [unit_cost(config, pool, budget) for pool in pools]
         choices = [pool.removable(self.max_ratio) for pool in pools]
         total = budget.value * dense
         limit = sum(cost * allowed[-1] for cost, allowed in zip(costs, choices, strict=True))
@@ -82,7 +82,7 @@ class Allocator(ABC):
         return [pool.units - n for pool, n in zip(pools, removed, strict=True)]
 
 
-def _cost(config: PretrainedConfig, pool: Pool, budget: Budget) -> float:
+def unit_cost(config: PretrainedConfig, pool: Pool, budget: Budget) -> float:
     """Amount of the denominator removed per unit (exact: sizes are linear in each width)."""
     shapes = layer_shapes(config)
     fewest = min(pool.step, pool.units)
@@ -154,16 +154,24 @@ class Uniform(Allocator):
 
 @dataclass(frozen=True, kw_only=True)
 class Global(Allocator):
-    """One ranking over all pools: the units of the lowest score per amount of the budget go first."""
+    """One ranking over all pools: the units of the lowest score go first.
+
+    Attributes:
+        per_cost: Rank by score per amount of the budget that a unit removes; false: by the score itself,
+            whatever the unit (LLM-Pruner's `global_pruning`).
+    """
+
+    per_cost: bool = True
 
     def targets(
         self, pools: Sequence[Pool], costs: Sequence[float], total: float, profile: Tensor
     ) -> list[float]:
-        """Units below the global threshold, per pool."""
+        """Units below the global threshold, per pool; those that remove nothing of the budget stay."""
         units = [
-            (float(loss) / cost, pool, cost)
+            (loss / (cost if self.per_cost else 1), pool, cost)
             for pool, cost in enumerate(costs)
-            for loss in pools[pool].losses()[: pools[pool].removable(self.max_ratio)[-1]]
+            if cost > 0
+            for loss in pools[pool].losses()[: pools[pool].removable(self.max_ratio)[-1]].tolist()
         ]
         removed = [0.0] * len(pools)
         for _, pool, cost in sorted(units):

@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kvp.models.masks import masked, without
-from kvp.models.shapes import layer_shapes
+from kvp.models.shapes import CHANNELS_PER_PAIR, layer_shapes
 from kvp.models.spaces import find_spaces
 from kvp.strategies.allocate import Allocator, Sensitivity
 from kvp.strategies.compensate import Compensation
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Scores = Mapping[Space, Tensor]
-CHANNEL_KINDS: tuple[Kind, ...] = ("qk", "vo", "ffn")
+CHANNELS_PER_UNIT: dict[Kind, int] = {"qk": CHANNELS_PER_PAIR, "vo": 1, "ffn": 1}
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,12 @@ class Strategy(ABC):
 
     compensation: Compensation | None = None
 
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(
+                f"strategy.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+            )
+
     @property
     def needs_calibration(self) -> bool:
         """Whether `score` or `sensitivity` reads calibration data."""
@@ -120,6 +127,23 @@ class Strategy(ABC):
             profile: (layers,) what `sensitivity` returned, zeros if the strategy does not probe.
         """
 
+    @property
+    def searches(self) -> bool:
+        """Whether the plan is found by looking at the model again, under the budget: by `search`."""
+        return False
+
+    def search(
+        self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
+    ) -> Plan:
+        """What `plan` does, for strategies whose plan depends on the model as well as on scores.
+
+        Args:
+            target: The model, and all that is drawn: the same seed, the same plan.
+            scores: As for `plan`, with `budget` and `profile`.
+            directory: Keeps the files of a search that was killed for the next attempt (`kvp.strategies.search`).
+        """
+        raise AssertionError(f"{type(self).__name__} plans from its scores alone")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreStrategy(Strategy):
@@ -141,21 +165,30 @@ class ScoreStrategy(Strategy):
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds of spaces this strategy cuts."""
 
+    def spaces(self, config: PretrainedConfig) -> list[Space]:
+        """The spaces it cuts: those kinds in every layer."""
+        return find_spaces(config, self.kinds())
+
     def pools(self, config: PretrainedConfig, scores: Scores) -> list[Pool]:
         """Which units compete with each other: by default the indices of each space, row by row."""
         return [
             Pool(
                 parts=(Part(space, score.view(-1, space.shape[-1])),),
                 units=space.shape[-1],
-                step=self.allocator.multiple_of if space.kind in CHANNEL_KINDS else 1,
+                step=self._step(space.kind),
                 layer=space.layer,
             )
             for space, score in scores.items()
         ]
 
+    def _step(self, kind: Kind) -> int:
+        """Units that make `allocator.multiple_of` channels; whole groups and sublayers have no such width."""
+        channels = CHANNELS_PER_UNIT.get(kind)
+        return max(1, self.allocator.multiple_of // channels) if channels else 1
+
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
         """Plan with scores of zero: the budget and the spaces are the same."""
-        scores = {space: torch.zeros(space.shape) for space in find_spaces(config, self.kinds())}
+        scores = {space: torch.zeros(space.shape) for space in self.spaces(config)}
         self.plan(config, scores, budget, torch.zeros(len(layer_shapes(config))))
 
     def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:

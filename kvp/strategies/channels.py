@@ -52,12 +52,6 @@ class ChannelStrategy(ScoreStrategy):
                 f"strategy.scope={self.scope} has no meaning for grouping={self.grouping}; use scope=head"
             )
 
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ValueError(
-                f"strategy.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-            )
-
     @property
     @abstractmethod
     def criterion(self) -> Importance:
@@ -99,16 +93,10 @@ class ChannelStrategy(ScoreStrategy):
         if self.grouping == "vo":
             return tuple(Part(space, score) for space, score in scores.items())
         (qk, qk_score), (vo, vo_score) = sorted(scores.items(), key=lambda item: item[0].kind)
-        pairs = qk.shape[-1]
-        if vo.shape[-1] != 2 * pairs:
-            raise ValueError(
-                f"strategy.grouping={self.grouping} needs equal query-key and value widths, layer {qk.layer} "
-                f"has {2 * pairs} and {vo.shape[-1]}; use grouping=vo or kv_group"
-            )
-        if self.grouping == "separate":
-            return Part(qk, qk_score), Part(vo, vo_score, per_unit=2)
-        coupled = qk_score + vo_score.view(-1, 2, pairs).sum(1)
-        return Part(qk, coupled), Part(vo, coupled, expand=_both_halves(pairs))
+        if self.grouping == "coupled":
+            return coupled_parts(qk, qk_score, vo, vo_score)
+        _require_equal_widths(qk, vo)
+        return Part(qk, qk_score), Part(vo, vo_score, per_unit=2)
 
     def _shared(self, scores: Scores) -> Scores:
         """Average the scores over what shares one set, so that its members choose alike."""
@@ -124,6 +112,22 @@ class ChannelStrategy(ScoreStrategy):
         kinds = {space.kind for space in shared}
         mean = {k: torch.stack([v[0] for s, v in shared.items() if s.kind == k]).mean(0) for k in kinds}
         return {s: mean[s.kind].expand_as(score) for s, score in shared.items()}
+
+
+def coupled_parts(qk: Space, qk_score: Tensor, vo: Space, vo_score: Tensor) -> tuple[Part, Part]:
+    """One set of channels per head for Q, K, V and O, in rope pairs (i, i + head_dim / 2)."""
+    _require_equal_widths(qk, vo)
+    pairs = qk.shape[-1]
+    coupled = qk_score + vo_score.view(-1, 2, pairs).sum(1)
+    return Part(qk, coupled), Part(vo, coupled, expand=_both_halves(pairs))
+
+
+def _require_equal_widths(qk: Space, vo: Space) -> None:
+    if vo.shape[-1] != 2 * qk.shape[-1]:
+        raise ValueError(
+            f"query-key and value channels that are cut together need equal widths, layer {qk.layer} has "
+            f"{2 * qk.shape[-1]} and {vo.shape[-1]}; use a strategy with grouping=vo or kv_group"
+        )
 
 
 def _both_halves(pairs: int) -> Callable[[Tensor], Tensor]:

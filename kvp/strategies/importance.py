@@ -14,28 +14,31 @@ mean calibration loss of a batch, in nats per token.
 * `taylor_vector`: sum over rows and columns of |sum w g|. `taylor_element`: sum |w g| (LLM-Pruner,
   arXiv 2305.11627, "Vector" and "Element1").
 * `second_order`: sum w^2 F with F = mean of squared per-sample gradients, the diagonal Fisher
-  ("Element2"; the 1/2 is dropped there as here). `mixed`: sum |w g - w^2 g^2 / 2|.
+  ("Element2"; the 1/2 is dropped there as here). `mixed`: sum |w g - w^2 F / 2|.
 * `activation`: per rope pair sum over its query heads of |q_i| |k_i|, per value channel |v_j| times
   the norm of its o_proj columns; |.| is the L2 norm over calibration tokens.
 
 Absolute values of elements (`taylor_element`, `mixed`) are taken per batch: with one batch they are
-LLM-Pruner's; with several, they need no second copy of the gradients. `second_order` and `mixed` go
-sample by sample.
+LLM-Pruner's; with several, they need no second copy of the gradients.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
-from typing import Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from kvp.models.spaces import Member, fold, members
+from kvp.models.spaces import Member, axis_sums, fold, members
 from kvp.strategies.base import Target
+from kvp.strategies.fisher import FisherReduce, fisher_sums
 from kvp.strategies.signals import Reduce, gate_derivatives, gradient_sums, output_square_sums, scoring_bytes
 from kvp.types import Kind, Space
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +60,11 @@ GRADIENT: dict[str, Reduce] = {
     "taylor_group": lambda w, g: w * g,
     "taylor_vector": lambda w, g: w * g,
     "taylor_element": lambda w, g: (w * g).abs(),
-    "second_order": lambda w, g: (w * g).pow(2),
-    "mixed": lambda w, g: (w * g - (w * g).pow(2) / 2).abs(),
 }
-PER_SAMPLE = ("second_order", "mixed")
+FISHER: dict[str, FisherReduce] = {
+    "second_order": lambda w, g, f: w.pow(2) * f,
+    "mixed": lambda w, g, f: (w * g - w.pow(2) * f / 2).abs(),
+}
 GATED: dict[Kind, int] = {"qk": 1, "vo": 0, "kv_group": 2, "ffn": 2}  # which member carries the gate
 
 
@@ -76,18 +80,45 @@ def score_spaces(
     if importance == "random":
         generator = torch.Generator().manual_seed(target.seed)
         return {space: torch.rand(space.shape, generator=generator) for space in spaces}
-    if importance in WEIGHT:
-        return {space: _weight_score(target, space, WEIGHT[importance]) for space in spaces}
     if importance == "activation":
         return _activation_scores(target, spaces)
-    _announce_memory(target, importance, gradient_checkpointing)
     if importance == "taylor_gate":
         return _gate_scores(target, spaces, gradient_checkpointing)
-    return _gradient_scores(target, spaces, importance, gradient_checkpointing)
+    every = [member for space in spaces for member in members(target.config, space)]
+    sums = row_sums(target, every, importance, gradient_checkpointing)
+    return {space: total.abs() for space, total in sum_members(target.config, spaces, sums).items()}
 
 
-def _announce_memory(target: Target, importance: str, gradient_checkpointing: bool) -> None:
-    batch_size, length = target.batches_of(1 if importance in PER_SAMPLE else target.batch_size)[0].shape
+def sum_members(
+    config: PretrainedConfig, spaces: Sequence[Space], sums: Mapping[tuple[str, int], Tensor]
+) -> dict[Space, Tensor]:
+    """Per index of each space, the sum over all its rows (axis 0) and columns (axis 1) in all members."""
+    return {
+        space: torch.stack([fold(sums[m.name, m.axis], m, space) for m in members(config, space)]).sum(0)
+        for space in spaces
+    }
+
+
+def row_sums(
+    target: Target, members: Sequence[Member], importance: Importance, gradient_checkpointing: bool = False
+) -> dict[tuple[str, int], Tensor]:
+    """Per row (axis 0) or column (axis 1) of each member: what an importance that is a sum adds up.
+
+    Only `taylor_group`, whose absolute value comes last, is signed.
+    """
+    if importance in WEIGHT:
+        return {(m.name, m.axis): _weight_sums(target, m, WEIGHT[importance]) for m in members}
+    announce_memory(target, importance, gradient_checkpointing)
+    arguments = target.model, members, target.batches
+    if importance in FISHER:
+        return fisher_sums(*arguments, FISHER[importance], gradient_checkpointing=gradient_checkpointing)
+    sums = gradient_sums(*arguments, GRADIENT[importance], gradient_checkpointing=gradient_checkpointing)
+    return {key: row.abs() for key, row in sums.items()} if importance == "taylor_vector" else sums
+
+
+def announce_memory(target: Target, importance: str, gradient_checkpointing: bool) -> None:
+    """Log what a gradient criterion will need, before it begins."""
+    batch_size, length = target.batches[0].shape
     estimate = scoring_bytes(
         target.config, batch_size=batch_size, length=length, gradient_checkpointing=gradient_checkpointing
     )
@@ -95,39 +126,16 @@ def _announce_memory(target: Target, importance: str, gradient_checkpointing: bo
     log.info("scoring by %s needs about %s", importance, parts)
 
 
-def _weight_score(target: Target, space: Space, power: int) -> Tensor:
-    score = torch.zeros(space.shape)
-    for member in members(target.config, space):
-        weight = target.model.get_parameter(f"{member.name}.weight").detach().float()
-        score += fold(weight.abs().pow(power).sum(1 - member.axis).cpu(), member, space)
-    return score
-
-
-def _gradient_scores(
-    target: Target, spaces: Sequence[Space], importance: str, gradient_checkpointing: bool
-) -> dict[Space, Tensor]:
-    batches = target.batches_of(1) if importance in PER_SAMPLE else target.batches
-    of = {space: members(target.config, space) for space in spaces}
-    sums = gradient_sums(
-        target.model,
-        [member for group in of.values() for member in group],
-        batches,
-        GRADIENT[importance],
-        gradient_checkpointing=gradient_checkpointing,
-    )
-
-    def score(space: Space, member: Member) -> Tensor:
-        values = sums[member.name, member.axis]
-        return fold(values.abs() if importance == "taylor_vector" else values, member, space)
-
-    scores = {space: torch.stack([score(space, m) for m in group]).sum(0) for space, group in of.items()}
-    return {space: total.abs() for space, total in scores.items()}
+def _weight_sums(target: Target, member: Member, power: int) -> Tensor:
+    weight = target.model.get_parameter(f"{member.name}.weight").detach().float()
+    return axis_sums(weight.abs().pow(power), member.axis).cpu()
 
 
 def _gate_scores(
     target: Target, spaces: Sequence[Space], gradient_checkpointing: bool
 ) -> dict[Space, Tensor]:
     _require_kinds("taylor_gate", spaces, GATED)
+    announce_memory(target, "taylor_gate", gradient_checkpointing)
     of = {space: members(target.config, space)[GATED[space.kind]] for space in spaces}
     gates = gate_derivatives(
         target.model, list(of.values()), target.batches, gradient_checkpointing=gradient_checkpointing

@@ -1,4 +1,4 @@
-"""The calibration loss, of the whole model and without a part of it.
+"""The calibration loss, of the whole model and without a part of it, and how far predictions move.
 
 All passes run the model's own forward, over some of its layers; none calls a decoder layer by hand, so
 that a change in its arguments cannot silently change a number.
@@ -47,6 +47,7 @@ def losses_without(
     model: PreTrainedModel,
     batches: Sequence[Tensor],
     removals: Sequence[tuple[int, Callable[[], AbstractContextManager[None]]]],
+    desc: str = "sensitivity",
 ) -> tuple[float, Tensor]:
     """The mean loss of the whole model, and with each removal: `(layer, context that removes)`.
 
@@ -60,7 +61,7 @@ def losses_without(
     """
     num_layers = len(layer_shapes(model.config))
     total, predictions = torch.zeros(1 + len(removals), dtype=torch.float64), 0
-    progress = tqdm(total=len(batches) * num_layers, desc="sensitivity", unit="layer")
+    progress = tqdm(total=len(batches) * num_layers, desc=desc, unit="layer", leave=None)
     for ids in batches:
         ids = ids.to(model.device)
         states, variants = hidden_states(model, 0, 0, input_ids=ids), [0]  # variant 0 is the whole model
@@ -79,3 +80,32 @@ def losses_without(
         predictions += ids.shape[0] * (ids.shape[1] - 1)
     progress.close()
     return total[0].item() / predictions, total[1:] / predictions
+
+
+@torch.inference_mode()
+def divergences(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    removals: Sequence[Callable[[], AbstractContextManager[None]]],
+    desc: str,
+) -> Tensor:
+    """(removals,) mean over tokens of KL(whole model || with the removal), in nats; logits are never held whole."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+
+    def states(ids: Tensor) -> tuple[Tensor, ...]:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).split(TOKENS_PER_CHUNK)
+
+    total, tokens = torch.zeros(len(removals), dtype=torch.float64), 0
+    for ids in tqdm(batches, desc=desc, unit="batch", leave=None):
+        ids = ids.to(model.device)
+        whole = states(ids)
+        for number, removal in enumerate(removals):
+            with removal():
+                changed = states(ids)
+            for rows in zip(changed, whole, strict=True):
+                q, p = (F.log_softmax(head(hidden).float(), dim=-1) for hidden in rows)
+                total[number] += F.kl_div(q, p, log_target=True, reduction="sum").double().cpu()
+        tokens += ids.numel()
+    return total / tokens

@@ -51,12 +51,14 @@ class Pool:
         units: How many units there are.
         step: Kept units are a multiple of this (or all of them).
         layer: The layer they belong to, None if the pool lies across layers.
+        least: At least so many units stay.
     """
 
     parts: tuple[Part, ...]
     units: int
     step: int = 1
     layer: int | None = None
+    least: int = 1
 
     def keep(self, units: int) -> dict[Space, Tensor]:
         """The indices that stay when `units` units are kept."""
@@ -72,7 +74,6 @@ class Pool:
 
     def removable(self, max_ratio: float) -> list[int]:
         """Numbers of units that may be removed, ascending from 0."""
-        kept = [
-            k for k in range(self.step, self.units, self.step) if k >= self.units * (1 - max_ratio) - 1e-9
-        ]
+        least = max(self.units * (1 - max_ratio) - 1e-9, self.least)
+        kept = [k for k in range(self.step, self.units, self.step) if k >= least]
         return [0] + [self.units - k for k in reversed(kept)]

@@ -16,13 +16,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kvp.models.shapes import itemsize, layer_shapes, size
-from kvp.models.spaces import Member
+from kvp.models.spaces import Member, axis_sums
 from kvp.strategies.losses import TOKENS_PER_CHUNK, next_token_nll
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
+Objective = Callable[["PreTrainedModel", Tensor], Tensor]
+
+
+def mean_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Of one batch, in nats per token."""
+    return next_token_nll(model, input_ids=ids, labels=ids).mean()
 
 
 def gradient_sums(
@@ -31,13 +37,14 @@ def gradient_sums(
     batches: Sequence[Tensor],
     reduce: Reduce,
     *,
+    objective: Objective = mean_loss,
     gradient_checkpointing: bool = False,
 ) -> dict[tuple[str, int], Tensor]:
     """Per row (axis 0) or column (axis 1) of each member: the sum of `reduce(weight, gradient)`.
 
-    The gradient is that of the mean loss (nats per token) of one batch; results are averaged over the
-    batches. Each gradient is reduced in float32 as soon as it is ready and freed, so that memory is
-    weights + activations + one gradient.
+    The gradient is that of `objective(model, ids)` for one batch, by default of the mean loss (nats per
+    token); results are averaged over the batches. Each gradient is reduced in float32 as soon as it is
+    ready and freed, so that memory is weights + activations + one gradient.
 
     Raises:
         FloatingPointError: The loss or a score is not finite.
@@ -52,7 +59,7 @@ def gradient_sums(
             with torch.no_grad():
                 values = reduce(weight.float(), weight.grad.float())  # type: ignore[union-attr]
                 for axis in axes[name]:
-                    row = values.sum(1 - axis).cpu() / len(batches)
+                    row = axis_sums(values, axis).cpu() / len(batches)
                     sums[name, axis] = sums[name, axis] + row if (name, axis) in sums else row
             weight.grad = None
 
@@ -62,11 +69,11 @@ def gradient_sums(
         for number, ids in enumerate(tqdm(batches, desc="gradients", unit="batch")):
             ids = ids.to(model.device)
             with torch.enable_grad():
-                loss = next_token_nll(model, input_ids=ids, labels=ids).mean()
-                _require_finite(loss, f"the calibration loss of batch {number}")
+                loss = objective(model, ids)
+                require_finite(loss, f"the calibration loss of batch {number}")
                 loss.backward()
     for (name, _), total in sums.items():
-        _require_finite(total.sum(), f"the score of {name}")
+        require_finite(total.sum(), f"the score of {name}")
     return sums
 
 
@@ -94,23 +101,45 @@ def gate_derivatives(
         if activation.requires_grad:
             activation.register_hook(hook)
 
+    def catch(key: tuple[str, int]) -> Callable[[Tensor, Tensor], None]:
+        return lambda inputs, output: watch(key, inputs if key[1] else output)
+
+    hooks = [(member.name, catch((member.name, member.axis))) for member in members]
+    backward_by_sample(model, hooks, batches, "gates", gradient_checkpointing=gradient_checkpointing)
+    return {key: torch.cat(samples) for key, samples in gates.items()}
+
+
+def backward_by_sample(
+    model: PreTrainedModel,
+    hooks: Sequence[tuple[str, Callable[[Tensor, Tensor], None]]],
+    batches: Sequence[Tensor],
+    desc: str,
+    *,
+    gradient_checkpointing: bool = False,
+) -> None:
+    """One backward per batch of the *sum* of its samples' losses, so that no sample's gradient is scaled.
+
+    A sample's loss is its mean in nats per token. No weight needs a gradient: what is wanted is taken by
+    `hooks`, (name of a module, called with its input and output in the forward pass).
+
+    Raises:
+        FloatingPointError: The loss is not finite.
+    """
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(_only_gradients_of(model, {}, lambda name: lambda weight: None))
         stack.enter_context(_checkpointing(model, gradient_checkpointing))
         embed = model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))
         stack.callback(embed.remove)
-        for member in members:
-            key, module = (member.name, member.axis), model.get_submodule(member.name)
-            handle = module.register_forward_hook(
-                lambda m, inputs, output, key=key: watch(key, inputs[0] if key[1] else output)
+        for name, hook in hooks:
+            handle = model.get_submodule(name).register_forward_hook(
+                lambda module, inputs, output, hook=hook: hook(inputs[0], output)
             )
             stack.callback(handle.remove)
-        for number, ids in enumerate(tqdm(batches, desc="gates", unit="batch")):
+        for number, ids in enumerate(tqdm(batches, desc=desc, unit="batch")):
             ids = ids.to(model.device)
             losses = next_token_nll(model, input_ids=ids, labels=ids).mean(dim=1)
-            _require_finite(losses.sum(), f"the calibration loss of batch {number}")
+            require_finite(losses.sum(), f"the calibration loss of batch {number}")
             losses.sum().backward()
-    return {key: torch.cat(samples) for key, samples in gates.items()}
 
 
 @contextmanager
@@ -149,7 +178,8 @@ def _checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
         model.gradient_checkpointing_disable()
 
 
-def _require_finite(value: Tensor, what: str) -> None:
+def require_finite(value: Tensor, what: str) -> None:
+    """Raise FloatingPointError, naming `what`, unless the scalar `value` is finite."""
     if not torch.isfinite(value):
         raise FloatingPointError(
             f"{what} is not finite: check the checkpoint, or score in float32 (model.dtype=float32)"

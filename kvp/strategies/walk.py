@@ -30,11 +30,13 @@ class Visit:
     Attributes:
         layer: Its index.
         states: Per batch, (batch, seq_len, hidden_size).
+        leaving: Closed once the states after the layer are taken: what undoes a change is left here.
     """
 
     model: PreTrainedModel
     layer: int
     states: list[Tensor]
+    leaving: ExitStack
 
     @property
     def name(self) -> str:
@@ -59,13 +61,33 @@ class Visit:
 
 
 @torch.no_grad()
-def walk(model: PreTrainedModel, batches: Sequence[Tensor], desc: str) -> Iterator[Visit]:
-    """Visit the layers in order; what is changed in a layer during its visit is seen by the layers after it."""
-    states = [hidden_states(model, 0, 0, input_ids=ids.to(model.device)) for ids in batches]
-    for layer in tqdm(range(len(layer_shapes(model.config))), desc=desc, unit="layer"):
-        visit = Visit(model, layer, states)
-        yield visit
-        states = visit.outputs()
+def walk(
+    model: PreTrainedModel, batches: Sequence[Tensor], desc: str, *, offload: bool = False
+) -> Iterator[Visit]:
+    """Visit the layers in order; what is changed in a layer during its visit is seen by the layers after it.
+
+    Args:
+        model: In eval mode.
+        batches: Token ids; none, for a walk without states.
+        desc: Of the progress bar.
+        offload: Keep only the layer at work and the states on the model's device, the rest on the CPU.
+    """
+    device = model.device
+    with ExitStack() as stack:
+        if offload:
+            stack.callback(model.to, device)
+            model.to("cpu")
+        states = [hidden_states(model, 0, 0, input_ids=ids.to(model.device)).to(device) for ids in batches]
+        model.get_submodule(family_of(model.config).norm).to(device)  # passes run through it
+        for layer in tqdm(range(len(layer_shapes(model.config))), desc=desc, unit="layer"):
+            with ExitStack() as leaving:
+                visit = Visit(model, layer, states, leaving)
+                module = model.get_submodule(visit.name)
+                if offload:
+                    leaving.callback(module.to, "cpu")
+                    module.to(device)
+                yield visit
+                states = visit.outputs()
 
 
 def hidden_states(model: PreTrainedModel, start: int, stop: int, **inputs: Tensor) -> Tensor:

@@ -9,8 +9,14 @@ from transformers import AutoModelForCausalLM
 from kvp.models.masks import mask, masks_of
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.surgery import apply
-from kvp.strategies.compensate import Bias, LeastSquares, Moments
+from kvp.strategies.allocate import Global
+from kvp.strategies.base import Target
+from kvp.strategies.compensate import Bias, LeastSquares
+from kvp.strategies.flap import FLAP
+from kvp.strategies.moments import Moments
+from kvp.strategies.numerical import Numerical
 from kvp.strategies.walk import caught_inputs
+from kvp.types import Budget
 from tests.conftest import random_plan, tiny_model
 
 
@@ -47,11 +53,15 @@ def errors(model, plan, compensated):
 
 def test_moments_equal_the_naive_ones():
     x = torch.randn(50, 7, dtype=torch.float64) + 3
-    moments = Moments(7, covariance=True)
+    joint, single = Moments(7, covariance=True), Moments(7)
     for rows in x.split(8):
-        moments.add(rows)
-    torch.testing.assert_close(moments.mean, x.mean(0))
-    torch.testing.assert_close(moments.scatter / moments.count, x.T.cov(correction=0))
+        joint.add(rows)
+        single.add(rows)
+    torch.testing.assert_close(joint.mean, x.mean(0))
+    torch.testing.assert_close(joint.scatter / joint.count, x.T.cov(correction=0))
+    torch.testing.assert_close(joint.gram, x.T @ x)
+    torch.testing.assert_close(single.scatter, joint.scatter.diagonal())
+    torch.testing.assert_close(single.gram, x.square().sum(0))
 
 
 def test_error_falls_in_every_layer(family, heads):
@@ -63,6 +73,51 @@ def test_error_falls_in_every_layer(family, heads):
     assert len(plain) == 2 * len(layer_shapes(model.config))
     for name in plain:
         assert squares[name] < bias[name] < plain[name]
+
+
+@pytest.mark.parametrize("method", [FLAP, Numerical])
+def test_error_falls_wherever_a_methods_own_plan_cuts(method, family, heads):
+    model = tiny_model(family, heads, dtype=torch.float64)
+    strategy = method(allocator=Global(multiple_of=1, max_ratio=1.0, per_cost=False))
+    scores = strategy.score(Target(model, torch.cat(batches()), 2, seed=0))
+    plan = strategy.plan(
+        model.config, scores, Budget(value=0.4, of="block_params", tolerance=0.05), torch.zeros(3)
+    )
+    plain = {name: error for name, error in errors(model, plan, plan).items() if error > 0}
+    bias, refit, columns = (
+        errors(model, plan, compensation.refit(model, batches(), plan))
+        for compensation in (Bias(), LeastSquares(ridge=1e-4), LeastSquares(intercept=False))
+    )
+    assert {name.split(".")[2] for name in plain} == {"0", "1", "2"}
+    for name in plain:
+        assert refit[name] <= bias[name] < plain[name]
+        assert columns[name] < plain[name]
+
+
+def test_bias_is_the_mean_of_what_is_removed():
+    model = tiny_model("mistral", "gqa", dtype=torch.float64)
+    plan = random_plan(model, ["kv_group", "ffn"])
+    edits = Bias().refit(model, batches(), plan).edits
+    for name, axes in masks_of(model.config, plan).items():
+        if 1 in axes:
+            mean, weight = naive_inputs(model, [name])[name].mean(0), model.get_submodule(name).weight
+            torch.testing.assert_close(edits[f"{name}.bias"], (mean * ~axes[1]) @ weight.T)
+            assert torch.equal(edits[f"{name}.weight"], weight)
+
+
+def test_without_intercept_it_is_numerical_prunings_update():
+    model = tiny_model("mistral", "gqa", dtype=torch.float64)
+    plan = random_plan(model, ["kv_group", "ffn"])
+    edits = LeastSquares(ridge=1e-9, intercept=False).refit(model, batches(), plan).edits
+    name = "model.layers.1.mlp.down_proj"
+    gone, weight = ~masks_of(model.config, plan)[name][1], model.get_submodule(name).weight
+    x = naive_inputs(model, [name])[name]
+    inverse, selector = torch.linalg.inv(2 * x.T @ x), torch.eye(len(gone), dtype=x.dtype)[:, gone]
+    change = inverse @ selector @ torch.linalg.inv(selector.T @ inverse @ selector) @ selector.T @ weight.T
+    torch.testing.assert_close(
+        edits[f"{name}.weight"][:, ~gone], (weight.T - change).T[:, ~gone], rtol=1e-4, atol=1e-6
+    )
+    assert all(key.endswith(".weight") for key in edits)
 
 
 def test_least_squares_equals_lstsq():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -13,13 +14,27 @@ from kvp.models.plans import read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import available_kinds
 from kvp.models.surgery import apply
+from kvp.strategies.adapruner import AdaPruner
 from kvp.strategies.allocate import Global, Sensitivity, Uniform
 from kvp.strategies.base import Target
+from kvp.strategies.evolution import Evolution
+from kvp.strategies.flap import FLAP
 from kvp.strategies.kvpruner import KVPruner
+from kvp.strategies.llm_bip import LLMBIP
+from kvp.strategies.llm_pruner import LLMPruner
 from kvp.strategies.magnitude import Magnitude
+from kvp.strategies.nirvana import NIRVANA
 from kvp.strategies.none import NoPruning
+from kvp.strategies.numerical import Numerical
 from kvp.strategies.random import Random
+from kvp.strategies.search_llm import SearchLLM
+from kvp.strategies.shortened_llm import ShortenedLLM
+from kvp.strategies.shortgpt import ShortGPT
 from kvp.strategies.signals import scoring_bytes
+from kvp.strategies.sleb import SLEB
+from kvp.strategies.think import ThinK
+from kvp.strategies.tied import Tied
+from kvp.strategies.wanda_sp import WandaSP
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
 from tests.models.test_published_counts import LLAMA_7B
@@ -37,6 +52,35 @@ STRATEGIES = {
     "kvpruner_vo": KVPruner(allocator=Uniform(multiple_of=2), grouping="vo", importance="activation"),
     "random": Random(allocator=Uniform(multiple_of=2)),
     "magnitude": Magnitude(allocator=Uniform(multiple_of=2), norm="l1"),
+    "shortened_llm": ShortenedLLM(protect_first=0, protect_last=0),
+    "shortened_llm_taylor": ShortenedLLM(protect_first=1, protect_last=0, criterion="taylor"),
+    "shortened_llm_magnitude": ShortenedLLM(protect_first=0, protect_last=1, criterion="magnitude"),
+    "shortgpt": ShortGPT(),
+    "sleb": SLEB(protect_first=0, protect_last=0),
+    "flap": FLAP(allocator=Global(multiple_of=1, max_ratio=1.0, per_cost=False)),
+    "numerical": Numerical(allocator=Global(multiple_of=1, max_ratio=1.0, per_cost=False)),
+    "wanda_sp": WandaSP(allocator=Uniform(multiple_of=1, max_ratio=1.0)),
+    "adapruner": AdaPruner(
+        allocator=Uniform(multiple_of=1), protect_first=0, protect_last=0, trials=6, parts=2
+    ),
+    "llm_pruner": LLMPruner(allocator=Uniform(multiple_of=1), protect_first=0, protect_last=1),
+    "llm_pruner_threshold": LLMPruner(
+        allocator=Global(multiple_of=1, per_cost=False),
+        protect_first=0,
+        protect_last=0,
+        importance="second_order",
+        group_reduction="prod",
+    ),
+    "llm_pruner_steps": LLMPruner(
+        allocator=Uniform(multiple_of=1), protect_first=0, protect_last=0, iterative_steps=2
+    ),
+    "think": ThinK(allocator=Uniform(multiple_of=2, max_ratio=1.0), window=8),
+    "llm_bip": LLMBIP(allocator=Uniform(multiple_of=1, max_ratio=1.0)),
+    "nirvana": NIRVANA(allocator=Tied(multiple_of=1, max_ratio=1.0), draws=2),
+    "search_llm": SearchLLM(
+        allocator=Uniform(multiple_of=2),
+        evolution=Evolution(generations=2, population=5, parents=2, mutated=2, crossed=2),
+    ),
 }
 
 
@@ -45,6 +89,9 @@ def make_plan(strategy, model, budget=BUDGET):
     target = Target(model, ids if strategy.needs_calibration else None, batch_size=2, seed=1)
     scores = strategy.score(target)
     profile = strategy.sensitivity(target, scores) if strategy.probes else torch.zeros(3)
+    if strategy.searches:
+        with TemporaryDirectory() as directory:
+            return strategy.search(target, scores, budget, profile, Path(directory))
     return strategy.plan(model.config, scores, budget, profile)
 
 
@@ -59,7 +106,7 @@ def test_contract(name, family, heads, tokens):
         with pytest.raises(ValueError, match="has no space 'qk'"):
             strategy.check(model.config, BUDGET)
         return
-    if heads == "mqa" and strategy.grouping == "kv_group":
+    if heads == "mqa" and "kv_group" in strategy.kinds():
         with pytest.raises(ValueError, match="cannot be reached"):  # the only group of a layer stays
             strategy.check(model.config, BUDGET)
         return

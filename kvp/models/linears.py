@@ -1,0 +1,56 @@
+"""The weight matrices of the decoder blocks, by what feeds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvp.models.family import family_of
+from kvp.models.shapes import layer_shapes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix, of shape (rows, columns): outputs and inputs.
+
+    Attributes:
+        module: Its name, e.g. "model.layers.3.self_attn.q_proj".
+    """
+
+    module: str
+    rows: int
+    columns: int
+
+    @property
+    def weight(self) -> str:
+        """The name of its parameter."""
+        return f"{self.module}.weight"
+
+
+def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
+    """Those of one layer, in the order of its forward pass: each tuple is fed by one input.
+
+    (q, k, v), (o,), (gate, up), (down,); an absent sublayer has none.
+    """
+    family, shape, hidden = family_of(config), layer_shapes(config)[layer], config.hidden_size
+    attention, mlp = (f"{family.layers}.{layer}.{part}" for part in (family.attention, family.mlp))
+    heads, groups, inner = shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size
+    found: list[tuple[Linear, ...]] = []
+    if groups:
+        q = Linear(f"{attention}.{family.q}", heads * shape.qk_head_dim, hidden)
+        k = Linear(f"{attention}.{family.k}", groups * shape.qk_head_dim, hidden)
+        v = Linear(f"{attention}.{family.v}", groups * shape.v_head_dim, hidden)
+        found += [(q, k, v), (Linear(f"{attention}.{family.o}", hidden, heads * shape.v_head_dim),)]
+    if inner:
+        gate, up = (Linear(f"{mlp}.{name}", inner, hidden) for name in (family.gate, family.up))
+        found += [(gate, up), (Linear(f"{mlp}.{family.down}", hidden, inner),)]
+    return found
+
+
+def all_linears(config: PretrainedConfig) -> list[Linear]:
+    """Those of all layers."""
+    layers = range(len(layer_shapes(config)))
+    return [linear for layer in layers for group in linears(config, layer) for linear in group]

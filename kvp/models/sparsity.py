@@ -1,0 +1,83 @@
+"""Zeros in a checkpoint's decoder matrices, and the bytes that they could save in another storage.
+
+A zero in a safetensors file takes as much room as any weight, and a dense kernel multiplies by it. What a
+storage of zeros would take is counted here, apart: nothing is stored so, and nothing runs faster for it.
+
+* "dense": every weight, in its dtype.
+* "2:4": at most 2 nonzeros in 4 consecutive inputs of every row: 2 of 4 values, and 2 bits per value for its
+  place (the layout of NVIDIA's sparse tensor cores). None if the matrix has another pattern.
+* "bitmap": one bit per weight, and the nonzeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from kvp.models.linears import all_linears
+from kvp.models.shapes import itemsize, layer_shapes, size
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+STORAGES = ("dense", "2:4", "bitmap")
+
+Bytes = dict[str, int | None]
+
+
+def sparsity(path: Path, config: PretrainedConfig) -> dict[str, Any]:
+    """What `run.json` says of a checkpoint's zeros; reads one matrix at a time.
+
+    Returns:
+        `weights`, `zeros` and their quotient `fraction` over the linear weights of the decoder blocks; their
+        `bytes` per storage; the `model_bytes` with all other parameters dense; and the same per matrix.
+    """
+    names = {linear.weight for linear in all_linears(config)}
+    matrices = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in sorted(names & set(tensors.keys())):
+                matrices[name] = count(tensors.get_tensor(name))
+    weights, zeros = (sum(matrix[key] for matrix in matrices.values()) for key in ("weights", "zeros"))
+    stored: Bytes = {key: _total(matrix["bytes"][key] for matrix in matrices.values()) for key in STORAGES}
+    rest = itemsize(config) * (size(config, layer_shapes(config)).params - weights)
+    return {
+        "weights": weights,
+        "zeros": zeros,
+        "fraction": zeros / weights,
+        "bytes": stored,
+        "model_bytes": {key: None if taken is None else taken + rest for key, taken in stored.items()},
+        "matrices": matrices,
+    }
+
+
+def count(weight: Tensor) -> dict[str, Any]:
+    """Weights, zeros and bytes per storage of one matrix (out, in)."""
+    weights, nonzeros = weight.numel(), int(weight.count_nonzero())
+    width = weight.element_size()
+    stored: Bytes = {
+        "dense": weights * width,
+        "2:4": weights // 2 * width + weights // 8 if is_n_of_m(weight, 2, 4) else None,
+        "bitmap": -(-weights // 8) + nonzeros * width,
+    }
+    return {"weights": weights, "zeros": weights - nonzeros, "bytes": stored}
+
+
+def is_n_of_m(weight: Tensor, n: int, m: int) -> bool:
+    """Whether at most n of every m consecutive inputs of every row are not zero."""
+    if weight.shape[1] % m:
+        return False
+    return bool(((weight != 0).unflatten(1, (-1, m)).sum(-1) <= n).all())
+
+
+def _total(parts: Iterable[int | None]) -> int | None:
+    total = 0
+    for part in parts:
+        if part is None:
+            return None
+        total += part
+    return total

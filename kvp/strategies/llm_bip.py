@@ -1,0 +1,99 @@
+"""LLM-BIP: how far a unit is felt at the end of its block, forward only (arXiv:2412.06419).
+
+For each block the paper bounds how much its output changes without a channel. In its notation, X W, with X_U
+what enters down_proj, X_H what enters o_proj, and absolute values by element:
+
+    neuron j             |X_U[:, j]| |W_D[j, :]|                     what it writes into the residual stream
+    attention channel j  |X_H[:, j]| |W_O[j, :]| (I + |W_U| |W_D|)   through the residual, and through the MLP
+
+There is no public code, and we had the formulas second hand. Ours:
+* A channel's number is the mean over tokens and the sum over the block's outputs; a KV group is worth the sum
+  over the channels of its query heads.
+* W_U is up_proj. As printed, the way through the MLP leaves out gate_proj and the norm before it.
+* X is the dense model's. Every layer loses the same fraction of groups and of neurons (allocator=uniform),
+  which is the protocol of LLM-Pruner; the paper's own is not known to us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvp.models.family import family_of
+from kvp.models.shapes import layer_shapes
+from kvp.models.spaces import fold, members
+from kvp.strategies.base import ScoreStrategy, Target
+from kvp.strategies.signals import require_finite
+from kvp.strategies.walk import Visit, walk
+from kvp.types import Kind, Space
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLMBIP(ScoreStrategy):
+    """KV groups and neurons by what reaches the output of their block."""
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """Whole KV groups, and neurons."""
+        return ("kv_group", "ffn")
+
+    def score(self, target: Target) -> dict[Space, Tensor]:
+        """Of every KV group and neuron: summed absolute change of the block's output, mean over tokens."""
+        spaces = self.spaces(target.config)
+        visits = walk(target.model, target.batches, "LLM-BIP")
+        return {
+            space: score
+            for visit in visits
+            for space, score in layer_scores(visit, [s for s in spaces if s.layer == visit.layer]).items()
+        }
+
+
+def layer_scores(visit: Visit, spaces: Sequence[Space]) -> dict[Space, Tensor]:
+    """(units,) per space of the layer visited, float64."""
+    model = visit.model
+    projections = {space: members(model.config, space)[-1] for space in spaces}  # o_proj and down_proj
+    sizes = input_sizes(visit, [member.name for member in projections.values()])
+    scores = {}
+    for space, member in projections.items():
+        columns = absolute(model, member.name)
+        felt = columns.T @ block_reach(model, visit.layer) if space.kind == "kv_group" else columns.sum(0)
+        scores[space] = fold((sizes[member.name] * felt).cpu(), member, space)
+    return scores
+
+
+def input_sizes(visit: Visit, names: Sequence[str]) -> dict[str, Tensor]:
+    """(in_features,) mean over tokens of |x|, per named projection.
+
+    Raises:
+        FloatingPointError: An input is not finite.
+    """
+    sums: dict[str, Tensor] = {}
+    for inputs in visit.inputs(*names):
+        for name, rows in inputs.items():
+            size = rows.double().abs().sum(0)
+            sums[name] = sums[name] + size if name in sums else size
+    for name, total in sums.items():
+        require_finite(total.sum(), f"what enters {name}")
+    tokens = sum(states.shape[:-1].numel() for states in visit.states)
+    return {name: total / tokens for name, total in sums.items()}
+
+
+def block_reach(model: PreTrainedModel, layer: int) -> Tensor:
+    """(hidden,) (I + |W_U| |W_D|) 1: what a unit in the residual stream after attention makes at the end."""
+    family, config = family_of(model.config), model.config
+    mlp = f"{family.layers}.{layer}.{family.mlp}"
+    through = torch.ones(config.hidden_size, dtype=torch.float64, device=model.device)
+    if not layer_shapes(config)[layer].intermediate_size:
+        return through
+    return through + absolute(model, f"{mlp}.{family.up}").T @ absolute(model, f"{mlp}.{family.down}").sum(0)
+
+
+def absolute(model: PreTrainedModel, name: str) -> Tensor:
+    """|W| of a projection, (out, in), float64."""
+    return model.get_parameter(f"{name}.weight").detach().double().abs()

@@ -1,0 +1,64 @@
+"""SparseGPT's solver: Optimal Brain Surgeon, column by column, with one Hessian for all rows.
+
+The Hessian of ||X W^T - X V^T||^2 for every row is H = X^T X (damped). With the upper Cholesky factor U of its
+inverse, H^-1 = U^T U, U_jj^2 is [(H_j:,j:)^-1]_00: the inverse Hessian once the columns before j are settled.
+For the columns from left to right, a weight that goes costs W_ij^2 / U_jj^2, and what it takes from the output
+is made up for by the columns to its right, W_i,j: -= W_ij / U_jj U_j,j:. Kept weights and settled columns stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvp.strategies.selection import Pattern
+
+
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """U (in, in), float64.
+
+    Args:
+        gram: X^T X, (in, in) float64.
+        damping: Added to its diagonal, relative to the diagonal's mean.
+    """
+    mean = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    damped = gram.clone()
+    damped.diagonal().add_(damping * mean)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def settle(
+    weight: Tensor,
+    factor: Tensor,
+    choose: Callable[[Tensor], Tensor],
+    groups: Pattern | None,
+    block_size: int,
+) -> Tensor:
+    """The pruned weight (out, in).
+
+    Args:
+        weight: (out, in)
+        factor: U, in the dtype of the weight.
+        choose: From scores (out, block), or (out, M) with `groups`, to which of them go.
+        groups: N:M, chosen as the columns are reached; None: chosen per block of columns.
+        block_size: Columns per block; those after it are updated when it is settled.
+    """
+    weight, diagonal = weight.clone(), factor.diagonal()
+    for start in range(0, weight.shape[1], block_size):
+        block = slice(start, min(start + block_size, weight.shape[1]))
+        columns, inner = weight[:, block], factor[block, block]
+        errors, gone = torch.zeros_like(columns), torch.zeros_like(columns, dtype=torch.bool)
+        if groups is None:
+            gone = choose((columns / diagonal[block]).square())
+        for j in range(columns.shape[1]):
+            if groups and j % groups.of == 0:
+                run = slice(j, j + groups.of)
+                gone[:, run] = choose((columns[:, run] / diagonal[block][run]).square())
+            errors[:, j] = columns[:, j].masked_fill(~gone[:, j], 0) / inner[j, j]
+            columns[:, j:].addr_(errors[:, j], inner[j, j:], alpha=-1)
+        columns.masked_fill_(gone, 0)
+        weight[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)
+    return weight
