@@ -41,6 +41,9 @@ def _rows(dense: Mapping[str, Any]) -> list[tuple[str, Read]]:
         ("parameters", lambda m: f"{m['size']['params'] / 1e6:,.2f} M"),
         ("KV cache per token", lambda m: f"{m['size']['kv_bytes_per_token']:,} B"),
     ]
+    if dense["size"].get("sparsity"):
+        rows.append(("zeros in linear weights", lambda m: f"{100 * m['size']['sparsity']['fraction']:.2f} %"))
+        rows += [(f"weights, if stored {how}", partial(_stored, how)) for how in ("dense", "2:4", "bitmap")]
     for name, result in dense["evaluation"]["perplexity"].items():
         label = f"perplexity {name} (window {result['protocol']['window']})"
         rows.append((label, partial(_perplexity, name)))
@@ -61,6 +64,11 @@ def _rows(dense: Mapping[str, Any]) -> list[tuple[str, Read]]:
             ("memory: peak over an empty process", lambda m: _mebibytes(_peak(m["measure"]["memory"]))),
         ]
     return rows
+
+
+def _stored(how: str, model: Mapping[str, Any]) -> str:
+    taken = model["size"]["sparsity"]["model_bytes"][how]
+    return "-" if taken is None else _mebibytes(taken)
 
 
 def _perplexity(corpus: str, model: Mapping[str, Any]) -> str:

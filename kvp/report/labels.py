@@ -1,0 +1,47 @@
+"""What a plot calls a strategy or a recovery: its name in tables, and the settings that tell it from the others.
+
+If the runs of one name differ in one setting, all of them state it (grouping=coupled, grouping=separate). If they
+differ in several, as in an ablation, each states where it departs from the most common value.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from kvp.report.keys import identity, label
+from kvp.report.runs import Run
+
+
+def strategy_labels(runs: Sequence[Run]) -> dict[str, str]:
+    """By the run's hash: "kvpruner", "kvpruner grouping=coupled"."""
+    return _labels(runs, "strategy", ("strategy", "calibration"), "pruned")
+
+
+def recovery_labels(runs: Sequence[Run]) -> dict[str, str]:
+    """By the run's hash: "none", "lora", "lora rank=16"."""
+    return _labels(runs, "recovery", ("recovery",), "recovered")
+
+
+def _labels(runs: Sequence[Run], named: str, described: Sequence[str], model: str) -> dict[str, str]:
+    names = {run.hash: label(run, named) for run in runs}
+    settings = {run.hash: identity(run, model) for run in runs}
+    labels = {}
+    for run in runs:
+        alike = [settings[other.hash] for other in runs if names[other.hash] == names[run.hash]]
+        usual = {
+            key: values.most_common(1)[0][0]
+            for key in dict.fromkeys(key for its in alike for key in its)
+            if key.partition(".")[0] in described and not key.endswith(".seed")
+            if len(values := Counter(repr(its[key]) for its in alike if key in its)) > 1
+        }
+        its = settings[run.hash]
+        stated = [key for key in usual if key in its and (len(usual) == 1 or repr(its[key]) != usual[key])]
+        labels[run.hash] = " ".join([names[run.hash], *(_word(run, key) for key in stated)])
+    return labels
+
+
+def _word(run: Run, key: str) -> str:
+    """The last part of a key, or the node that it makes, and its value: grouping=coupled, calibration=squad."""
+    node = key.removesuffix("._target_")
+    return f"{node.removesuffix('.corpora').rpartition('.')[2]}={label(run, node)}"
