@@ -15,7 +15,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,8 +31,9 @@ def _compute_dtype(dtype: str, device: str) -> str:
     return str(resolve_dtype(dtype, resolve_device(device))).removeprefix("torch.")
 
 
-OmegaConf.register_new_resolver("compute_dtype", _compute_dtype)
+OmegaConf.register_new_resolver("compute_dtype", _compute_dtype, replace=True)
 
+EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm"}  # of launchers
 USER_ERRORS = (
     ValueError,
     FloatingPointError,
@@ -43,18 +46,27 @@ USER_ERRORS = (
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-def job(config: DictConfig) -> None:
-    """One run of a single command or of a sweep."""
+def job(config: DictConfig) -> str | None:
+    """One run of a single command, or of a sweep."""
     from kvp.experiment import Experiment
     from kvp.report.summary import print_summary
 
     for chatty in ("httpx", "accelerate", "datasets", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    x = Experiment.compose(config)
+    command = HydraConfig.get()
+    swept = command.mode == RunMode.MULTIRUN
+    if swept:
+        from kvp.sweep.worker import attempt, claim_gpu
+
+        claim_gpu()
+    x = Experiment.compose(config, list(command.overrides.task))
+    if swept:
+        return attempt(x, command.job.num)
     from kvp.run import run  # imports seconds of modelling code, which a wrong option need not wait for
 
     print_summary(run(x))
+    return None
 
 
 def main() -> None:
@@ -88,6 +100,8 @@ def _words(error: BaseException) -> str:
 
 
 def _no_such_choice(group: str, name: str) -> str:
+    if group == "hydra/launcher":
+        return f"launcher={name} needs another package: pip install 'kvp[{EXTRAS.get(name, '...')}]'"
     choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     if not choices:
         return f"there is no group {group!r}. See --help for all groups."
@@ -104,7 +118,7 @@ def _nearest(name: str) -> str:
     groups = [
         word
         for word in sys.argv[1:]
-        if re.fullmatch(r"[\w/]+=[\w]+", word) and (CONF / word.split("=")[0]).is_dir()
+        if re.fullmatch(r"[\w/]+=[\w]+", word) and (CONF / f"{word.replace('=', '/')}.yaml").is_file()
     ]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         known = _keys(OmegaConf.to_container(compose("config", overrides=groups)), "")
@@ -121,4 +135,6 @@ def _keys(node: object, prefix: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    from kvp.__main__ import main  # a sweep's launcher finds `job` in other processes by this name
+
     main()

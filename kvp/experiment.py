@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -48,13 +49,16 @@ VERSIONS = {  # raised in the commit that changes a stage's numbers
     "model": 1,
     "score": 1,
     "sensitivity": 1,
+    "search": 1,
     "prune": 1,
     "recover": 1,
+    "sparsity": 1,
     "perplexity": 1,
     "zero_shot": 1,
     "measure": 1,
 }
-NOT_INPUTS = ("store", "runs", "tracker", "hydra")  # where results go, not what they are
+# Where results go and when they are made, not what they are.
+NOT_INPUTS = ("store", "runs", "tracker", "hydra", "rows", "force", "since")
 
 Record = dict[str, Any]
 
@@ -72,6 +76,16 @@ class Checkpoint:
         return load_config(self.path)
 
 
+def _kinds(force: Any) -> tuple[str, ...]:
+    unknown = [str(kind) for kind in force if kind not in VERSIONS] if OmegaConf.is_list(force) else [force]
+    if unknown:
+        raise ValueError(
+            f"force is a list of stages to compute again, such as [prune], of {', '.join(VERSIONS)}; got "
+            f"{', '.join(unknown)}"
+        )
+    return tuple(force)
+
+
 @lru_cache(maxsize=1)
 def _loaded(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
     return load_model(path, dtype=dtype, device=device)
@@ -79,7 +93,16 @@ def _loaded(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
 
 @dataclass
 class Experiment:
-    """The instantiated nodes of a configuration, the stages run so far, and the model in memory."""
+    """The instantiated nodes of a configuration, the stages run so far, and the model in memory.
+
+    Attributes:
+        node: The resolved configuration, without what changes no number.
+        overrides: The words that composed it; None if they are not known.
+        force: Kinds of stages to compute again, and what follows from them,
+        since: where they were finished before this moment (seconds since 1970).
+        forced: Fingerprints of those met so far.
+        watch: Told the name of each stage before it is computed or found.
+    """
 
     node: dict[str, Any]
     source: ModelSource
@@ -96,14 +119,24 @@ class Experiment:
     runs: Path
     device: str
     dtype: torch.dtype
+    overrides: Sequence[str] | None = None
+    force: Sequence[str] = ()
+    since: float = 0.0
+    forced: set[str] = field(default_factory=set)
+    watch: Callable[[str], None] = lambda stage: None
     stages: list[Stage] = field(default_factory=list)
     profile: list[float] | None = None
     recovery_result: Record | None = None
     losses: list[Record] = field(default_factory=list)
 
     @classmethod
-    def compose(cls, config: DictConfig) -> Experiment:
+    def compose(cls, config: DictConfig, overrides: Sequence[str] | None = None) -> Experiment:
         """Build every node; a value out of range is refused here, before anything is read."""
+        if config.rows:
+            raise ValueError(
+                f"this configuration lists {len(config.rows)} rows: sweep over them with python -m kvp -m "
+                "..., or choose one: rows=null and its options"
+            )
 
         def build(name: str) -> Any:
             node = OmegaConf.select(config, name)
@@ -135,6 +168,9 @@ class Experiment:
             runs=Path(config.runs).absolute(),
             device=device,
             dtype=getattr(torch, config.dtype),
+            overrides=overrides,
+            force=_kinds(config.force),
+            since=config.since or time.time(),
         )
 
     @property
@@ -160,12 +196,17 @@ class Experiment:
         """Whether the pruned model is the dense one."""
         return isinstance(self.strategy, NoPruning)
 
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether pruning looks at calibration text."""
+        return self.strategy.needs_calibration or self.strategy.compensation is not None
+
     def check_sources(self) -> None:
         """Refuse missing data before anything expensive."""
-        if self.strategy.needs_calibration:
+        if self.reads_calibration:
             self.calibration.check(self.corpora)
         if self.recovery is not None:
-            self.recovery.check(self.corpora)
+            self.recovery.check(self.corpora, self.device)
         for name in self.perplexity.corpora if self.perplexity else ():
             assert self.perplexity is not None
             find(self.corpora, name).check(self.perplexity.part)
@@ -175,6 +216,11 @@ class Experiment:
     def check_model(self, config: PretrainedConfig) -> None:
         """Refuse a budget, a space or a protocol that this model cannot offer; reads no weights."""
         self.strategy.check(config, self.budget)
+        if self.recovery is not None and self.strategy.sparsifies and not self.recovery.keep_zeros:
+            raise ValueError(
+                "LoRA's update is dense: merged into the weights, it leaves none of this strategy's zeros. Choose "
+                "recovery=none, or +recovery.keep_zeros=true to drop the update where the weight is zero"
+            )
         if self.protocol is not None:
             self.protocol.check_positions(config.max_position_embeddings)
 
@@ -182,10 +228,19 @@ class Experiment:
         self, name: str, kind: str, inputs: Mapping[str, Any], work: Any, *, resumable: bool = False
     ) -> Stage:
         """Run a stage or find it finished, and note it for the record."""
-        stage = self.store.once(name, inputs, work, version=VERSIONS[kind], resumable=resumable)
+        self.watch(name)
+        since = self.since if self.is_forced(kind, inputs) else None
+        version = VERSIONS[kind]
+        stage = self.store.once(name, inputs, work, version=version, resumable=resumable, since=since)
+        if since:
+            self.forced.add(stage.fingerprint)
         log.info("%s %s (%.1f s)", stage.name, "found" if stage.found else "computed", stage.seconds)
         self.stages.append(stage)
         return stage
+
+    def is_forced(self, kind: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether `force` names the kind of a stage, or of one whose fingerprint is among its inputs."""
+        return kind in self.force or any(parent in json.dumps(inputs) for parent in self.forced)
 
     def load(self, checkpoint: Checkpoint) -> PreTrainedModel:
         """The model of a checkpoint; the last one stays in memory."""
@@ -198,7 +253,7 @@ class Experiment:
 
     def target(self, dense: Checkpoint) -> Target:
         """What the strategy may look at."""
-        calibration = self.sample(dense) if self.strategy.needs_calibration else None
+        calibration = self.sample(dense) if self.reads_calibration else None
         return Target(self.load(dense), calibration, self.calibration.batch_size, self.node["seed"])
 
     def sample(self, dense: Checkpoint) -> Tensor:
@@ -207,10 +262,10 @@ class Experiment:
 
     def calibration_identity(self) -> dict[str, Any] | None:
         """Which text the strategy reads, None if it reads none."""
-        return self.calibration.identity(self.corpora) if self.strategy.needs_calibration else None
+        return self.calibration.identity(self.corpora) if self.reads_calibration else None
 
     def calibration_facts(self, dense: Checkpoint) -> dict[str, Any]:
         """The hash of the calibration ids."""
-        if not self.strategy.needs_calibration:
+        if not self.reads_calibration:
             return {}
         return {"calibration_hash": sha256(self.sample(dense).numpy().tobytes()).hexdigest()}

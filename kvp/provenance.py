@@ -24,12 +24,15 @@ def provenance(device: str) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name()
-        if device.startswith("cuda")
-        else f"cpu ({platform.machine()})",
-        "threads": torch.get_num_threads(),
+        **hardware(device),
         "command": " ".join(["python -m kvp", *sys.argv[1:]]),
     }
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """What speed depends on."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu ({platform.machine()})"
+    return {"device": name, "threads": torch.get_num_threads()}
 
 
 def _commit() -> dict[str, Any]:

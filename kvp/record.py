@@ -1,11 +1,10 @@
-"""The record of a run: `run.json`, what the tracker is told, and when an earlier run still stands."""
+"""The record of a run: what `run.json` says of it, and what the tracker is told."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from kvp.provenance import provenance
 from kvp.tracking import Log
 from kvp.types import DENOMINATORS, Size
 
-SCHEMA = 1  # of run.json; documented in the README, raised when a key changes its meaning
+SCHEMA = 2  # of run.json; documented in the README, raised when a key changes its meaning
 
 
 def make_record(
@@ -24,73 +23,74 @@ def make_record(
     """Everything a table or a reader needs; JSON data."""
     return {
         "schema": SCHEMA,
-        "name": x.name,
-        "hash": x.hash,
-        "directory": str(directory),
-        "config": x.node,
-        "ratio": {
-            "asked": None if x.unpruned else {"value": x.budget.value, "of": x.budget.of},
-            "achieved": achieved(models["dense"], models["pruned"]),
-        },
+        **identity(x, directory),
+        "status": "finished",
+        "ratio": {"asked": asked(x), "achieved": achieved(models["dense"], models["pruned"])},
         **models,
         "sensitivity": x.profile,
         "recovery": x.recovery_result
         and {**x.recovery_result, "losses": [[point["step"], point["loss"]] for point in x.losses]},
-        "stages": [
-            {
-                "name": stage.name,
-                "fingerprint": stage.fingerprint,
-                "path": str(stage.path),
-                "seconds": stage.seconds,
-                "peak_bytes": stage.peak_bytes,
-                "found": stage.found,
-            }
-            for stage in x.stages
-        ],
+        "stages": stages(x),
         "tracker": tracker,
         "provenance": {
-            **provenance(x.device),
-            "dtype": str(x.dtype),
-            "seed": x.node["seed"],
+            **origin(x, started),
             "model": x.source.identity(),
             "data_hashes": {
                 name: result["data_hash"]
                 for name, result in models["dense"]["evaluation"]["perplexity"].items()
             },
-            "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
             "seconds": time.time() - started,
         },
     }
 
 
+def identity(x: Experiment, directory: Path) -> Record:
+    """Which run this is."""
+    names = {"name": x.name, "hash": x.hash, "directory": str(directory)}
+    return {**names, "config": x.node, "overrides": x.overrides and list(x.overrides)}
+
+
+def asked(x: Experiment) -> Record | None:
+    """The budget, None for the dense model."""
+    return None if x.unpruned else {"value": x.budget.value, "of": x.budget.of}
+
+
+def origin(x: Experiment, started: float) -> Record:
+    """Where its numbers come from."""
+    return {
+        **provenance(x.device),
+        "dtype": str(x.dtype),
+        "seed": x.node["seed"],
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+    }
+
+
+def stages(x: Experiment) -> list[Record]:
+    """Those computed or found so far."""
+    return [
+        {
+            "name": stage.name,
+            "fingerprint": stage.fingerprint,
+            "path": str(stage.path),
+            "seconds": stage.seconds,
+            "peak_bytes": stage.peak_bytes,
+            "found": stage.found,
+        }
+        for stage in x.stages
+    ]
+
+
 def achieved(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, float]:
-    """The fraction removed under every denominator."""
+    """The fraction removed under every denominator; zeros only where they were counted."""
 
     def size(model: Mapping[str, Any]) -> Size:
-        return Size(**{key: value for key, value in model["size"].items() if key != "layers"})
+        return Size(**{field.name: model["size"][field.name] for field in fields(Size)})
 
-    return {of: 1 - size(pruned).count(of) / size(dense).count(of) for of in DENOMINATORS}
-
-
-def write_record(record: Record, directory: Path) -> None:
-    """Write `run.json` whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / ".run.json.partial"
-    partial.write_text(json.dumps(record, indent=2, allow_nan=False))
-    os.replace(partial, directory / "run.json")
-
-
-def finished_before(directory: Path) -> Record | None:
-    """The record of an earlier run of this configuration, if all its stages still stand."""
-    path = directory / "run.json"
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text())
-    except ValueError:
-        return None  # written anew
-    stands = record.get("schema") == SCHEMA and all(Path(s["path"]).exists() for s in record["stages"])
-    return record if stands else None
+    sizes = {
+        of: 1 - size(pruned).count(of) / size(dense).count(of) for of in DENOMINATORS if of != "sparsity"
+    }
+    zeros = pruned["size"]["sparsity"]
+    return sizes | ({"sparsity": zeros["fraction"]} if zeros else {})
 
 
 def announce(record: Record, x: Experiment, tracked: Log) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 
 from kvp import steps
-from kvp.experiment import Experiment
-from kvp.record import Record, announce, finished_before, make_record, write_record
+from kvp.experiment import Experiment, Record
+from kvp.record import announce, make_record
+from kvp.runfile import finished_before, recorded, write_record
 from kvp.tracking import Null
 
 
 def run(x: Experiment) -> Record:
-    """Run an experiment; everything finished before is found.
+    """Run an experiment; everything finished before is found, and `run.json` tells how far it is.
 
     Returns:
         The record, as in `run.json`.
@@ -25,27 +26,25 @@ def run(x: Experiment) -> Record:
         FloatingPointError: A loss is not finite.
         StageError: The store cannot be written.
     """
-    started = time.time()
-    x.check_sources()
-    dense = steps.dense(x)
-    x.check_model(dense.config)
-
-    directory = x.runs / x.name
-    earlier = finished_before(directory)
+    started, directory = time.time(), x.runs / x.name
+    earlier = None if x.force else finished_before(directory)
     tracker = Null() if earlier else x.tracker
-    with tracker.run(
-        name=x.name, run_id=x.hash, directory=directory, config=x.node, group=x.group, job_type="run"
-    ) as tracked:
-        models = {"dense": steps.examine(x, dense)}
-        pruned = steps.prune(x, dense)
-        models["pruned"] = steps.examine(x, pruned)
-        recovered = steps.recover(x, pruned)
-        if recovered is not None:
-            models["recovered"] = steps.examine(x, recovered)
+    with recorded(x, directory, started):
+        x.check_sources()
+        dense = steps.dense(x)
+        x.check_model(dense.config)
+        with tracker.run(
+            name=x.name, run_id=x.hash, directory=directory, config=x.node, group=x.group, job_type="run"
+        ) as tracked:
+            models = {"dense": steps.examine(x, dense)}
+            pruned = steps.prune(x, dense)
+            models["pruned"] = steps.examine(x, pruned)
+            recovered = steps.recover(x, pruned)
+            if recovered is not None:
+                models["recovered"] = steps.examine(x, recovered)
 
-        record = make_record(
-            x, models, directory, tracked.location or (earlier or {}).get("tracker"), started
-        )
-        write_record(record, directory)
-        announce(record, x, tracked)
+            location = tracked.location or (earlier or {}).get("tracker")
+            record = make_record(x, models, directory, location, started)
+            write_record(record, directory)
+            announce(record, x, tracked)
     return record

@@ -3,8 +3,9 @@
     stage = Store(Path("outputs/store")).once("score", {"seed": 0}, lambda directory: {"loss": 3.2})
 
 Below `root/<stage>/`: `<fp>/` is finished, `.<fp>.partial/` being written, `.<fp>.lock` held by the
-process that writes, `.<fp>.holder` says who that is, `.<fp>.corrupt-<n>/` was found damaged. A process
-may die at any moment. Needs a file system with `flock`: any local disk.
+process that writes, `.<fp>.holder` says who that is, `.<fp>.corrupt-<n>/` was found damaged,
+`.<fp>.replaced-<n>/` computed again on demand. A process may die at any moment. Needs a file system
+with `flock`: any local disk.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 Work = Callable[[Path], Mapping[str, Any] | None]
 
+AGAIN = "it is to be computed again"
 RESULT, MANIFEST = "result.json", "manifest.json"
 DISK_FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
@@ -98,6 +100,7 @@ class Store:
         *,
         version: int = 1,
         resumable: bool = False,
+        since: float | None = None,
     ) -> Stage:
         """Finds the stage finished, or lets `work` write it; never both, never half.
 
@@ -109,6 +112,7 @@ class Store:
             version: Raise it when the code of `work` changes its numbers.
             resumable: Keep the files of a failed or killed attempt for the next one to go on from;
                 `work` removes those that are no part of the result.
+            since: Compute again what was finished before this moment (seconds since 1970).
 
         Raises:
             StageError: The disk is full or refuses to be written.
@@ -116,18 +120,29 @@ class Store:
         """
         digest = fingerprint(stage, version, inputs)
         final = self.root / stage / digest[:16]
-        found = self._damage(final, digest) is None
+        found = self._unfit(final, digest, since) is None
         if not found:
             with _locked(final):
-                damage = self._damage(final, digest)  # none if another process has just finished it
-                found = damage is None
-                if damage:
+                unfit = self._unfit(final, digest, since)  # none if another process has just finished it
+                found = unfit is None
+                if unfit:
                     head = {"stage": stage, "version": version, "inputs": _plain(inputs, "inputs")}
-                    partial = _make_way(final, damage, resumable)
+                    partial = _make_way(final, unfit, resumable)
                     _finish(partial, final, work, head | {"fingerprint": digest}, resumable)
                     self._verified.add(final)
         manifest, result = (json.loads((final / name).read_bytes()) for name in (MANIFEST, RESULT))
         return Stage(stage, digest, final, result, manifest["seconds"], manifest["peak_bytes"], found)
+
+    def stands(self, stage: str, digest: str, since: float | None = None) -> bool:
+        """Whether `once` would look for damage only, not compute; reads no file."""
+        final = self.root / stage / digest[:16]
+        return (final / MANIFEST).exists() and not _older(final, since)
+
+    def _unfit(self, final: Path, digest: str, since: float | None) -> str | None:
+        """Why a directory is no finished stage to be used; None: it is."""
+        if damage := self._damage(final, digest):
+            return damage
+        return AGAIN if _older(final, since) else None
 
     def _damage(self, final: Path, digest: str) -> str | None:
         """What is wrong with a finished directory, naming the file; None: nothing. Hashes files once."""
@@ -146,6 +161,10 @@ class Store:
                 return f"{name} was changed: it is {present}, {written} was written"
         self._verified.add(final)
         return None
+
+
+def _older(final: Path, since: float | None) -> bool:
+    return since is not None and (final / MANIFEST).stat().st_mtime < since
 
 
 @contextmanager
@@ -235,14 +254,15 @@ def _locked(final: Path) -> Iterator[None]:
         lock.release()
 
 
-def _make_way(final: Path, damage: str, resumable: bool) -> Path:
-    """Moves a damaged directory aside and returns the one to write in, empty unless resumable."""
+def _make_way(final: Path, unfit: str, resumable: bool) -> Path:
+    """Moves an unfit directory aside and returns the one to write in, empty unless resumable."""
     partial = final.with_name(f".{final.name}.partial")
     with _on_disk(final):
         if final.exists():
-            names = (final.with_name(f".{final.name}.corrupt-{n}") for n in count(1))
+            kind = "replaced" if unfit == AGAIN else "corrupt"
+            names = (final.with_name(f".{final.name}.{kind}-{n}") for n in count(1))
             aside = next(path for path in names if not path.exists())
-            log.warning("%s: %s; moved to %s, computing it again", final, damage, aside.name)
+            log.warning("%s: %s; moved to %s, computing it now", final, unfit, aside.name)
             final.rename(aside)
         if partial.exists() and not resumable:
             shutil.rmtree(partial)

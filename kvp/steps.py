@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from kvp import inputs
 from kvp.data.corpora import find
 from kvp.evaluation.zeroshot import average
 from kvp.experiment import Checkpoint, Experiment, Record
 from kvp.models.load import load_model, load_tokenizer, resolve_dtype
 from kvp.models.load import save as save_checkpoint
-from kvp.models.plans import read_scores, write_plan, write_scores
+from kvp.models.plans import read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import layer_shapes, size
+from kvp.models.sparsity import count_zeros
 from kvp.models.surgery import apply
-from kvp.provenance import provenance
 from kvp.stage import Stage
 from kvp.strategies.base import Scores
 from kvp.types import Plan
@@ -33,32 +34,20 @@ def dense(x: Experiment) -> Checkpoint:
     """The model to prune, as a Hugging Face directory."""
     identity = x.source.identity()
     if located := x.source.locate():
-        return Checkpoint(located, sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest())
-    stage = x.once(
-        "model",
-        "model",
-        {"node": _without(x.node["model"], "dtype", "name")} | {"identity": identity},
-        x.source.write,
-    )
+        return Checkpoint(located, inputs.identity_hash(identity))
+    stage = x.once("model", "model", inputs.model(x, identity), x.source.write)
     return Checkpoint(stage.path, stage.fingerprint)
 
 
 def score(x: Experiment, dense: Checkpoint) -> tuple[Stage, Scores]:
     """Local importance of every unit; knows neither budget nor allocator."""
-    inputs = {
-        "model": dense.fingerprint,
-        "dtype": str(x.dtype),
-        "strategy": _without(x.node["strategy"], *x.strategy.late),
-        "calibration": x.calibration_identity(),
-        "seed": x.node["seed"],
-    }
 
     def work(directory: Path) -> dict[str, Any]:
         scores = x.strategy.score(x.target(dense))
         write_scores(directory / "scores.safetensors", scores)
         return {"spaces": len(scores), **x.calibration_facts(dense)}
 
-    stage = x.once("score", "score", inputs, work)
+    stage = x.once("score", "score", inputs.score(x, dense.fingerprint), work)
     return stage, read_scores(stage.path / "scores.safetensors")
 
 
@@ -66,42 +55,54 @@ def sensitivity(x: Experiment, dense: Checkpoint, scored: Stage, scores: Scores)
     """Phase A of KVPruner: what the loss loses with each block's KV. None if nobody asks."""
     if not x.strategy.probes:
         return None
-    inputs = {
-        "model": dense.fingerprint,
-        "dtype": str(x.dtype),
-        "calibration": x.calibration_identity(),
-        "probe": x.strategy.probe_inputs(scored.fingerprint),
-    }
 
     def work(directory: Path) -> dict[str, Any]:
         return {"nats_per_token": x.strategy.sensitivity(x.target(dense), scores).tolist()}
 
-    return x.once("sensitivity", "sensitivity", inputs, work)
+    decisive = inputs.sensitivity(x, dense.fingerprint, scored.fingerprint)
+    return x.once("sensitivity", "sensitivity", decisive, work)
+
+
+def search(
+    x: Experiment, dense: Checkpoint, scored: Stage, sensed: Stage | None, scores: Scores, profile: Tensor
+) -> Stage | None:
+    """The plan of a strategy that looks for it with the model at hand. None if it plans from its scores."""
+    if not x.strategy.searches:
+        return None
+
+    def work(directory: Path) -> dict[str, Any]:
+        plan = x.strategy.search(x.target(dense), scores, x.budget, profile, directory)
+        write_plan(directory, plan)
+        return x.calibration_facts(dense)
+
+    sensed_by = sensed.fingerprint if sensed else None
+    decisive = inputs.search(x, dense.fingerprint, scored.fingerprint, sensed_by)
+    return x.once("search", "search", decisive, work, resumable=True)
 
 
 def prune(x: Experiment, dense: Checkpoint) -> Checkpoint:
-    """Score, allocate the budget, cut."""
+    """Score, allocate the budget or search for a plan, compensate if asked to, cut."""
     if x.unpruned:
         return dense
     scored, scores = score(x, dense)
     sensed = sensitivity(x, dense, scored, scores)
-    inputs = {
-        "model": dense.fingerprint,
-        "score": scored.fingerprint,
-        "sensitivity": sensed.fingerprint if sensed else None,
-        "strategy": x.node["strategy"],
-        "budget": x.node["ratio"],
-    }
-    profile = x.profile = sensed.result["nats_per_token"] if sensed else None
+    x.profile = sensed.result["nats_per_token"] if sensed else None
+    profile = torch.tensor(x.profile or [0.0] * len(layer_shapes(dense.config)))
+    found = search(x, dense, scored, sensed, scores, profile)
 
     def work(directory: Path) -> dict[str, Any]:
-        blank = torch.zeros(len(layer_shapes(dense.config)))
-        plan = x.strategy.plan(dense.config, scores, x.budget, torch.tensor(profile) if profile else blank)
+        plan = read_plan(found.path) if found else x.strategy.plan(dense.config, scores, x.budget, profile)
+        if compensation := x.strategy.compensation:
+            target = x.target(dense)
+            plan = compensation.refit(target.model, target.batches, plan)
         write_plan(directory, plan)
         _cut(x, dense, plan, directory / "model")
         return {"kept": {space.key: list(keep.shape) for space, keep in plan.keep.items()}}
 
-    stage = x.once("prune", "prune", inputs, work)
+    sensed_by = sensed.fingerprint if sensed else None
+    found_by = found.fingerprint if found else None
+    decisive = inputs.prune(x, dense.fingerprint, scored.fingerprint, sensed_by, found_by)
+    stage = x.once("prune", "prune", decisive, work)
     return Checkpoint(stage.path / "model", stage.fingerprint)
 
 
@@ -119,11 +120,6 @@ def recover(x: Experiment, pruned: Checkpoint) -> Checkpoint | None:
     recovery = x.recovery
     if recovery is None:
         return None
-    inputs = {
-        "model": pruned.fingerprint,
-        "recovery": recovery.identity(x.corpora),
-        "seed": x.node["seed"],
-    }
 
     def work(directory: Path) -> dict[str, Any]:
         x.unload()
@@ -131,7 +127,7 @@ def recover(x: Experiment, pruned: Checkpoint) -> Checkpoint | None:
             pruned.path, directory, corpora=x.corpora, seed=x.node["seed"], device=x.device
         )
 
-    stage = x.once("recover", "recover", inputs, work, resumable=True)
+    stage = x.once("recover", "recover", inputs.recover(x, pruned.fingerprint), work, resumable=True)
     x.recovery_result = stage.result
     x.losses = [json.loads(line) for line in (stage.path / "losses.jsonl").read_text().splitlines()]
     return Checkpoint(stage.path / "model", stage.fingerprint)
@@ -152,38 +148,25 @@ def evaluate(x: Experiment, checkpoint: Checkpoint) -> Record:
 def _perplexity(x: Experiment, checkpoint: Checkpoint, name: str) -> Record:
     perplexity, corpus = x.perplexity, find(x.corpora, name)
     assert perplexity is not None
-    identity = corpus.identity(perplexity.part)
-    inputs = {
-        "model": checkpoint.fingerprint,
-        "dtype": str(x.dtype),
-        "protocol": _without(asdict(perplexity), "corpora"),
-        "corpus": identity,
-    }
+    decisive = inputs.perplexity(x, checkpoint.fingerprint, name)
 
     def work(directory: Path) -> dict[str, Any]:
         return perplexity.evaluate(x.load(checkpoint), load_tokenizer(checkpoint.path), corpus)
 
-    stage = x.once(f"evaluate/perplexity/{name}", "perplexity", inputs, work)
-    return {**stage.result, "dtype": str(x.dtype), "overlap": overlap(x, identity)}
+    stage = x.once(f"evaluate/perplexity/{name}", "perplexity", decisive, work)
+    return {**stage.result, "dtype": str(x.dtype), "overlap": overlap(x, decisive["corpus"])}
 
 
 def _zero_shot(x: Experiment, checkpoint: Checkpoint, task: str) -> Record:
     zero_shot = x.zero_shot
     assert zero_shot is not None
-    inputs = {
-        "model": checkpoint.fingerprint,
-        "dtype": str(x.dtype),
-        "protocol": _without(asdict(zero_shot), "tasks"),
-        "task": task,
-    }
 
     def work(directory: Path) -> dict[str, Any]:
         return zero_shot.evaluate(x.load(checkpoint), load_tokenizer(checkpoint.path), task)
 
-    return {
-        **x.once(f"evaluate/zero_shot/{task}", "zero_shot", inputs, work).result,
-        "dtype": str(x.dtype),
-    }
+    decisive = inputs.zero_shot(x, checkpoint.fingerprint, task)
+    stage = x.once(f"evaluate/zero_shot/{task}", "zero_shot", decisive, work)
+    return {**stage.result, "dtype": str(x.dtype)}
 
 
 def overlap(x: Experiment, evaluated: Mapping[str, Any]) -> dict[str, str]:
@@ -200,25 +183,29 @@ def overlap(x: Experiment, evaluated: Mapping[str, Any]) -> dict[str, str]:
     return {reader: names[max(map(kind, sources), default=0)] for reader, sources in read.items()}
 
 
+def sparsity(x: Experiment, checkpoint: Checkpoint) -> Record | None:
+    """The zeros of a model, if the strategy makes any."""
+    if not x.strategy.sparsifies:
+        return None
+
+    def work(directory: Path) -> dict[str, Any]:
+        return count_zeros(checkpoint.path, checkpoint.config)
+
+    return x.once("sparsity", "sparsity", inputs.sparsity(checkpoint.fingerprint), work).result
+
+
 def measure(x: Experiment, checkpoint: Checkpoint) -> Record | None:
     """Tokens per second and memory, in a process of its own."""
     protocol = x.protocol
     if protocol is None:
         return None
-    dtype = str(x.dtype).removeprefix("torch.")
-    device = provenance(x.device)
-    inputs = {
-        "model": checkpoint.fingerprint,
-        "protocol": asdict(protocol),
-        "dtype": dtype,
-        "device": [device["device"], device["threads"]],
-    }
 
     def work(directory: Path) -> dict[str, Any]:
         x.unload()
+        dtype = str(x.dtype).removeprefix("torch.")
         return protocol.measure(checkpoint.path, device=x.device, dtype=dtype)
 
-    result = x.once("measure", "measure", inputs, work).result
+    result = x.once("measure", "measure", inputs.measure(x, checkpoint.fingerprint), work).result
     width = sum(shape.kv_width for shape in layer_shapes(checkpoint.config))
     if result["kv_bytes_per_token"] != width * x.dtype.itemsize:
         raise RuntimeError(
@@ -234,11 +221,7 @@ def examine(x: Experiment, checkpoint: Checkpoint) -> Record:
     widths = [{k: v for k, v in asdict(shape).items() if k != "rope_pairs"} for shape in shapes]
     return {
         "checkpoint": str(checkpoint.path),
-        "size": {**asdict(size(config, shapes)), "layers": widths},
+        "size": {**asdict(size(config, shapes)), "layers": widths, "sparsity": sparsity(x, checkpoint)},
         "evaluation": evaluate(x, checkpoint),
         "measure": measure(x, checkpoint),
     }
-
-
-def _without(node: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {key: value for key, value in node.items() if key not in names}

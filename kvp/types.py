@@ -6,14 +6,14 @@ part of `kvp` may import it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from torch import Tensor
 
 Kind = Literal["block", "attention", "mlp", "kv_group", "qk", "vo", "ffn"]
-Denominator = Literal["kv_cache", "params", "block_params", "blocks"]
+Denominator = Literal["kv_cache", "params", "block_params", "blocks", "sparsity"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DENOMINATORS: tuple[Denominator, ...] = get_args(Denominator)
@@ -45,7 +45,8 @@ class Budget:
     Attributes:
         value: Fraction removed, in [0, 1).
         of: "kv_cache" (bytes of keys and values per token), "params" (all parameters),
-            "block_params" (parameters inside the decoder blocks), "blocks" (number of blocks).
+            "block_params" (parameters inside the decoder blocks), "blocks" (number of blocks), "sparsity"
+            (linear weights of the decoder blocks: those that are zero, in matrices of the same shape).
         tolerance: Largest absolute distance between the asked and the achieved fraction; widths come
             in steps, and a budget that no step comes this near to is refused.
     """
@@ -70,10 +71,13 @@ class Plan:
     `keep` holds sorted int64 indices: shape `(kept,)`, or for "qk" and "vo" `(groups, kept)`, one
     row per KV group of the *given* model. Indices always refer to the model the plan was made for.
     A space without an entry is kept whole. `edits` maps a parameter's name to its new value.
+    `bases` slices the residual stream: before the attention and before the MLP of every layer that stays,
+    the orthonormal directions (hidden_size, width) that are left of it; none, if it stays whole.
     """
 
     keep: Mapping[Space, Tensor]
     edits: Mapping[str, Tensor] = field(default_factory=dict)
+    bases: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class LayerShape:
 
     `o_bias` and `down_bias` say that a compensation gave o_proj or down_proj a bias that the family has not.
     `rope_pairs` lists, per KV group, the rotary frequencies kept (indices into the dense model's
-    `head_dim // 2`); None stands for all of them, in order.
+    `head_dim // 2`); None stands for all of them, in order. `stream` is what slicing left of the residual
+    stream before the attention, before the MLP and after the layer; None: hidden_size, and no shortcut matrices.
     """
 
     num_attention_heads: int
@@ -93,6 +98,7 @@ class LayerShape:
     rope_pairs: tuple[tuple[int, ...], ...] | None = None
     o_bias: bool = False
     down_bias: bool = False
+    stream: tuple[int, int, int] | None = None
 
     @property
     def kv_width(self) -> int:
@@ -110,5 +116,15 @@ class Size:
     kv_bytes_per_token: int
 
     def count(self, of: Denominator) -> int:
-        """The amount that a ratio of denominator `of` refers to."""
+        """The amount that a ratio of denominator `of` refers to.
+
+        Raises:
+            ValueError: It refers to zeros, which take part in no size.
+        """
+        if of == "sparsity":
+            others = ", ".join(other for other in DENOMINATORS if other != of)
+            raise ValueError(
+                f"ratio=sparsity is for strategies that zero single weights; this one makes the model smaller: "
+                f"choose ratio={others}"
+            )
         return self.kv_bytes_per_token if of == "kv_cache" else getattr(self, of)

@@ -97,7 +97,7 @@ def test_record_holds_what_the_readme_promises(finished):
         model = written[name]
         assert Path(model["checkpoint"], "config.json").exists()
         assert model["size"]["params"] > 0
-        assert len(model["size"]["layers"]) == 4
+        assert len(model["size"]["layers"]) == 8
         for result in model["evaluation"]["perplexity"].values():
             assert result["value"] > 1
             assert result["protocol"]["window"] == 64

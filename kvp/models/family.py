@@ -30,6 +30,7 @@ class Family:
     prefix: str
     qk_norm: bool = False
     qkv_bias: bool = False
+    embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     rotary: str = "model.rotary_emb"
     norm: str = "model.norm"
@@ -57,6 +58,11 @@ class Family:
     def attention_class(self) -> type:
         """Its attention module, whose forward the pruned twin replaces."""
         return self._class("Attention")
+
+    @property
+    def layer_class(self) -> type:
+        """Its decoder layer, whose forward a sliced twin replaces."""
+        return self._class("DecoderLayer")
 
     @property
     def config_class(self) -> type[PretrainedConfig]:

@@ -13,6 +13,9 @@ from torch import Tensor
 from kvp.types import Plan, Space
 
 
+EDITS = "edits"
+
+
 def write_scores(path: Path, scores: Mapping[Space, Tensor]) -> None:
     """One tensor per space, named by its key."""
     save_file({space.key: score.contiguous() for space, score in scores.items()}, path)
@@ -24,16 +27,23 @@ def read_scores(path: Path) -> dict[Space, Tensor]:
 
 
 def write_plan(directory: Path, plan: Plan) -> None:
-    """`plan.json`: the indices kept per space. Rewritten parameters are in the checkpoint beside it."""
+    """`plan.json`: the indices kept per space. Rewritten parameters are in the checkpoint or in files beside it."""
     spaces = {s.key: {"shape": s.shape, "keep": keep.tolist()} for s, keep in sorted(plan.keep.items())}
     (directory / "plan.json").write_text(json.dumps({"spaces": spaces}))
 
 
 def read_plan(directory: Path) -> Plan:
-    """The indices that `write_plan` wrote."""
+    """The indices that `write_plan` wrote, and the rewritten parameters that a search left layer by layer."""
     spaces = json.loads((directory / "plan.json").read_text())["spaces"]
     keep = {space_of(key, tuple(node["shape"])): torch.tensor(node["keep"]) for key, node in spaces.items()}
-    return Plan(keep)
+    files = (directory / EDITS).glob("*.safetensors")
+    return Plan(keep, {name: edit for file in files for name, edit in load_file(file).items()})
+
+
+def edits_file(directory: Path, layer: int) -> Path:
+    """Where a search keeps the parameters of a layer that it has rewritten, in safetensors."""
+    (directory / EDITS).mkdir(exist_ok=True)
+    return directory / EDITS / f"{layer}.safetensors"
 
 
 def space_of(key: str, shape: tuple[int, ...]) -> Space:

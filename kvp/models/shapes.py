@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +26,7 @@ def layer_shapes(config: PretrainedConfig) -> tuple[LayerShape, ...]:
     pruned = getattr(config, "kvp_layers", None)
     if pruned is None:
         return dense_shapes(config)
-    return tuple(LayerShape(**{**layer, "rope_pairs": _as_tuples(layer["rope_pairs"])}) for layer in pruned)
+    return tuple(LayerShape(**{name: _frozen(value) for name, value in layer.items()}) for layer in pruned)
 
 
 def dense_shapes(config: PretrainedConfig) -> tuple[LayerShape, ...]:
@@ -42,8 +42,30 @@ def dense_shapes(config: PretrainedConfig) -> tuple[LayerShape, ...]:
     return (layer,) * config.num_hidden_layers
 
 
-def _as_tuples(pairs: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...] | None:
-    return None if pairs is None else tuple(tuple(row) for row in pairs)
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def stream(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int, int]:
+    """Widths of the residual stream before a layer's attention, before its MLP and after the layer."""
+    return layer.stream or (config.hidden_size,) * 3
+
+
+def sliced(shapes: Sequence[LayerShape], widths: Sequence[int]) -> tuple[LayerShape, ...]:
+    """The shapes with a residual stream of `widths`, two per layer and the one before the final norm.
+
+    Raises:
+        ValueError: There are more or fewer, or the stream is sliced already.
+    """
+    if len(widths) != 2 * len(shapes) + 1:
+        raise ValueError(f"{len(shapes)} layers have {2 * len(shapes) + 1} streams, got {len(widths)} widths")
+    if any(shape.stream for shape in shapes):
+        raise ValueError("the residual stream of this model is sliced already: slice the dense model once")
+    starts = range(0, len(widths) - 1, 2)
+    return tuple(
+        replace(shape, stream=(widths[i], widths[i + 1], widths[i + 2]))
+        for shape, i in zip(shapes, starts, strict=True)
+    )
 
 
 def cut(shapes: Sequence[LayerShape], plan: Plan) -> tuple[LayerShape, ...]:
@@ -124,8 +146,8 @@ def _cut_layer(
 
 def size(config: PretrainedConfig, shapes: Sequence[LayerShape]) -> Size:
     """Parameters, blocks and KV bytes per token (in the config's dtype) of a model of `shapes`."""
-    embeddings = config.vocab_size * config.hidden_size
-    outside = embeddings * (1 if config.tie_word_embeddings else 2) + config.hidden_size
+    head_and_norm = config.vocab_size * config.hidden_size + config.hidden_size
+    outside = head_and_norm + _embedding_params(config, shapes)
     block_params = sum(_layer_params(config, layer) for layer in shapes)
     return Size(
         params=outside + block_params,
@@ -135,6 +157,13 @@ def size(config: PretrainedConfig, shapes: Sequence[LayerShape]) -> Size:
     )
 
 
+def _embedding_params(config: PretrainedConfig, shapes: Sequence[LayerShape]) -> int:
+    """Beside the head; one that shares its matrix is followed by a basis if the stream is sliced."""
+    sliced = shapes[0].stream is not None
+    rows = config.hidden_size * sliced if config.tie_word_embeddings else config.vocab_size
+    return rows * stream(config, shapes[0])[0]
+
+
 def itemsize(config: PretrainedConfig) -> int:
     """Bytes of one number in the config's dtype."""
     dtype = config.dtype or torch.float32
@@ -142,7 +171,7 @@ def itemsize(config: PretrainedConfig) -> int:
 
 
 def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
-    hidden, family = config.hidden_size, family_of(config)
+    (before, between, after), family = stream(config, layer), family_of(config)
     attention_bias = getattr(config, "attention_bias", False)
     qkv_bias, o_bias = attention_bias or family.qkv_bias, attention_bias or layer.o_bias
     mlp_bias = getattr(config, "mlp_bias", False)
@@ -150,9 +179,9 @@ def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
     q_out = layer.num_attention_heads * layer.qk_head_dim
     k_out, v_out = layer.num_key_value_heads * layer.qk_head_dim, layer.num_key_value_heads * layer.v_head_dim
     o_in = layer.num_attention_heads * layer.v_head_dim
-    attention = hidden * (q_out + k_out + v_out + o_in) + qkv_bias * (q_out + k_out + v_out) + o_bias * hidden
+    attention = (before + qkv_bias) * (q_out + k_out + v_out) + between * (o_in + o_bias)
     if family.qk_norm:
         attention += 2 * layer.qk_head_dim
-    mlp = 3 * hidden * layer.intermediate_size + mlp_bias * 2 * layer.intermediate_size + down_bias * hidden
-    norms = 2 * hidden
-    return norms + attention * (layer.num_key_value_heads > 0) + mlp * (layer.intermediate_size > 0)
+    mlp = 2 * (between + mlp_bias) * layer.intermediate_size + after * (layer.intermediate_size + down_bias)
+    around = before + between if layer.stream is None else between * (before + after)  # norms, or shortcuts
+    return around + attention * (layer.num_key_value_heads > 0) + mlp * (layer.intermediate_size > 0)

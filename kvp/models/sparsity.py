@@ -29,7 +29,7 @@ STORAGES = ("dense", "2:4", "bitmap")
 Bytes = dict[str, int | None]
 
 
-def sparsity(path: Path, config: PretrainedConfig) -> dict[str, Any]:
+def count_zeros(path: Path, config: PretrainedConfig) -> dict[str, Any]:
     """What `run.json` says of a checkpoint's zeros; reads one matrix at a time.
 
     Returns:
@@ -41,7 +41,7 @@ def sparsity(path: Path, config: PretrainedConfig) -> dict[str, Any]:
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in sorted(names & set(tensors.keys())):
-                matrices[name] = count(tensors.get_tensor(name))
+                matrices[name] = zeros_of(tensors.get_tensor(name))
     weights, zeros = (sum(matrix[key] for matrix in matrices.values()) for key in ("weights", "zeros"))
     stored: Bytes = {key: _total(matrix["bytes"][key] for matrix in matrices.values()) for key in STORAGES}
     rest = itemsize(config) * (size(config, layer_shapes(config)).params - weights)
@@ -55,7 +55,7 @@ def sparsity(path: Path, config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def count(weight: Tensor) -> dict[str, Any]:
+def zeros_of(weight: Tensor) -> dict[str, Any]:
     """Weights, zeros and bytes per storage of one matrix (out, in)."""
     weights, nonzeros = weight.numel(), int(weight.count_nonzero())
     width = weight.element_size()

@@ -43,6 +43,8 @@ class Lora(Recovery):
         save_steps: A killed run loses at most so many steps.
         gradient_checkpointing: Less memory for a third more time.
         validation: Examples held out, whose loss is told before and after.
+        keep_zeros: The merged update is dropped where the weight is zero, so that a sparse model stays sparse. It
+            is trained dense, and loses what it does there.
     """
 
     data: Examples
@@ -63,6 +65,7 @@ class Lora(Recovery):
     save_steps: int = 200
     gradient_checkpointing: bool = False
     validation: int = 0
+    keep_zeros: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -97,10 +100,12 @@ class Lora(Recovery):
 
     def identity(self, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
         """Every option that changes numbers, and which bytes the data stand for."""
-        apart = ("data", "save_steps", "num_processes")
+        apart = ("data", "save_steps", "num_processes", "keep_zeros")
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         if self.num_processes > 1:
             options["num_processes"] = self.num_processes
+        if self.keep_zeros:
+            options["keep_zeros"] = True
         return {**options, "target_modules": list(self.target_modules), "data": self.data.identity(corpora)}
 
     def check(self, corpora: Mapping[str, Corpus], device: str) -> None:

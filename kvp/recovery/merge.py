@@ -17,7 +17,9 @@ PROBE = (1, 32)  # sequences and tokens on which the merged model must agree wit
 MERGE_TOLERANCE = 1e-3  # of the norm of the logits
 
 
-def merge(checkpoint: Path, adapter: Path, probe: Tensor) -> tuple[PreTrainedModel, dict[str, float]]:
+def merge(
+    checkpoint: Path, adapter: Path, probe: Tensor, *, keep_zeros: bool = False
+) -> tuple[PreTrainedModel, dict[str, float]]:
     """The checkpoint with the adapter added to its weights in float32, then rounded once to its own dtype.
 
     Starts from the weights on disk, not from those that were trained over, which may have been rounded.
@@ -26,6 +28,7 @@ def merge(checkpoint: Path, adapter: Path, probe: Tensor) -> tuple[PreTrainedMod
         checkpoint: The model the adapter was trained on.
         adapter: Its directory.
         probe: Token ids of shape (sequences, tokens) on which the two forms are compared.
+        keep_zeros: Whether weights that are zero in the checkpoint are zero again, after the comparison.
 
     Returns:
         The model, on the CPU, and the largest difference of a logit between the two in float32.
@@ -35,6 +38,7 @@ def merge(checkpoint: Path, adapter: Path, probe: Tensor) -> tuple[PreTrainedMod
     """
     stored = AutoConfig.from_pretrained(checkpoint).dtype
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    zeros = {name: weight == 0 for name, weight in base.named_parameters()} if keep_zeros else {}
     updated = PeftModel.from_pretrained(base, adapter)
     expected = _logits(updated, probe)
     merged = updated.merge_and_unload()
@@ -45,6 +49,9 @@ def merge(checkpoint: Path, adapter: Path, probe: Tensor) -> tuple[PreTrainedMod
             f"The merged model's logits differ from the adapter's by {relative:.2%} of their norm, rounding "
             f"explains {MERGE_TOLERANCE:.2%}: lower learning_rate or alpha, the update is too large"
         )
+    with torch.no_grad():
+        for name, zero in zeros.items():
+            merged.get_parameter(name).masked_fill_(zero, 0)
     return merged.to(stored), {"merge_max_diff": difference.abs().max().item()}
 
 

@@ -33,7 +33,9 @@ def train(
         resume=newest_checkpoint(directory / "trainer"),
     )
     result = (fit if recipe.num_processes == 1 else fit_in_processes)(recipe, job, examples, held_out)
-    merged, agreement = merge(checkpoint, directory / "adapter", probe_of(examples))
+    merged, agreement = merge(
+        checkpoint, directory / "adapter", probe_of(examples), keep_zeros=recipe.keep_zeros
+    )
     merged.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
     shutil.rmtree(directory / "trainer")

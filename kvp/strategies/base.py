@@ -96,6 +96,11 @@ class Strategy(ABC):
         """Whether `plan` wants the profile that `sensitivity` measures."""
         return False
 
+    @property
+    def sparsifies(self) -> bool:
+        """Whether its plan leaves single weights at zero, in matrices of the same shape."""
+        return False
+
     @abstractmethod
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
         """Refuse, before any weight is read, a space or a budget that this model cannot offer.

@@ -43,7 +43,7 @@ def layerwise_bytes(
     widest = max(linear.columns for linear in matrices)
     square = 2 if covariance else 1
     layers = range(len(shapes))
-    statistics = max(sum(group[0].columns**square for group in linears(config, n)) for n in layers)
+    statistics = max(sum(group[0].columns ** square for group in linears(config, n)) for n in layers)
     through = max(
         width
         * (

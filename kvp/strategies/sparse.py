@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvp.models.linears import all_linears, linears
 from kvp.models.masks import edited
-from kvp.models.plans import edits_file, read_edits
+from kvp.models.plans import edits_file
 from kvp.strategies.base import Scores, Strategy, Target
 from kvp.strategies.memory import layerwise_bytes
 from kvp.strategies.moments import Moments, input_moments
@@ -163,7 +163,7 @@ class SparseStrategy(Strategy):
                 partial = file.with_suffix(".partial")
                 save_file(self._pruned(visit, budget.value), partial)
                 os.replace(partial, file)
-            pruned = read_edits(file)
+            pruned = load_file(file)
             visit.leaving.enter_context(edited(target.model, pruned))
             edits |= pruned
         return Plan({}, edits)

@@ -75,5 +75,5 @@ class SparseGPT(SparseStrategy):
         return sum(super(SparseGPT, self).count(rows, width, ratio) for width in widths)
 
     def workspace(self, rows: int, columns: int) -> int:
-        """X^T X, damped, inverted and its factor in float64, the latter in float32; three weights; a block."""
-        return 36 * columns**2 + 12 * rows * columns + 48 * rows * self.block_size
+        """X^T X, damped, inverted, factored and LAPACK's copies in float64; three weights; a block and its order."""
+        return 48 * columns**2 + 12 * rows * columns + 48 * rows * self.block_size

@@ -1,0 +1,80 @@
+"""The header of a sweep: what stands already, what is to be computed, and what that takes."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from kvp.experiment import VERSIONS, Experiment
+from kvp.models.load import load_config
+from kvp.models.shapes import itemsize, layer_shapes, size
+from kvp.runfile import finished_before
+from kvp.strategies.signals import scoring_bytes
+from kvp.sweep.foretell import Foretold, foretell
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def census(experiments: Sequence[Experiment]) -> Iterator[str]:
+    """Line by line; a stage that several jobs share is counted once."""
+    before = sum(finished_before(x.runs / x.name) is not None for x in experiments)
+    yield f"{len(experiments)} jobs, {before} of them finished before"
+    for runs, store in sorted({(str(x.runs), str(x.store.root)) for x in experiments}):
+        yield f"runs in {runs}, stages in {store}"
+
+    stages: dict[str, Foretold] = {}
+    checkpoints: dict[str, int] = {}
+    memory, unknown = 0, 0
+    for x in experiments:
+        try:
+            chain, dense = foretell(x)
+            missing = [stage for stage in chain if not stage.stands]
+            if missing and (dense / "config.json").exists():
+                config = load_config(dense)
+                weights = size(config, layer_shapes(config)).params * itemsize(config)
+                written = [stage for stage in missing if stage.kind in ("prune", "recover")]
+                checkpoints |= {stage.fingerprint: weights for stage in written}
+                memory = max(memory, _memory(x, missing, config))
+        except (OSError, ValueError):
+            unknown += 1  # the job itself will say why
+        else:
+            stages |= {stage.fingerprint: stage for stage in chain}
+    yield from _stages(list(stages.values()), unknown)
+    if memory:
+        free = shutil.disk_usage(experiments[0].store.root).free
+        yield (
+            f"memory: about {_bytes(memory)} per job for weights and scoring; evaluation and training add "
+            f"their batches. Disk: at most {_bytes(sum(checkpoints.values()))} for {len(checkpoints)} "
+            f"checkpoints, {_bytes(free)} are free"
+        )
+    elif any(stage.kind == "model" and not stage.stands for stage in stages.values()):
+        yield "memory and disk: known once the model is written, the next time"
+
+
+def _stages(stages: Sequence[Foretold], unknown: int) -> Iterator[str]:
+    missing = Counter(stage.kind for stage in stages if not stage.stands)
+    kinds = ", ".join(f"{missing[kind]} {kind}" for kind in VERSIONS if missing[kind])
+    told = f"{len(stages)} stages: {len(stages) - missing.total()} stand, {missing.total()} to compute"
+    yield f"{told} ({kinds})" if missing else told
+    if unknown:
+        yield f"of {unknown} jobs the model or a text is out of reach: they will say so when they start"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def _memory(x: Experiment, missing: Sequence[Foretold], config: PretrainedConfig) -> int:
+    """Bytes of the weights as they are computed with, or of scoring them."""
+    config.dtype = x.dtype
+    if not x.strategy.needs_calibration or all(stage.kind != "score" for stage in missing):
+        return size(config, layer_shapes(config)).params * itemsize(config)
+    return scoring_bytes(
+        config,
+        batch_size=x.calibration.batch_size,
+        length=x.calibration.length,
+        gradient_checkpointing=getattr(x.strategy, "gradient_checkpointing", False),
+    )["total"]

@@ -1,0 +1,104 @@
+"""A sweep: header, jobs, table, and an error if one of them failed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hydra.core.utils import JobReturn, JobStatus
+from rich.console import Console
+from rich.table import Table
+
+from kvp.experiment import Experiment
+from kvp.sweep.words import JOBS, Record, corpora, perplexities, read, removed, stages
+
+WIDTH = 160  # of the table in a file or pipe
+
+Launch = Callable[..., Sequence[JobReturn]]
+
+
+class SweepFailed(RuntimeError):
+    """Some jobs failed; the others were run."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: "finished", "failed", "running" (killed) or "not run", and its run.json."""
+
+    name: str
+    status: str
+    record: Record
+    reason: str = ""
+
+    @classmethod
+    def of(cls, x: Experiment, returned: JobReturn | None) -> Outcome:
+        """From what the launcher returned; where it returned nothing, run.json knows."""
+        record = read(x.runs / x.name)
+        if returned is None:
+            reason = record.get("error", {}).get("message", "")
+            return cls(x.name, record.get("status", "not run"), record, reason)
+        if returned.status == JobStatus.COMPLETED:
+            return cls(x.name, "finished", record)
+        return cls(x.name, "failed", record, str(returned._return_value))
+
+
+def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: Launch) -> None:
+    """Launch the jobs, and tell before and after.
+
+    Args:
+        jobs: The options of each.
+        experiments: What they compose.
+        launch: Hydra's: from jobs to what became of them.
+
+    Raises:
+        SweepFailed: A job failed.
+    """
+    from kvp.sweep.census import census  # modelling code, which a wrong option need not wait for
+
+    began, console = time.time(), Console(width=None if sys.stdout.isatty() else WIDTH)
+    for job, x in zip(jobs, experiments, strict=True):
+        if x.force and not any(word.startswith("since=") for word in job):
+            x.since = began
+            job.append(f"since={began}")  # what one job has made again, the others find
+    for words in census(experiments):
+        console.print(words, soft_wrap=True, highlight=False)
+    os.environ[JOBS] = str(len(jobs))
+    returns: Sequence[JobReturn | None] = [None] * len(jobs)
+    try:
+        returns = launch(jobs, initial_job_idx=0)
+    finally:
+        outcomes = [Outcome.of(x, each) for x, each in zip(experiments, returns, strict=True)]
+        _print(console, outcomes, time.time() - began)
+    failed = sum(outcome.status == "failed" for outcome in outcomes)
+    if failed:
+        raise SweepFailed(
+            f"{failed} of {len(jobs)} jobs failed: their run.json holds the traceback, run.log beside it what "
+            "they printed; the same command finds what is finished and tries these again"
+        )
+
+
+def _print(console: Console, outcomes: Sequence[Outcome], seconds: float) -> None:
+    finished = [outcome.record for outcome in outcomes if outcome.status == "finished"]
+    title = f"{len(finished)} of {len(outcomes)} jobs finished, {seconds:.0f} s; perplexity: {corpora(finished) or '-'}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("run", no_wrap=True)
+    for name in ("status", "removed", "pruned", "recovered", "stages", "s"):
+        table.add_column(name, justify="right")
+    for outcome in outcomes:
+        table.add_row(outcome.name, outcome.status, *_cells(outcome))
+    console.print(table)
+    for outcome in outcomes:
+        if outcome.reason:
+            console.print(f"{outcome.name}: {outcome.reason}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _cells(outcome: Outcome) -> list[str]:
+    record = outcome.record
+    if outcome.status != "finished":
+        return [""] * 5
+    tuned = perplexities(record["recovered"]) if "recovered" in record else "-"
+    seconds = f"{record['provenance']['seconds']:.1f}"
+    return [removed(record), perplexities(record["pruned"]), tuned, stages(record), seconds]

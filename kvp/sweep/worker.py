@@ -1,0 +1,92 @@
+"""One job of a sweep, in whatever process a launcher runs it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import current_process
+from pathlib import Path
+
+import torch
+
+from kvp.experiment import Experiment
+from kvp.sweep.words import line
+
+LOG = "run.log"  # beside run.json: everything that a job of a sweep prints
+
+
+class JobFailed(RuntimeError):
+    """Why, in one line; the rest is in the job's run.json. It crosses processes."""
+
+
+def attempt(x: Experiment, number: int) -> str:
+    """Run a job and print one line.
+
+    Returns:
+        The directory of its run.json.
+
+    Raises:
+        JobFailed: Whatever went wrong; the model and the memory of the failure are let go.
+    """
+    from kvp.run import run
+
+    directory, started, reason = x.runs / x.name, time.time(), None
+    with _output_to(directory / LOG):
+        try:
+            run(x)
+        except Exception as error:
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}"
+            traceback.clear_frames(error.__traceback__)
+    if reason:
+        x.unload()
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    print(line(directory, number, time.time() - started, reason), flush=True)
+    if reason:
+        raise JobFailed(reason)
+    return str(directory)
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """What this process and its children print goes to a file, from the file descriptors up."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    terminal = [os.dup(descriptor) for descriptor in (1, 2)]
+    with path.open("ab") as file:
+        _flush()
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    try:
+        yield
+    finally:
+        _flush()
+        for descriptor, saved in zip((1, 2), terminal, strict=True):
+            os.dup2(saved, descriptor)
+            os.close(saved)
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def claim_gpu() -> None:
+    """A worker of joblib takes a GPU of its own, before CUDA starts in it; other processes see all."""
+    if not torch.cuda.is_initialized() and (count := torch.cuda.device_count()) > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(current_process().name, visible)
+
+
+def gpu_of(process: str, visible: str) -> str:
+    """The one of the visible GPUs ("0,2") that falls to a process by its name; all if joblib did not name it."""
+    number = re.fullmatch(r"LokyProcess-(\d+)", process)
+    devices = visible.split(",")
+    return devices[(int(number[1]) - 1) % len(devices)] if number else visible
