@@ -25,7 +25,7 @@ run: install ## prune SmolLM2-135M's KV cache by 25 %, recover, evaluate, measur
 	$(PY) -m kvp $(ARGS)
 
 test: install ## the tests, without the slow ones
-	$(PY) -m pytest -m 'not slow and not gpu and not hub' $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -m 'not slow and not gpu and not hub' $(ARGS)
 
 test-all: install ## the slow tests too
 	$(PY) -m pytest -m 'not gpu and not hub' $(ARGS)

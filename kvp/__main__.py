@@ -16,10 +16,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose mo
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from hydra_plugins.kvp.ray import RayLauncher
+from hydra_plugins.kvp.sweeper import KvpSweeper
 
 HERE = Path(__file__).resolve().parent
 CONF = next(path for path in (HERE / "conf", HERE.parent / "conf") if path.is_dir())
@@ -71,6 +75,8 @@ def job(config: DictConfig) -> str | None:
 
 def main() -> None:
     """The console script: exit code 1 and one clear error for whatever a user can mend."""
+    for plugin in (KvpSweeper, RayLauncher):  # Hydra overlooks those of an editable install
+        Plugins.instance().register(plugin)
     try:
         job()
     except KeyboardInterrupt:

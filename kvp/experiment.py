@@ -33,6 +33,8 @@ from kvp.models.load import (
     load_tokenizer,
     resolve_device,
 )
+from kvp.models.mustafar import Mustafar
+from kvp.models.shapes import require_whole_stream
 from kvp.recovery.lora import Lora
 from kvp.stage import Stage, Store
 from kvp.strategies.base import Strategy, Target
@@ -110,6 +112,7 @@ class Experiment:
     strategy: Strategy
     budget: Budget
     calibration: Calibration
+    cache: Mustafar | None
     recovery: Lora | None
     perplexity: Perplexity | None
     zero_shot: ZeroShot | None
@@ -159,6 +162,7 @@ class Experiment:
             strategy=build("strategy"),
             budget=build("ratio"),
             calibration=build("calibration"),
+            cache=build("cache"),
             recovery=build("recovery"),
             perplexity=build("evaluation.perplexity"),
             zero_shot=build("evaluation.zero_shot"),
@@ -180,11 +184,12 @@ class Experiment:
 
     @property
     def name(self) -> str:
-        """Readable, unique with the hash: model-strategy-ratio-recovery-seed-hash."""
+        """Readable, unique with the hash: model-strategy-ratio-cache-recovery-seed-hash."""
         strategy = type(self.strategy).__name__.lower()
         ratio = "dense" if self.unpruned else f"{strategy}-{self.budget.of}{self.budget.value:g}"
         recovery = "none" if self.recovery is None else type(self.recovery).__name__.lower()
-        return f"{self.source.name}-{ratio}-{recovery}-s{self.node['seed']}-{self.hash[:8]}"
+        cache = "" if self.cache is None else f"-{type(self.cache).__name__.lower()}"
+        return f"{self.source.name}-{ratio}{cache}-{recovery}-s{self.node['seed']}-{self.hash[:8]}"
 
     @property
     def group(self) -> str:
@@ -193,8 +198,13 @@ class Experiment:
 
     @property
     def unpruned(self) -> bool:
-        """Whether the pruned model is the dense one."""
+        """Whether the pruned model has the weights of the dense one."""
         return isinstance(self.strategy, NoPruning)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the pruned model is the dense one, its cache too."""
+        return self.unpruned and self.cache is None
 
     @property
     def reads_calibration(self) -> bool:
@@ -215,6 +225,8 @@ class Experiment:
 
     def check_model(self, config: PretrainedConfig) -> None:
         """Refuse a budget, a space or a protocol that this model cannot offer; reads no weights."""
+        if not self.unpruned:
+            require_whole_stream(config)
         self.strategy.check(config, self.budget)
         if self.recovery is not None and self.strategy.sparsifies and not self.recovery.keep_zeros:
             raise ValueError(
@@ -223,6 +235,28 @@ class Experiment:
             )
         if self.protocol is not None:
             self.protocol.check_positions(config.max_position_embeddings)
+        if cache := self.cache or Mustafar.of(config):
+            cache.check(config)
+            self._check_decoding(cache)
+
+    def _check_decoding(self, cache: Mustafar) -> None:
+        """Refuse numbers that a sparse cache would have no part in."""
+        if self.zero_shot is not None:
+            raise ValueError(
+                "zero-shot tasks are scored in one forward pass, which reads no cache: their accuracy would be "
+                "that of the dense cache. Choose evaluation.zero_shot=null, or cache=none"
+            )
+        decoded = {"evaluation.perplexity.window": self.perplexity.window} if self.perplexity else {}
+        if protocol := self.protocol:
+            decoded["measure.prompt_length + measure.new_tokens"] = (
+                protocol.prompt_length + protocol.new_tokens
+            )
+        for name, tokens in decoded.items():
+            if tokens < cache.window + 3:  # the first token out of the window is read two predictions later
+                raise ValueError(
+                    f"{name} must be >= {cache.window + 3}, got {tokens}: cache.window={cache.window} would keep "
+                    "all of these tokens whole"
+                )
 
     def once(
         self, name: str, kind: str, inputs: Mapping[str, Any], work: Any, *, resumable: bool = False

@@ -74,6 +74,8 @@ def prune(x: Experiment, dense: str, scored: str, sensed: str | None, found: str
     }
     if found:
         inputs |= {"search": found}
+    if x.cache is not None:
+        inputs |= {"cache": asdict(x.cache)}
     if x.strategy.compensation is not None:
         inputs |= {"dtype": str(x.dtype), "calibration": x.calibration_identity()}
     return inputs

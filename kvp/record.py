@@ -52,7 +52,10 @@ def identity(x: Experiment, directory: Path) -> Record:
 
 def asked(x: Experiment) -> Record | None:
     """The budget, None for the dense model."""
-    return None if x.unpruned else {"value": x.budget.value, "of": x.budget.of}
+    if x.unpruned:
+        return None
+    first, *then = ({"value": budget.value, "of": budget.of} for budget in (x.budget, *x.strategy.then))
+    return first | ({"then": then} if then else {})
 
 
 def origin(x: Experiment, started: float) -> Record:

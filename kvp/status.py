@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvp.sweep.words import removed, stages
+from kvp.sweep.words import reason, removed, stages
 
 WIDTH = 160  # of the tables in a file or pipe
 STAGE_COLUMNS = ("finished", "being computed", "left unfinished", "set aside", "MiB")
@@ -57,7 +57,8 @@ def look(path: Path) -> Look:
         retry = _command(record)
         if status == "failed":
             where = f"{record['stage']}: " if record["stage"] else ""
-            return Look(name, status, where + _last_line(record["error"]), retry)
+            error = record["error"]
+            return Look(name, status, where + reason(error["type"], error["message"]), retry)
         stage = record["stage"] or "between stages"
         who = f"{stage}, {record['host']} pid {record['pid']}, since {started:%Y-%m-%d %H:%M} UTC"
         if is_alive(record["host"], record["pid"], started.timestamp()) is False:
@@ -76,11 +77,6 @@ def is_alive(host: str, pid: int, since: float) -> bool | None:
         return process.create_time() <= since + 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _last_line(error: Mapping[str, Any]) -> str:
-    lines = [line for line in error["message"].splitlines() if line.strip()]
-    return f"{error['type']}: {lines[-1].strip()}" if lines else error["type"]
 
 
 def _command(record: Mapping[str, Any]) -> str:

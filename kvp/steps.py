@@ -21,6 +21,7 @@ from kvp.evaluation.zeroshot import average
 from kvp.experiment import Checkpoint, Experiment, Record
 from kvp.models.load import load_model, load_tokenizer, resolve_dtype
 from kvp.models.load import save as save_checkpoint
+from kvp.models.mustafar import bytes_per_token
 from kvp.models.plans import read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.sparsity import count_zeros
@@ -82,7 +83,7 @@ def search(
 
 def prune(x: Experiment, dense: Checkpoint) -> Checkpoint:
     """Score, allocate the budget or search for a plan, compensate if asked to, cut."""
-    if x.unpruned:
+    if x.untouched:
         return dense
     scored, scores = score(x, dense)
     sensed = sensitivity(x, dense, scored, scores)
@@ -112,7 +113,11 @@ def _cut(x: Experiment, dense: Checkpoint, plan: Plan, directory: Path) -> None:
         dtype=resolve_dtype(str(dense.config.dtype).removeprefix("torch."), "cpu"),
         device="cpu",
     )
-    save_checkpoint(apply(stored, plan), load_tokenizer(dense.path), directory)
+    cut = apply(stored, plan)
+    if x.cache is not None:
+        x.cache.check(cut.config)
+        cut.config.kvp_cache = asdict(x.cache)
+    save_checkpoint(cut, load_tokenizer(dense.path), directory)
 
 
 def recover(x: Experiment, pruned: Checkpoint) -> Checkpoint | None:
@@ -206,11 +211,11 @@ def measure(x: Experiment, checkpoint: Checkpoint) -> Record | None:
         return protocol.measure(checkpoint.path, device=x.device, dtype=dtype)
 
     result = x.once("measure", "measure", inputs.measure(x, checkpoint.fingerprint), work).result
-    width = sum(shape.kv_width for shape in layer_shapes(checkpoint.config))
-    if result["kv_bytes_per_token"] != width * x.dtype.itemsize:
+    expected = bytes_per_token(checkpoint.config, x.dtype.itemsize)
+    if result["kv_bytes_per_token"] != expected:
         raise RuntimeError(
             f"the cache of {checkpoint.path} holds {result['kv_bytes_per_token']} bytes per token, its shapes "
-            f"say {width * x.dtype.itemsize}: the checkpoint and its config disagree"
+            f"say {expected}: the checkpoint and its config disagree"
         )
     return result
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
@@ -54,6 +56,18 @@ def tiny_model(
             else:
                 parameter.normal_(std=0.15)
     return model.to(dtype).eval()
+
+
+def exact_norms(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with norms in its own dtype; Hugging Face's compute in float32, also in a float64 model."""
+
+    def forward(norm, states):
+        return norm.weight * states * (states.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(forward, module)
+    return model
 
 
 def random_plan(model: PreTrainedModel, kinds: list[Kind], *, keep: float = 0.6, seed: int = 0) -> Plan:

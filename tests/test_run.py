@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from kvp.__main__ import CONF, main
 from kvp.experiment import Experiment
-from kvp.models.load import load_tokenizer
+from kvp.models.load import load_config, load_tokenizer
 from kvp.run import run
+from kvp.sweep.foretell import foretell
 from tests.test_tracking import records
 
 ROOT = Path(__file__).parent.parent
@@ -33,9 +34,13 @@ def overrides(tmp_path, *more):
     return ["debug=smoke", f"store={tmp_path}/store", f"runs={tmp_path}/runs", *more]
 
 
-def run_here(tmp_path, *more):
+def compose_here(tmp_path, *more):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return run(Experiment.compose(compose("config", overrides=overrides(tmp_path, *more))))
+        return compose("config", overrides=overrides(tmp_path, *more))
+
+
+def run_here(tmp_path, *more):
+    return run(Experiment.compose(compose_here(tmp_path, *more)))
 
 
 def main_here(monkeypatch, capsys, *words):
@@ -92,7 +97,7 @@ def test_record_holds_what_the_readme_promises(finished):
     _, record = finished
     written = json.loads(Path(record["directory"], "run.json").read_text())
     assert written == json.loads(json.dumps(record))
-    assert written["schema"] == 1
+    assert (written["schema"], written["status"]) == (2, "finished")
     for name in ("dense", "pruned", "recovered"):
         model = written[name]
         assert Path(model["checkpoint"], "config.json").exists()
@@ -185,6 +190,33 @@ def test_overlap_of_calibration_and_evaluation_is_said(finished):
     assert same_text["pruned"]["evaluation"]["perplexity"]["squad"]["overlap"]["calibration"] == "same text"
 
 
+def test_a_sparse_cache_is_carried_by_the_checkpoint(finished):
+    tmp_path, first = finished
+    sparse = [
+        "tracker=none",
+        "cache=mustafar",
+        "cache.window=8",
+        "evaluation.zero_shot=null",
+        "evaluation.perplexity.corpora=[squad]",
+    ]
+    alone = run_here(tmp_path, *sparse, "strategy=none", "recovery=none")
+    dense, packed = (alone[model]["measure"]["kv_bytes_per_token"] for model in ("dense", "pruned"))
+    assert (dense, packed) == (4096, 4096 // 2 + 4096 // 32)  # half of the float32 values, one bit for each
+    held = alone["pruned"]["measure"]["memory"]["cache_bytes"]
+    assert held == 2 * (8 * dense + (32 + 8 - 8) * packed)
+    squad = alone["pruned"]["evaluation"]["perplexity"]["squad"]
+    assert squad["cache"] == {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": 8}
+    assert squad["value"] != alone["dense"]["evaluation"]["perplexity"]["squad"]["value"]
+    assert alone["ratio"]["asked"] is None
+    combined = run_here(tmp_path, *sparse, "measure=none", "evaluation.perplexity=null")
+    assert {stage["name"] for stage in combined["stages"] if not stage["found"]} == {"prune", "recover"}
+    assert combined["pruned"]["size"] == first["pruned"]["size"]
+    for model in ("pruned", "recovered"):
+        assert load_config(Path(combined[model]["checkpoint"])).kvp_cache == squad["cache"]
+    config = compose_here(tmp_path, *sparse, "strategy=none", "recovery=none")
+    assert all(stage.stands for stage in foretell(Experiment.compose(config))[0])
+
+
 def test_kill_in_every_stage_then_rerun_gives_the_same(finished, tmp_path):
     undisturbed = run_here(finished[0], *LIGHT)
     for stage in ("score", "prune", "recover", "evaluate/perplexity/lambada"):
@@ -234,6 +266,8 @@ def test_an_edited_stage_is_not_trusted(finished):
         (["evaluation.perplexity.window=1"], "window must be >= 2, got 1"),
         (["evaluation.zero_shot.tasks=[piqua]"], "piqa"),
         (["recovery.rank=0"], "rank must be > 0, got 0"),
+        (["cache=mustafar"], "evaluation.zero_shot=null"),
+        (["cache=mustafar", "cache.window=62", "evaluation.zero_shot=null"], "window must be >= 65, got 64"),
         (["measure.batch_size=0"], "batch_size must be >= 1, got 0"),
         (["ratio=params", "ratio.value=0.9"], "the nearest is"),
         (["model.dtype=float8"], "model.dtype must be one of auto"),

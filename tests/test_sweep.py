@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -224,37 +226,36 @@ def test_nan_in_one_job_leaves_the_other(swept, tmp_path, monkeypatch, capsys):
     assert {record["status"] for record in records(tmp_path)} == {"finished", "failed"}
 
 
-def wait_for_recovery(process, tmp_path, finished):
-    """Until the job after so many finished ones is being tuned."""
-    while process.poll() is None:
+def stop_in_recovery(pid, how, tmp_path, finished):
+    """Send a signal to a process as soon as it tunes the job after so many finished ones."""
+    while True:
         told = [(record["status"], record.get("stage"), record.get("pid")) for record in records(tmp_path)]
-        if ("running", "recover", process.pid) in told and len(told) == finished + 1:
-            return
+        if ("running", "recover", pid) in told and len(told) == finished + 1:
+            return os.kill(pid, how)
         time.sleep(0.001)
-    raise AssertionError("the sweep was over before it could be stopped")
+
+
+def looks(tmp_path):
+    return Counter(look(path).status for path in tmp_path.glob("runs/*/run.json"))
 
 
 def test_a_sweep_killed_twice_and_interrupted_once_ends_with_the_same_table(
     swept, tmp_path, monkeypatch, capsys
 ):
-    words = ["-m", "ratio.value=0.25,0.5", "ratio.tolerance=0.05"]
-    files = [tmp_path / "stdout", tmp_path / "stderr"]
-    for finished, how in ((0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGINT)):
-        with files[0].open("w") as stdout, files[1].open("w") as stderr:
-            process = kvp_process(*words, *places(tmp_path), stdout=stdout, stderr=stderr)
-            wait_for_recovery(process, tmp_path, finished)
-            process.send_signal(how)
-            process.wait()
-        looks = Counter(look(path).status for path in tmp_path.glob("runs/*/run.json"))
-        stopped = "died" if how == signal.SIGKILL else "failed"
-        assert looks == Counter({"finished": finished, stopped: 1})
-    assert process.returncode == 1
-    assert "interrupted; finished stages stay" in files[1].read_text()
-    assert "1 of 2 jobs finished" in files[0].read_text()
-    code, _, _ = kvp_here(monkeypatch, capsys, *words, *places(tmp_path))
-    assert code == 0
-    undisturbed = [*places(swept[0]), f"runs={tmp_path}/undisturbed/runs"]
-    assert kvp_here(monkeypatch, capsys, *words, *undisturbed)[0] == 0
+    words = ["-m", "ratio.value=0.25,0.5", "ratio.tolerance=0.05", *places(tmp_path)]
+    for finished in (0, 1):
+        process = kvp_process(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        stop_in_recovery(process.pid, signal.SIGKILL, tmp_path, finished)
+        process.wait()
+        assert looks(tmp_path) == Counter(finished=finished, died=1)
+    Thread(target=stop_in_recovery, args=(os.getpid(), signal.SIGINT, tmp_path, 1)).start()
+    code, stdout, _ = kvp_here(monkeypatch, capsys, *words)
+    assert code == "interrupted; finished stages stay, the same command goes on from them"
+    assert "1 of 2 jobs finished" in stdout
+    assert looks(tmp_path) == Counter(finished=1, failed=1)
+    assert kvp_here(monkeypatch, capsys, *words)[0] == 0
+    undisturbed = [*words[:3], *places(swept[0]), f"runs={tmp_path}/undisturbed/runs"]
+    assert kvp_here(monkeypatch, capsys, *undisturbed)[0] == 0
     assert perplexities(tmp_path) == perplexities(tmp_path / "undisturbed")
 
 
@@ -333,4 +334,8 @@ def test_every_experiment_runs_on_the_tiny_model(experiment, tmp_path, monkeypat
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = ["-m", f"experiment={experiment}", *places(tmp_path)]
     process = kvp_process(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.wait() == 0, process.stdout.read()
+    stdout, _ = process.communicate()
+    assert process.returncode == 0, stdout
+    for record in records(tmp_path):
+        chain, _ = foretell(composed(*record["overrides"]))
+        assert {stage.fingerprint for stage in chain} == {stage["fingerprint"] for stage in record["stages"]}

@@ -1,1 +1,1 @@
-"""Hydra finds plugins in this namespace only; what they do is in `kvp.sweep`."""
+"""Hydra takes plugins from this namespace only; what they do is in `kvp.sweep`."""

@@ -38,6 +38,22 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in chunks]).view(targets.shape)
 
 
+def window_nll(model: PreTrainedModel, windows: Tensor, scored: int) -> Tensor:
+    """(windows, scored) NLL of the last `scored` tokens of each window, from those before them.
+
+    One forward pass reads no cache: if the model's config asks for a sparse one, it decodes token by token.
+    """
+    if getattr(model.config, "kvp_cache", None) is None:
+        logits = model(windows[:, :-1], logits_to_keep=scored, use_cache=False).logits
+        return token_nll(logits, windows[:, -scored:])
+    from kvp.models.sparse_cache import cache_for
+
+    cache, losses = cache_for(model.config), []
+    for token, target in pairwise(windows.split(1, dim=1)):
+        losses.append(token_nll(model(token, past_key_values=cache, use_cache=True).logits, target))
+    return torch.cat(losses[-scored:], dim=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(Selection):
     """Perplexity of a model on one part of each of `corpora`.
@@ -105,6 +121,7 @@ class Perplexity(Selection):
             "num_tokens": count,
             "num_windows": len(windows),
             "protocol": protocol,
+            "cache": getattr(model.config, "kvp_cache", None),
             "data_hash": digest(ids[: window + stride * (len(windows) - 1)]),
         }
 
@@ -134,8 +151,7 @@ class Perplexity(Selection):
         for start, stop in tqdm(list(pairwise(bounds)), desc=f"perplexity {name}", leave=False):
             batch = windows[start:stop].to(model.device)
             scored = min(stride, predictions) if start else predictions
-            logits = model(batch[:, :-1], logits_to_keep=scored, use_cache=False).logits
-            losses = token_nll(logits, batch[:, -scored:])
+            losses = window_nll(model, batch, scored)
             finite = losses.isfinite().all(dim=1)
             if not finite.all():
                 raise FloatingPointError(

@@ -14,7 +14,7 @@ from kvp.export.layout import stock_layout
 from kvp.export.stock import Form, to_stock
 from kvp.export.verify import verify
 from kvp.models.load import load_config, load_model, load_tokenizer, save
-from kvp.models.shapes import layer_shapes, size
+from kvp.models.shapes import layer_shapes, require_whole_stream, size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,6 +41,14 @@ def export(checkpoint: Path, out: Path, form: Form) -> dict[str, Any]:
     if out.exists():
         raise FileExistsError(f"{out} is there already: choose another --out")
     config = load_config(checkpoint)
+    require_whole_stream(
+        config, "no stock class has its shortcut matrices: serve it by transformers and import kvp"
+    )
+    if getattr(config, "kvp_cache", None) is not None:
+        raise ValueError(
+            f"{checkpoint} decodes with a sparse cache, which no stock engine has: export the checkpoint of the "
+            "same run with cache=none"
+        )
     if form != "padded":
         stock_layout(config)  # refuse before weights are read
     model = load_model(checkpoint, dtype=_stored_dtype(config), device="cpu")

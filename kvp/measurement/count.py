@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvp.models.shapes import stream
+from kvp.models.sparse_cache import SparseLayer
 from kvp.types import LayerShape
 
 if TYPE_CHECKING:
@@ -24,35 +26,45 @@ def macs(config: PretrainedConfig, shapes: Sequence[LayerShape], *, prompt_lengt
     per_token = config.vocab_size * config.hidden_size + sum(
         _layer_weights(config, layer) for layer in shapes
     )
+    if shapes[0].stream and config.tie_word_embeddings:
+        per_token += config.hidden_size * shapes[0].stream[0]  # the basis behind the embedding
     per_pair = sum(layer.num_attention_heads * (layer.qk_head_dim + layer.v_head_dim) for layer in shapes)
     return prompt_length * (per_token + prompt_length * per_pair)
 
 
 def _layer_weights(config: PretrainedConfig, layer: LayerShape) -> int:
-    """Entries of a layer's matrices: q, k, v, o, and the gate, up and down of the FFN."""
-    query_and_output = layer.num_attention_heads * (layer.qk_head_dim + layer.v_head_dim)
-    return config.hidden_size * (query_and_output + layer.kv_width + 3 * layer.intermediate_size)
+    """Entries of a layer's matrices: q, k, v, o, the gate, up and down of the FFN, and a sliced stream's shortcuts."""
+    before, between, after = stream(config, layer)
+    queries, outputs = (layer.num_attention_heads * d for d in (layer.qk_head_dim, layer.v_head_dim))
+    shortcuts = between * (before + after) if layer.stream else 0
+    attention = before * (queries + layer.kv_width) + between * outputs
+    return attention + (2 * between + after) * layer.intermediate_size + shortcuts
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of keys and values that `cache` holds now, for the whole batch."""
-    return sum(keys.nbytes + values.nbytes for keys, values in _filled(cache))
+    """Bytes of keys and values that `cache` holds now, for the whole batch; the bitmaps of a sparse one, too."""
+    return sum(tensor.nbytes for layer in _filled(cache) for tensor in _stored(layer))
 
 
 def cache_bytes_per_token(cache: Cache) -> int:
     """Bytes of keys and values per token of one sequence, over all layers: exact, as stored.
 
-    A sliding window layer counts what a token costs while it is inside the window.
+    A sliding window layer counts what a token costs while it is inside the window, a sparse layer what one
+    costs that has left it (0 if none has).
     """
     return sum(
-        (keys.nbytes + values.nbytes) // (keys.shape[0] * keys.shape[-2]) for keys, values in _filled(cache)
+        tensor.nbytes // (tensor.shape[0] * max(1, tensor.shape[-2]))
+        for layer in _filled(cache)
+        for tensor in (layer.packed() if isinstance(layer, SparseLayer) else _stored(layer))
     )
 
 
-def _filled(cache: Cache) -> list[tuple[Tensor, Tensor]]:
-    """Keys (batch, groups, tokens, qk_head_dim) and values of the layers that were written.
-
-    A decoder layer without attention leaves a cache layer behind that was not.
-    """
+def _filled(cache: Cache) -> list[Any]:
+    """The layers that were written; a decoder layer without attention leaves a cache layer behind that was not."""
     layers: list[Any] = cache.layers
-    return [(layer.keys, layer.values) for layer in layers if layer.is_initialized]
+    return [layer for layer in layers if layer.is_initialized]
+
+
+def _stored(layer: Any) -> list[Tensor]:
+    """What a layer keeps of its tokens, each of shape (batch, groups, tokens, ...)."""
+    return layer.tensors() if isinstance(layer, SparseLayer) else [layer.keys, layer.values]

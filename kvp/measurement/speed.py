@@ -2,7 +2,7 @@
 
 A prompt is compute bound and a decode step memory bound, so one number for both (Shortened-LLaMA,
 arXiv:2402.02834, times a whole `generate`) hides where a pruned model gains. The loop is our own:
-greedy, no end of text, no overhead of `generate`, a fresh DynamicCache per run.
+greedy, no end of text, no overhead of `generate`, per run a fresh cache of the kind the checkpoint asks for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvp.models.sparse_cache import cache_for
 
 Mark = float | torch.cuda.Event
 
@@ -37,7 +40,7 @@ class Timing:
 @torch.inference_mode()
 def time_model(
     model: PreTrainedModel, prompt: Tensor, *, new_tokens: int, warmup: int, runs: int
-) -> tuple[Timing, Timing, DynamicCache]:
+) -> tuple[Timing, Timing, Cache]:
     """Prefill timing, decode timing and the cache at the end of the last run.
 
     Prefill is the forward pass of `prompt` (batch, prompt_length) with logits of the last position
@@ -57,9 +60,9 @@ def time_model(
     )
 
 
-def _run(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[list[Mark], DynamicCache]:
+def _run(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[list[Mark], Cache]:
     """One prompt and its continuation; marks before the prompt, before and after decoding."""
-    cache = DynamicCache(config=model.config)
+    cache = cache_for(model.config)
     marks = [_mark(prompt.device)]
     token = _next_token(model, prompt, cache)
     marks.append(_mark(prompt.device))
@@ -69,7 +72,7 @@ def _run(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[list[
     return marks, cache
 
 
-def _next_token(model: PreTrainedModel, tokens: Tensor, cache: DynamicCache) -> Tensor:
+def _next_token(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
     return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
 

@@ -1,8 +1,9 @@
-"""One attention forward for every pruned family.
+"""One attention forward for every pruned family, and the rotary tables that it reads.
 
 Query-key and value widths may differ, and each KV group may keep its own subset of rope pairs. The
 rotary tables are the dense model's: kept frequencies are *gathered*, never recomputed from the new
-width, and the softmax scale stays `1 / sqrt(dense head_dim)`.
+width, and the softmax scale stays `1 / sqrt(dense head_dim)`. A decode step gathers them once for the whole
+model, a longer pass layer by layer: the tables of all layers take as much room as a sequence's keys.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kvp.models.layers import resize
+from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes, stream
 from kvp.types import LayerShape
 
 
@@ -41,11 +43,12 @@ class PrunedAttention:
 
     def __init__(self, config: PretrainedConfig, layer_idx: int, shape: LayerShape, cache_index: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
-        hidden, queries, groups = config.hidden_size, shape.num_attention_heads, shape.num_key_value_heads
-        resize(self, "q_proj", hidden, queries * shape.qk_head_dim)
-        resize(self, "k_proj", hidden, groups * shape.qk_head_dim)
-        resize(self, "v_proj", hidden, groups * shape.v_head_dim)
-        resize(self, "o_proj", queries * shape.v_head_dim, hidden, bias=shape.o_bias)
+        queries, groups = shape.num_attention_heads, shape.num_key_value_heads
+        before, after, _ = stream(config, shape)
+        resize(self, "q_proj", before, queries * shape.qk_head_dim)
+        resize(self, "k_proj", before, groups * shape.qk_head_dim)
+        resize(self, "v_proj", before, groups * shape.v_head_dim)
+        resize(self, "o_proj", queries * shape.v_head_dim, after, bias=shape.o_bias)
         self.layer_idx = cache_index
         self.qk_head_dim, self.v_head_dim = shape.qk_head_dim, shape.v_head_dim
         self.num_key_value_groups = queries // groups
@@ -56,25 +59,21 @@ class PrunedAttention:
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: tuple[Any, ...] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the family's own forward; hidden_states is (batch, seq_len, hidden_size)."""
+        """As the family's own forward; hidden_states is (batch, seq_len, width of the stream)."""
         shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
+        query = self.q_proj(hidden_states).view(*shape, -1, self.num_key_value_groups, self.qk_head_dim)
+        key = self.k_proj(hidden_states).view(*shape, -1, 1, self.qk_head_dim)
         value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
         if self.has_qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
         assert position_embeddings is not None
-        cos, sin = (self._gather(table) for table in position_embeddings)
-        key = _rotate(key, cos, sin)
-        if cos.shape[1] > 1:
-            cos, sin = (table.repeat_interleave(self.num_key_value_groups, dim=1) for table in (cos, sin))
-        query = _rotate(query, cos, sin)
+        cos, sin = self._tables(*position_embeddings)
+        query, key = (_rotate(states, cos, sin).flatten(2, 3).transpose(1, 2) for states in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -93,14 +92,54 @@ class PrunedAttention:
         )
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
-    def _gather(self, table: Tensor) -> Tensor:
-        """(batch, seq_len, head_dim) of the dense model -> (batch, groups or 1, seq_len, qk_head_dim)."""
+    def _tables(self, cos: Tensor, sin: Tensor, *gathered: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Those of the kept pairs, (batch, seq_len, groups or 1, 1, qk_head_dim), from `PrunedRotary`'s."""
+        if gathered:
+            return gathered[self.layer_idx]
         if self.rope_pairs is None:
-            return table.unsqueeze(1)
-        if self._pair_index is None or self._pair_index.device != table.device:
-            rows = self.rope_pairs if len(set(self.rope_pairs)) > 1 else self.rope_pairs[:1]
-            self._pair_index = torch.tensor(rows, device=table.device).repeat(1, 2)
-        return table[..., self._pair_index].transpose(1, 2)
+            return cos[:, :, None, None], sin[:, :, None, None]
+        if self._pair_index is None or self._pair_index.device != cos.device:
+            self._pair_index = torch.tensor(_rows(self.rope_pairs), device=cos.device).repeat(1, 2)
+        return cos[..., self._pair_index].unsqueeze(-2), sin[..., self._pair_index].unsqueeze(-2)
+
+
+class PrunedRotary:
+    """Mixin in front of a family's rotary embedding: for a single token, the tables of all layers at once."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        every = (tuple(range(dense_shapes(config)[0].qk_head_dim // CHANNELS_PER_PAIR)),)
+        shapes = (shape for shape in layer_shapes(config) if shape.num_key_value_heads)
+        layers = [_rows(shape.rope_pairs or every) for shape in shapes]
+        self.sets = list(dict.fromkeys(layers))
+        self.slots = [self.sets.index(rows) for rows in layers]
+        self.widths = [CHANNELS_PER_PAIR * len(rows[0]) for rows in self.sets]
+        self.cuts = self.sets != [every]
+        self._index: Tensor | None = None  # built per device: __init__ runs on the meta device
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Any, ...]:
+        """cos and sin of the dense model, (batch, seq_len, head_dim); for one token of a model that kept only
+        some pairs, also a pair (cos, sin) per attention, each as `PrunedAttention._tables` gives it.
+        """
+        cos, sin = super().forward(x, position_ids)  # type: ignore[misc]
+        if position_ids.shape[-1] > 1 or not self.cuts:
+            return cos, sin
+        gathered = list(zip(self._gather(cos), self._gather(sin), strict=True))
+        return cos, sin, *(gathered[slot] for slot in self.slots)
+
+    def _gather(self, table: Tensor) -> list[Tensor]:
+        """Per distinct set of pairs, (batch, 1, groups or 1, 1, width)."""
+        if self._index is None or self._index.device != table.device:
+            flat = [pair for rows in self.sets for row in rows for pair in (*row, *row)]
+            self._index = torch.tensor(flat, device=table.device)
+        sizes = [len(rows) * width for rows, width in zip(self.sets, self.widths, strict=True)]
+        parts = zip(table[..., self._index].split(sizes, dim=-1), self.widths, strict=True)
+        return [part.unflatten(-1, (-1, 1, width)) for part, width in parts]
+
+
+def _rows(pairs: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """One row of pairs per KV group, a single one if all groups keep the same."""
+    return pairs if len(set(pairs)) > 1 else pairs[:1]
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

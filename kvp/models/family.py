@@ -65,6 +65,11 @@ class Family:
         return self._class("DecoderLayer")
 
     @property
+    def rotary_class(self) -> type:
+        """Its rotary embedding, to which the pruned twin adds."""
+        return self._class("RotaryEmbedding")
+
+    @property
     def config_class(self) -> type[PretrainedConfig]:
         """The Hugging Face config class of the dense model."""
         config_class = self.causal_lm.config_class

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvp.models.family import family_of
 from kvp.models.layers import NoAttention, NoMLP
 from kvp.models.spaces import ACROSS_LAYERS, keep_mask, members
+from kvp.models.stream import project
 from kvp.types import Plan
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def mask(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         if space.kind in ACROSS_LAYERS:
             for layer in set(range(space.shape[0])) - set(keep.tolist()):
                 _remove_sublayers(model, layer, space.kind)
+    for position, basis in enumerate(plan.bases):
+        project(model, position, basis)
     return model
 
 
@@ -127,4 +130,6 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
                     lambda module, inputs, gone=gone[1]: (inputs[0].masked_fill(gone, 0),)
                 )
                 stack.callback(hook.remove)
+        for position, basis in enumerate(plan.bases):
+            stack.enter_context(project(model, position, basis))
         yield

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from kvp.types import Plan, Space
 
-
-EDITS = "edits"
+EDITS, BASES = "edits", "bases"
+SUBLAYERS = ("attention", "mlp")
 
 
 def write_scores(path: Path, scores: Mapping[Space, Tensor]) -> None:
@@ -27,23 +28,44 @@ def read_scores(path: Path) -> dict[Space, Tensor]:
 
 
 def write_plan(directory: Path, plan: Plan) -> None:
-    """`plan.json`: the indices kept per space. Rewritten parameters are in the checkpoint or in files beside it."""
+    """`plan.json`: the indices kept per space, and the widths of a sliced stream.
+
+    Rewritten parameters and bases are in the checkpoint or in files beside it.
+    """
     spaces = {s.key: {"shape": s.shape, "keep": keep.tolist()} for s, keep in sorted(plan.keep.items())}
-    (directory / "plan.json").write_text(json.dumps({"spaces": spaces}))
+    stream = {"stream": [basis.shape[1] for basis in plan.bases]} if plan.bases else {}
+    (directory / "plan.json").write_text(json.dumps({"spaces": spaces, **stream}))
 
 
 def read_plan(directory: Path) -> Plan:
-    """The indices that `write_plan` wrote, and the rewritten parameters that a search left layer by layer."""
+    """What `write_plan` wrote, with the rewritten parameters and bases that a search left layer by layer."""
     spaces = json.loads((directory / "plan.json").read_text())["spaces"]
     keep = {space_of(key, tuple(node["shape"])): torch.tensor(node["keep"]) for key, node in spaces.items()}
     files = (directory / EDITS).glob("*.safetensors")
-    return Plan(keep, {name: edit for file in files for name, edit in load_file(file).items()})
+    edits = {name: edit for file in files for name, edit in load_file(file).items()}
+    sliced = sorted((directory / BASES).glob("*.safetensors"), key=lambda file: int(file.stem))
+    return Plan(keep, edits, [load_file(file)[part] for file in sliced for part in SUBLAYERS])
 
 
 def edits_file(directory: Path, layer: int) -> Path:
     """Where a search keeps the parameters of a layer that it has rewritten, in safetensors."""
     (directory / EDITS).mkdir(exist_ok=True)
     return directory / EDITS / f"{layer}.safetensors"
+
+
+def bases_file(directory: Path, layer: int) -> Path:
+    """Where a search keeps the bases before the sublayers of a layer, in safetensors."""
+    (directory / BASES).mkdir(exist_ok=True)
+    return directory / BASES / f"{layer}.safetensors"
+
+
+def found_or_made(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file, made unless they are there: a search that was killed goes on after its last file."""
+    if not file.exists():
+        partial = file.with_suffix(".partial")
+        save_file(make(), partial)
+        os.replace(partial, file)
+    return load_file(file)
 
 
 def space_of(key: str, shape: tuple[int, ...]) -> Space:

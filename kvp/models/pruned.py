@@ -1,20 +1,23 @@
 """The pruned twin of a Hugging Face model class.
 
-A twin's config is its family's config plus `kvp_layers`, the widths of every layer; with it the model
-is an ordinary checkpoint: `from_pretrained`, `generate`, PEFT and lm-eval need to know nothing more
-than `import kvp`.
+A twin's config is its family's config plus `kvp_layers`, the widths of every layer, and `kvp_cache`, the
+options of a sparse cache (`kvp.models.mustafar`) if it decodes with one; with it the model is an ordinary
+checkpoint: `from_pretrained`, `generate`, PEFT and lm-eval need to know nothing more than `import kvp`.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from kvp.models.attention import PrunedAttention
+from kvp.models.attention import PrunedAttention, PrunedRotary
 from kvp.models.family import FAMILIES, PRUNED_PREFIX, Family, family_of
 from kvp.models.layers import NoAttention, NoMLP, resize
-from kvp.models.shapes import layer_shapes
+from kvp.models.shapes import layer_shapes, stream
+from kvp.models.sliced import SlicedLayer, sliced_embedding
+from kvp.models.sparse_cache import Decoder
 from kvp.types import LayerShape
 
 
@@ -24,40 +27,59 @@ def _twin(family: Family) -> type[PreTrainedModel]:
     class Config(family.config_class):  # type: ignore[name-defined]
         model_type = PRUNED_PREFIX + family.name
         kvp_layers: list[dict[str, Any]] | None = None
+        kvp_cache: dict[str, Any] | None = None
 
     class Attention(PrunedAttention, family.attention_class):  # type: ignore[name-defined]
         has_qk_norm = family.qk_norm
 
-    class Model(family.causal_lm):  # type: ignore[name-defined]
+    class Rotary(PrunedRotary, family.rotary_class):  # type: ignore[name-defined]
+        pass
+
+    class Layer(SlicedLayer, family.layer_class):  # type: ignore[name-defined]
+        pass
+
+    class Model(Decoder, family.causal_lm):  # type: ignore[name-defined]
         config_class = Config
 
         def __init__(self, config: Config) -> None:
             super().__init__(config)
-            cache_index = 0
-            for index, (layer, shape) in enumerate(zip(self.model.layers, layer_shapes(config), strict=True)):
+            cache_index, shapes = 0, layer_shapes(config)
+            self.set_submodule(family.rotary, Rotary(config))
+            if shapes[0].stream:
+                self.model.embed_tokens = sliced_embedding(config, shapes[0])
+                self.model.layers = nn.ModuleList(Layer(config, *shape) for shape in enumerate(shapes))
+            for index, (layer, shape) in enumerate(zip(self.model.layers, shapes, strict=True)):
                 if shape.num_key_value_heads:
                     layer.self_attn = Attention(config, index, shape, cache_index)
                     cache_index += 1
                 else:
                     layer.self_attn = NoAttention()
-                _resize_mlp(layer, config.hidden_size, shape)
+                _resize_mlp(layer, config, shape)
             self.post_init()
 
-    for cls, name in ((Config, "Config"), (Attention, "Attention"), (Model, "ForCausalLM")):
-        cls.__name__ = cls.__qualname__ = f"Kvp{family.prefix}{name}"
+    suffixes = {
+        Config: "Config",
+        Attention: "Attention",
+        Rotary: "RotaryEmbedding",
+        Layer: "DecoderLayer",
+        Model: "ForCausalLM",
+    }
+    for cls, suffix in suffixes.items():
+        cls.__name__ = cls.__qualname__ = f"Kvp{family.prefix}{suffix}"
     Model.config = Config
     AutoConfig.register(Config.model_type, Config)
     AutoModelForCausalLM.register(Config, Model)
     return Model
 
 
-def _resize_mlp(layer: Any, hidden: int, shape: LayerShape) -> None:
+def _resize_mlp(layer: Any, config: PretrainedConfig, shape: LayerShape) -> None:
     if not (intermediate := shape.intermediate_size):
         layer.mlp = NoMLP()
         return
+    _, before, after = stream(config, shape)
     for name in ("gate_proj", "up_proj"):
-        resize(layer.mlp, name, hidden, intermediate)
-    resize(layer.mlp, "down_proj", intermediate, hidden, bias=shape.down_bias)
+        resize(layer.mlp, name, before, intermediate)
+    resize(layer.mlp, "down_proj", intermediate, after, bias=shape.down_bias)
 
 
 PRUNED_CLASSES: dict[str, type[PreTrainedModel]] = {name: _twin(family) for name, family in FAMILIES.items()}

@@ -55,17 +55,27 @@ def sliced(shapes: Sequence[LayerShape], widths: Sequence[int]) -> tuple[LayerSh
     """The shapes with a residual stream of `widths`, two per layer and the one before the final norm.
 
     Raises:
-        ValueError: There are more or fewer, or the stream is sliced already.
+        ValueError: There are more or fewer.
     """
     if len(widths) != 2 * len(shapes) + 1:
-        raise ValueError(f"{len(shapes)} layers have {2 * len(shapes) + 1} streams, got {len(widths)} widths")
-    if any(shape.stream for shape in shapes):
-        raise ValueError("the residual stream of this model is sliced already: slice the dense model once")
-    starts = range(0, len(widths) - 1, 2)
-    return tuple(
-        replace(shape, stream=(widths[i], widths[i + 1], widths[i + 2]))
-        for shape, i in zip(shapes, starts, strict=True)
-    )
+        raise ValueError(
+            f"{len(shapes)} layers have {2 * len(shapes)} sublayers, the plan has {len(widths) - 1} bases: it was "
+            "made for another model"
+        )
+    around = zip(widths[::2], widths[1::2], widths[2::2], strict=False)
+    return tuple(replace(shape, stream=three) for shape, three in zip(shapes, around, strict=True))
+
+
+def require_whole_stream(
+    config: PretrainedConfig, reason: str = "slicing comes last: prune the model that it was made from"
+) -> None:
+    """Refuse a sliced model.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if layer_shapes(config)[0].stream:
+        raise ValueError(f"the residual stream of this model is sliced, and {reason}")
 
 
 def cut(shapes: Sequence[LayerShape], plan: Plan) -> tuple[LayerShape, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kvp.models.mustafar import Mustafar, kept, pack, unpack
@@ -30,6 +30,21 @@ def cache_for(config: PretrainedConfig) -> Cache:
     options.check(config)
     attentions = sum(shape.num_key_value_heads > 0 for shape in layer_shapes(config))
     return Cache(layers=[SparseLayer(options) for _ in range(attentions)])
+
+
+class Decoder:
+    """Mixin in front of a Hugging Face model class: `generate` uses the cache that the config asks for."""
+
+    config: Any
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        """In place of the default; a cache, a kind of cache, or none, that the caller chose stays."""
+        default = generation_config.use_cache is not False and generation_config.cache_implementation is None
+        if default and model_kwargs.get("past_key_values") is None and Mustafar.of(self.config):
+            model_kwargs["past_key_values"] = cache_for(self.config)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
 
 
 class SparseStates:
@@ -109,6 +124,10 @@ class SparseLayer(DynamicLayer):
     def tensors(self) -> list[Tensor]:
         """All that is stored."""
         return [tensor for states in self.states for tensor in states.tensors()]
+
+    def packed(self) -> list[Tensor]:
+        """What is stored of the tokens that have left the window."""
+        return [tensor for states in self.states for tensor in (states.values, states.bitmap)]
 
     def reset(self) -> None:
         """Forget everything."""

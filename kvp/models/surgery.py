@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kvp.models.family import family_of
 from kvp.models.masks import masks_of
 from kvp.models.pruned import pruned_class, pruned_config
-from kvp.models.shapes import cut, layer_shapes
+from kvp.models.shapes import cut, layer_shapes, require_whole_stream, sliced
+from kvp.models.stream import rotated
 from kvp.types import LayerShape, Plan
 
 
@@ -25,23 +26,52 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     The given model is left as it was; matrices that are not cut are shared with it, not copied.
 
     Raises:
-        ValueError: The plan does not belong to a model of these shapes, or leaves no attention.
+        ValueError: The plan does not belong to a model of these shapes, or leaves no attention; or the residual
+            stream of the model is sliced already.
     """
-    config, family = model.config, family_of(model.config)
-    shapes, layers = layer_shapes(config), family.layers
+    if plan.keep or plan.edits or plan.bases:
+        require_whole_stream(model.config)
+    twin = _cut(model, plan)
+    return _sliced(twin, plan.bases) if plan.bases else twin
+
+
+def _cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """What is left of the spaces."""
+    config, layers = model.config, family_of(model.config).layers
+    shapes = layer_shapes(config)
     blocks = _kept_blocks(plan, len(shapes))
-    new_shapes = _biased(config, cut(shapes, plan), blocks, plan)
-    new_config = pruned_config(config, new_shapes, blocks)
-    new_config._attn_implementation = config._attn_implementation
-    with torch.device("meta"):
-        twin = pruned_class(config)(new_config)
+    twin = _empty_twin(config, _biased(config, cut(shapes, plan), blocks, plan), blocks)
     masks, source = masks_of(config, plan), _edited(model, plan)
     state = {}
     for name in twin.state_dict():
         old = re.sub(rf"^{re.escape(layers)}\.(\d+)\.", lambda m: f"{layers}.{blocks[int(m[1])]}.", name)
-        state[name] = _sliced(source[old], masks.get(old.rpartition(".")[0], {}))
+        state[name] = _selected(source[old], masks.get(old.rpartition(".")[0], {}))
+    return _filled(twin, state, model)
+
+
+def _sliced(model: PreTrainedModel, bases: Sequence[Tensor]) -> PreTrainedModel:
+    """The model with its residual stream expressed in `bases`."""
+    config = model.config
+    widths = [*(basis.shape[1] for basis in bases), config.hidden_size]
+    shapes = sliced(layer_shapes(config), widths)
+    return _filled(_empty_twin(config, shapes, range(len(shapes))), rotated(model, bases), model)
+
+
+def _empty_twin(
+    config: PretrainedConfig, shapes: Sequence[LayerShape], blocks: Sequence[int]
+) -> PreTrainedModel:
+    new_config = pruned_config(config, shapes, blocks)
+    new_config._attn_implementation = config._attn_implementation
+    with torch.device("meta"):
+        return pruned_class(config)(new_config)
+
+
+def _filled(twin: PreTrainedModel, state: Mapping[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
+    """The twin with these parameters and all else from the model."""
+    rotary = family_of(model.config).rotary
     twin.load_state_dict(state, assign=True)
-    twin.set_submodule(family.rotary, copy.deepcopy(model.get_submodule(family.rotary)))
+    for name, buffer in model.get_submodule(rotary).named_buffers():  # frequencies, in no state dict
+        twin.get_submodule(rotary).register_buffer(name, buffer.clone(), persistent=False)
     twin.tie_weights()
     twin.generation_config = copy.deepcopy(model.generation_config)
     return twin.train(model.training)
@@ -78,7 +108,7 @@ def _kept_blocks(plan: Plan, num_layers: int) -> list[int]:
     return kept[0] if kept else list(range(num_layers))
 
 
-def _sliced(tensor: Tensor, axes: dict[int, Tensor]) -> Tensor:
+def _selected(tensor: Tensor, axes: dict[int, Tensor]) -> Tensor:
     """Rows (axis 0, biases too) and columns (axis 1, weights only) that stay."""
     for axis, mask in axes.items():
         if axis < tensor.dim():

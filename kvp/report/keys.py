@@ -21,8 +21,13 @@ Order = tuple[int, str, float]
 
 
 def unpruned(run: Run) -> bool:
-    """Whether nothing is pruned: the dense baseline, or the dense control of a recovery."""
+    """Whether no weight is pruned: the dense baseline, the dense control of a recovery, or a sparse cache alone."""
     return run.record["config"]["strategy"]["_target_"].endswith(".NoPruning")
+
+
+def untouched(run: Run) -> bool:
+    """Whether the pruned model is the dense one, its cache too."""
+    return unpruned(run) and not run.record["config"].get("cache")
 
 
 def recovers(run: Run) -> bool:

@@ -14,13 +14,23 @@ from kvp.report.runs import Run
 
 
 def strategy_labels(runs: Sequence[Run]) -> dict[str, str]:
-    """By the run's hash: "kvpruner", "kvpruner grouping=coupled"."""
-    return _labels(runs, "strategy", ("strategy", "calibration"), "pruned")
+    """By the run's hash: "kvpruner", "kvpruner grouping=coupled", "kvpruner + mustafar window=32 ..."."""
+    labels = _labels(runs, "strategy", ("strategy", "calibration"), "pruned")
+    return {run.hash: " + ".join([labels[run.hash], *_cache(run)]) for run in runs}
 
 
 def recovery_labels(runs: Sequence[Run]) -> dict[str, str]:
     """By the run's hash: "none", "lora", "lora rank=16"."""
     return _labels(runs, "recovery", ("recovery",), "recovered")
+
+
+def _cache(run: Run) -> list[str]:
+    """The sparse cache, if there is one."""
+    options = run.record["config"].get("cache")
+    if not options:
+        return []
+    settings = (f"{key}={value:g}" for key, value in options.items() if key != "_target_")
+    return [" ".join([label(run, "cache"), *settings])]
 
 
 def _labels(runs: Sequence[Run], named: str, described: Sequence[str], model: str) -> dict[str, str]:

@@ -6,12 +6,16 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from kvp.report.keys import PRUNING, differences, label, order, recovers, unpruned
+from kvp.report.keys import PRUNING, differences, label, order, recovers, untouched
 from kvp.report.runs import Run
 from kvp.report.table import MISSING, Kind
 
 NAMES = {"dense": "dense", "control": "dense, tuned alike"}
-IDLE: dict[Kind, tuple[str, ...]] = {"dense": (*PRUNING, "recovery"), "control": PRUNING, "run": ()}
+IDLE: dict[Kind, tuple[str, ...]] = {
+    "dense": (*PRUNING, "cache", "recovery"),
+    "control": (*PRUNING, "cache"),
+    "run": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,8 @@ def make_lines(runs: Sequence[Run], keys: Sequence[str], group: Collection[str] 
     """
     members: dict[Kind, list[Run]] = {
         "dense": list(runs),
-        "control": [run for run in runs if unpruned(run) and recovers(run)],
-        "run": [run for run in runs if not unpruned(run)],
+        "control": [run for run in runs if untouched(run) and recovers(run)],
+        "run": [run for run in runs if not untouched(run)],
     }
     lines: list[Line] = []
     for kind, its in members.items():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from kvp.report.keys import unpruned
+from kvp.report.keys import unpruned, untouched
 from kvp.report.labels import recovery_labels, strategy_labels
 from kvp.report.panels import Panel
 from kvp.report.runs import Run
@@ -83,7 +83,7 @@ def find_points(runs: Sequence[Run]) -> list[Point]:
     mixed = len({run.record["config"]["ratio"]["of"] for run in finished if not unpruned(run)}) > 1
     found = []
     for run in finished:
-        record, bare = run.record, unpruned(run)
+        record, bare = run.record, untouched(run)
         states: dict[State, str] = {"dense": "dense"}
         states |= (
             {"dense, tuned alike": "recovered"} if bare else {"pruned": "pruned", "recovered": "recovered"}
@@ -92,7 +92,8 @@ def find_points(runs: Sequence[Run]) -> list[Point]:
             if part in record:
                 pruned = state in ("pruned", "recovered")
                 asked, achieved = record["config"]["ratio"], record["ratio"]["achieved"]
-                amount = f"{100 * asked['value']:g} %" + (f" of {asked['of']}" if mixed else "")
+                value = 0.0 if unpruned(run) else asked["value"]
+                amount = f"{100 * value:g} %" + (f" of {asked['of']}" if mixed else "")
                 found.append(
                     Point(
                         run=run,
@@ -101,7 +102,7 @@ def find_points(runs: Sequence[Run]) -> list[Point]:
                         base=record["config"]["model"]["name"],
                         strategy=strategies[run.hash] if pruned else "dense",
                         recovery=recoveries[run.hash] if part == "recovered" else "none",
-                        ratio=(asked["value"], asked["of"]) if pruned else None,
+                        ratio=(value, asked["of"]) if pruned else None,
                         amount=amount if pruned else "",
                         achieved=achieved if pruned else dict.fromkeys(achieved, 0.0),
                         seed=record["config"]["seed"],

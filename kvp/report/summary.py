@@ -31,12 +31,13 @@ def _table(record: Mapping[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     for name in models:
         table.add_column(name, justify="right")
-    for label, read in _rows(record["dense"]):
+    for label, read in _rows(record):
         table.add_row(label, *(read(record[name]) for name in models))
     return table
 
 
-def _rows(dense: Mapping[str, Any]) -> list[tuple[str, Read]]:
+def _rows(record: Mapping[str, Any]) -> list[tuple[str, Read]]:
+    dense = record["dense"]
     rows: list[tuple[str, Read]] = [
         ("parameters", lambda m: f"{m['size']['params'] / 1e6:,.2f} M"),
         ("KV cache per token", lambda m: f"{m['size']['kv_bytes_per_token']:,} B"),
@@ -56,6 +57,8 @@ def _rows(dense: Mapping[str, Any]) -> list[tuple[str, Read]]:
         rows.append((label, lambda m: f"{100 * m['evaluation']['zero_shot']['average']['value']:.1f}"))
     if protocol := dense["measure"] and dense["measure"]["protocol"]:
         shape = f"batch {protocol['batch_size']}, {protocol['prompt_length']}+{protocol['new_tokens']}"
+        if record["config"].get("cache"):
+            rows.append(("KV cache per token, stored", lambda m: f"{m['measure']['kv_bytes_per_token']:,} B"))
         rows += [
             (f"prefill tokens/s ({shape})", lambda m: _rate(m["measure"]["prefill"])),
             (f"decode tokens/s ({shape})", lambda m: _rate(m["measure"]["decode"])),
@@ -101,7 +104,9 @@ def _mebibytes(count: int) -> str:
 def _notes(record: Mapping[str, Any]) -> list[str]:
     achieved = ", ".join(f"{of} {100 * value:.2f} %" for of, value in record["ratio"]["achieved"].items())
     asked = record["ratio"]["asked"]
-    asked_words = f"asked {100 * asked['value']:g} % of {asked['of']}; " if asked else ""
+    budgets = [asked, *asked.get("then", [])] if asked else []
+    words = ", then ".join(f"{100 * budget['value']:g} % of {budget['of']}" for budget in budgets)
+    asked_words = f"asked {words}; " if words else ""
     notes = [f"removed: {asked_words}achieved {achieved}"]
     for name in record["dense"]["evaluation"]["perplexity"]:
         overlaps = {

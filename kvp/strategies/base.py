@@ -101,6 +101,11 @@ class Strategy(ABC):
         """Whether its plan leaves single weights at zero, in matrices of the same shape."""
         return False
 
+    @property
+    def then(self) -> tuple[Budget, ...]:
+        """The budgets of what it does after the first, if it does several things."""
+        return ()
+
     @abstractmethod
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
         """Refuse, before any weight is read, a space or a budget that this model cannot offer.

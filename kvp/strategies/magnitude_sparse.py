@@ -41,5 +41,5 @@ class MagnitudeSparse(SparseStrategy):
         return prune
 
     def workspace(self, rows: int, columns: int) -> int:
-        """Weight, score and result in float32, their order and what sorting takes."""
+        """Weight, score and result in float32, and what choosing takes."""
         return 40 * rows * columns

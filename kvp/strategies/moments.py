@@ -49,6 +49,12 @@ class Moments:
         """X^T X: the sum of x x^T, uncentred; without covariance its diagonal, squared norms per channel."""
         return self.scatter + self.count * self._square(self.mean[None])
 
+    @property
+    def squares(self) -> Tensor:
+        """(width,) sums of squares per channel."""
+        own = self.scatter.diagonal() if self.covariance else self.scatter
+        return own + self.count * self.mean.square()
+
     def _square(self, rows: Tensor) -> Tensor:
         return rows.T @ rows if self.covariance else rows.square().sum(0)
 

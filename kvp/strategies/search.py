@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -43,7 +44,8 @@ class Trials:
         self.path, self.best, self._told = path, math.inf, False
         text = path.read_text() if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line short
-        path.write_text(whole)
+        if whole != text:
+            os.truncate(path, len(whole.encode()))
         self._losses: dict[str, float] = {}
         for line in map(json.loads, whole.splitlines()):
             self._losses[_key(line["trial"])] = line["loss"]

@@ -141,8 +141,9 @@ class SearchLLM(ScoreStrategy):
         batches = target.calibration[: self.evolution.samples].split(target.batch_size)
 
         def loss(subnet: Subnet) -> float:
-            plan = subnets.plan(subnet)
-            return trials.loss(name_of(subnet), lambda: masked_loss(target.model, batches, plan))
+            return trials.loss(
+                name_of(subnet), lambda: masked_loss(target.model, batches, subnets.plan(subnet))
+            )
 
         return subnets.plan(self.evolution.search(subnets, start, loss))
 

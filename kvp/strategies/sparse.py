@@ -1,10 +1,10 @@
 """What unstructured and N:M methods share: single weights become zero, matrix by matrix, layer by layer.
 
 The linear weights of the decoder blocks are pruned (embeddings, norms, biases and the head are not), every
-matrix to the same sparsity. A layer sees the calibration states that the pruned layers before it give; its
-inputs are gathered in one pass, and all its matrices are pruned from them. Only the layer at work and its
-statistics are on the device. What is finished lies in the stage's directory, so that a killed run goes on at
-the layer it was in.
+matrix to the same sparsity unless a method says otherwise. A layer sees the calibration states that the pruned
+layers before it give; its inputs are gathered in one pass, and all its matrices are pruned from them. Only the
+layer at work and its statistics are on the device. What is finished lies in the stage's directory, so that a
+killed run goes on at the layer it was in.
 
 Shapes stay, and so do parameters, KV cache and speed: `kvp.models.sparsity` counts what a storage of zeros
 would save.
@@ -13,21 +13,19 @@ would save.
 from __future__ import annotations
 
 import logging
-import os
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvp.models.linears import all_linears, linears
 from kvp.models.masks import edited
-from kvp.models.plans import edits_file
+from kvp.models.plans import edits_file, found_or_made
 from kvp.strategies.base import Scores, Strategy, Target
 from kvp.strategies.memory import layerwise_bytes
 from kvp.strategies.moments import Moments, input_moments
@@ -156,19 +154,20 @@ class SparseStrategy(Strategy):
         """The pruned weights as edits; the model is left as it was."""
         batches = target.batches if self.needs_calibration else ()
         self._tell(target)
+        ratios = self.ratios(target, budget.value, directory)
         edits: dict[str, Tensor] = {}
         for visit in walk(target.model, batches, type(self).__name__, offload=True):
             file = edits_file(directory, visit.layer)
-            if not file.exists():
-                partial = file.with_suffix(".partial")
-                save_file(self._pruned(visit, budget.value), partial)
-                os.replace(partial, file)
-            pruned = load_file(file)
+            pruned = found_or_made(file, partial(self._pruned, visit, ratios))
             visit.leaving.enter_context(edited(target.model, pruned))
             edits |= pruned
         return Plan({}, edits)
 
-    def _pruned(self, visit: Visit, ratio: float) -> dict[str, Tensor]:
+    def ratios(self, target: Target, ratio: float, directory: Path) -> dict[str, float]:
+        """The sparsity of each matrix, by the name of its module: here the same for all."""
+        return {linear.module: ratio for linear in all_linears(target.config)}
+
+    def _pruned(self, visit: Visit, ratios: Mapping[str, float]) -> dict[str, Tensor]:
         """The new weights of the layer visited."""
         fed = linears(visit.model.config, visit.layer)
         moments: dict[str, Moments] = {}
@@ -180,7 +179,7 @@ class SparseStrategy(Strategy):
             for linear in group:
                 weight = visit.model.get_parameter(linear.weight).detach()
                 exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-                new[linear.weight] = prune(exact, ratio).to(weight.dtype).cpu().contiguous()
+                new[linear.weight] = prune(exact, ratios[linear.module]).to(weight.dtype).cpu().contiguous()
         return new
 
     def _tell(self, target: Target) -> None:

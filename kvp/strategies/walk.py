@@ -75,19 +75,23 @@ def walk(
     device = model.device
     with ExitStack() as stack:
         if offload:
-            stack.callback(model.to, device)
-            model.to("cpu")
+            stack.callback(_move, model, device)
+            _move(model, "cpu")
         states = [hidden_states(model, 0, 0, input_ids=ids.to(model.device)).to(device) for ids in batches]
-        model.get_submodule(family_of(model.config).norm).to(device)  # passes run through it
+        _move(model.get_submodule(family_of(model.config).norm), device)  # passes run through it
         for layer in tqdm(range(len(layer_shapes(model.config))), desc=desc, unit="layer"):
             with ExitStack() as leaving:
                 visit = Visit(model, layer, states, leaving)
                 module = model.get_submodule(visit.name)
                 if offload:
-                    leaving.callback(module.to, "cpu")
-                    module.to(device)
+                    leaving.callback(_move, module, "cpu")
+                    _move(module, device)
                 yield visit
                 states = visit.outputs()
+
+
+def _move(module: nn.Module, device: torch.device | str) -> None:
+    module.to(device)
 
 
 def hidden_states(model: PreTrainedModel, start: int, stop: int, **inputs: Tensor) -> Tensor:

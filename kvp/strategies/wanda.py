@@ -30,7 +30,7 @@ class Wanda(SparseStrategy):
     def pruner(self, inputs: Moments | None) -> Prune:
         """By the norms of these inputs."""
         assert inputs is not None
-        norms = inputs.gram.sqrt()
+        norms = inputs.squares.sqrt()
 
         def prune(weight: Tensor, ratio: float) -> Tensor:
             return weight.masked_fill(self.zeros(weight.abs() * norms, ratio), 0)
@@ -38,5 +38,5 @@ class Wanda(SparseStrategy):
         return prune
 
     def workspace(self, rows: int, columns: int) -> int:
-        """Weight and result in float32, the score in float64, its order and what sorting takes."""
+        """Weight and result in float32, the score in float64, and what choosing takes."""
         return 48 * rows * columns

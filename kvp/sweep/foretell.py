@@ -57,7 +57,7 @@ def foretell(x: Experiment) -> tuple[list[Foretold], Path]:
         directory = x.store.root / "model" / dense[:16]
     examine(dense)
     pruned = dense
-    if not x.unpruned:
+    if not x.untouched:
         scored = stage("score", "score", inputs.score(x, dense))
         given = inputs.sensitivity(x, dense, scored) if x.strategy.probes else None
         sensed = stage("sensitivity", "sensitivity", given) if given else None

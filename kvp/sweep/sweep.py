@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus
 from rich.console import Console
 from rich.table import Table
 
 from kvp.experiment import Experiment
-from kvp.sweep.words import JOBS, Record, corpora, perplexities, read, removed, stages
+from kvp.sweep.words import JOBS, Record, corpora, perplexities, read, reason, removed, stages
 
 WIDTH = 160  # of the table in a file or pipe
 
@@ -31,18 +32,20 @@ class Outcome:
     name: str
     status: str
     record: Record
-    reason: str = ""
+    why: str = ""
 
     @classmethod
     def of(cls, x: Experiment, returned: JobReturn | None) -> Outcome:
         """From what the launcher returned; where it returned nothing, run.json knows."""
-        record = read(x.runs / x.name)
-        if returned is None:
-            reason = record.get("error", {}).get("message", "")
-            return cls(x.name, record.get("status", "not run"), record, reason)
-        if returned.status == JobStatus.COMPLETED:
-            return cls(x.name, "finished", record)
-        return cls(x.name, "failed", record, str(returned._return_value))
+        directory = x.runs / x.name
+        if returned and returned.status == JobStatus.FAILED:
+            return cls(directory.name, "failed", read(directory), str(returned._return_value))
+        if returned:
+            directory = Path(returned.return_value)  # named by the device of the process that ran it
+        record = read(directory)
+        error = record.get("error")
+        why = reason(error["type"], error["message"]) if error else ""
+        return cls(directory.name, record.get("status", "not run"), record, why)
 
 
 def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: Launch) -> None:
@@ -72,7 +75,7 @@ def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: 
     finally:
         outcomes = [Outcome.of(x, each) for x, each in zip(experiments, returns, strict=True)]
         _print(console, outcomes, time.time() - began)
-    failed = sum(outcome.status == "failed" for outcome in outcomes)
+    failed = sum(outcome.status != "finished" for outcome in outcomes)
     if failed:
         raise SweepFailed(
             f"{failed} of {len(jobs)} jobs failed: their run.json holds the traceback, run.log beside it what "
@@ -91,8 +94,8 @@ def _print(console: Console, outcomes: Sequence[Outcome], seconds: float) -> Non
         table.add_row(outcome.name, outcome.status, *_cells(outcome))
     console.print(table)
     for outcome in outcomes:
-        if outcome.reason:
-            console.print(f"{outcome.name}: {outcome.reason}", soft_wrap=True, highlight=False, markup=False)
+        if outcome.why:
+            console.print(f"{outcome.name}: {outcome.why}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _cells(outcome: Outcome) -> list[str]:

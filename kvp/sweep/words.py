@@ -19,17 +19,25 @@ def read(directory: Path) -> Record:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def line(directory: Path, number: int, seconds: float, reason: str | None) -> str:
-    """ "[ 4/18] finished <run>: ..." or "[ 4/18] failed <run>: ..."."""
-    record, jobs = read(directory), os.environ.get(JOBS, "?")
-    head = f"[{number + 1:>{len(jobs)}}/{jobs}] {'failed  ' if reason else 'finished'} {directory.name}: "
-    if reason:
-        where = f"{record['stage']}: " if record.get("stage") else ""
-        return f"{head}{where}{reason}"
+def line(number: int, status: str, name: str, told: str) -> str:
+    """ "[ 4/18] finished <run>: ..."."""
+    jobs = os.environ.get(JOBS, "?")
+    return f"[{number + 1:>{len(jobs)}}/{jobs}] {status:<8} {name}: {told}"
+
+
+def facts(record: Record) -> str:
+    """What a finished run found."""
     models = [record[name] for name in ("dense", "pruned", "recovered") if name in record]
-    told = f"perplexity {corpora([record])} {' > '.join(map(perplexities, models))}"
-    seen = told if record["dense"]["evaluation"]["perplexity"] else "no perplexity"
-    return f"{head}{removed(record)}; {seen}; {stages(record)}; {seconds:.0f} s"
+    seen = f"perplexity {corpora([record])} {' > '.join(map(perplexities, models))}"
+    if not record["dense"]["evaluation"]["perplexity"]:
+        seen = "no perplexity"
+    return f"{removed(record)}; {seen}; {stages(record)}; {record['provenance']['seconds']:.0f} s"
+
+
+def reason(kind: str, message: str) -> str:
+    """An error in one line: its class, and the last line that says something."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return f"{kind}: {lines[-1]}" if lines else kind
 
 
 def removed(record: Record) -> str:

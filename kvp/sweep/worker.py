@@ -6,7 +6,6 @@ import gc
 import os
 import re
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 from kvp.experiment import Experiment
-from kvp.sweep.words import line
+from kvp.sweep.words import facts, line, reason
 
 LOG = "run.log"  # beside run.json: everything that a job of a sweep prints
 
@@ -36,22 +35,21 @@ def attempt(x: Experiment, number: int) -> str:
     """
     from kvp.run import run
 
-    directory, started, reason = x.runs / x.name, time.time(), None
+    directory, why = x.runs / x.name, None
     with _output_to(directory / LOG):
         try:
-            run(x)
+            told = facts(run(x))
         except Exception as error:
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {error}"
+            why = told = reason(type(error).__name__, str(error))
             traceback.clear_frames(error.__traceback__)
-    if reason:
+    print(line(number, "failed" if why else "finished", x.name, told), flush=True)
+    if why:
         x.unload()
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-    print(line(directory, number, time.time() - started, reason), flush=True)
-    if reason:
-        raise JobFailed(reason)
+        raise JobFailed(why)
     return str(directory)
 
 

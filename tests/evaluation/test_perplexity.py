@@ -13,6 +13,7 @@ from kvp.data.corpora import FileCorpus
 from kvp.data.tokens import digest, encode
 from kvp.evaluation.perplexity import CHUNK, Perplexity, token_nll
 from tests.conftest import tiny_model
+from tests.models.test_sparse_cache import naive, stepwise
 
 WINDOW, TOKENS = 32, 205
 
@@ -61,6 +62,21 @@ def test_llm_pruner_protocol_predicts_all_but_the_first_token_of_a_window(model,
     assert result["num_tokens"] == TOKENS // WINDOW * (WINDOW - 1)
     covered = TOKENS // WINDOW * WINDOW
     assert result["data_hash"] == digest(encode(corpus.documents("test"), tokenizer)[:covered])
+
+
+def test_a_sparse_cache_is_decoded_with_token_by_token(model, tokenizer, corpus):
+    dense = perplexity().evaluate(model, tokenizer, corpus)
+    assert dense["cache"] is None
+    model.config.kvp_cache = {"key_sparsity": 0.5, "value_sparsity": 0.7, "window": 4}
+    result = perplexity(stride=20, max_tokens=72).evaluate(model, tokenizer, corpus)
+    assert result["cache"] == model.config.kvp_cache
+    windows = encode(corpus.documents("test"), tokenizer)[:72].unfold(0, WINDOW, 20)
+    logits = stepwise(model, windows, naive(model.config), 1)[:, :-1]
+    losses = token_nll(logits, windows[:, 1:])
+    expected = torch.cat([losses[0], losses[1:, -20:].flatten()])
+    assert result["num_tokens"] == len(expected)
+    assert result["nll"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert abs(perplexity().evaluate(model, tokenizer, corpus)["nll"] - dense["nll"]) > 1e-3
 
 
 def test_max_tokens_null_is_the_whole_corpus(model, tokenizer, corpus):

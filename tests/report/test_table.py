@@ -17,6 +17,7 @@ from kvp.report import references
 from kvp.report.__main__ import main
 from kvp.report.build import build
 from kvp.report.keys import matches
+from kvp.report.points import find_points
 from kvp.report.render import comma_separated, latex, markdown, sources, write_table
 from kvp.report.runs import Run, read_runs
 from kvp.report.spec import ColumnSpec, Spec, load_spec
@@ -112,6 +113,27 @@ def test_what_else_varies_is_shown():
         and row(made, "kvpruner", "separate").cells[0].value == 40.0
     )
     assert any("strategy.grouping" in note for note in made.notes)
+
+
+def test_a_sparse_cache_is_a_row_of_its_own_and_never_the_dense_one():
+    cache = {"_target_": "kvp.models.mustafar.Mustafar", "key_sparsity": 0.5, "window": 32}
+    records = [
+        make_record(ppl=40.0),
+        make_record(ppl=50.0, config__cache=cache),
+        make_record("none", config__cache=cache, pruned__evaluation__perplexity__squad__value=21.0),
+    ]
+    assert texts(table(*records)) == {
+        "— dense —": ["20.0"],
+        "25 % of kv_cache kvpruner —": ["40.0"],
+        "25 % of kv_cache kvpruner mustafar": ["50.0"],
+        "— none mustafar": ["21.0"],
+    }
+    points = find_points([Run(Path("run.json"), None, record) for record in records])
+    assert [point.label for point in points if point.state == "pruned"] == [
+        "kvpruner 25 %",
+        "kvpruner + mustafar key_sparsity=0.5 window=32 25 %",
+        "none + mustafar key_sparsity=0.5 window=32 0 %",
+    ]
 
 
 def test_two_models_never_share_a_row():

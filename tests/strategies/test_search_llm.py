@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from kvp.models.shapes import cut, layer_shapes, size
-from kvp.models.spaces import find_spaces
 from kvp.strategies.allocate import Uniform
 from kvp.strategies.base import Target
 from kvp.strategies.compensate import LeastSquares
@@ -54,7 +53,7 @@ def target():
 def test_scores_match_a_naive_loop(heads):
     target = make_target(heads)
     model, shape = target.model, layer_shapes(target.config)[1]
-    layer, dim, half = model.model.layers[1], shape.qk_head_dim, shape.qk_head_dim // 2
+    dim, half = shape.qk_head_dim, shape.qk_head_dim // 2
     names = {
         name: f"model.layers.1.{part}.{name}"
         for part, group in {
@@ -89,7 +88,6 @@ def test_scores_match_a_naive_loop(heads):
     for n in range(shape.intermediate_size):
         expected = phi["gate_proj"][n].sum() + phi["up_proj"][n].sum() + phi["down_proj"][:, n].sum()
         assert scores["ffn"][n].item() == pytest.approx(expected.item())
-    assert layer is model.model.layers[1]
 
 
 def removed(config, plan, of):
@@ -128,9 +126,9 @@ def test_other_units_are_those_of_the_papers_rejection(target):
     """Algorithm 1: draw sets of the same size until enough is common to old and new."""
     subnets, _ = STRATEGY._start(target.config, STRATEGY.score(target), BUDGETS[0], torch.zeros(2), seed=0)
     old, width, overlap = torch.arange(8) < 5, 4, 0.6
-    drawn = Counter(tuple(subnets._drawn(old, width, overlap).tolist()) for _ in range(4000))
+    drawn = Counter(tuple(subnets._drawn(old, width, overlap).tolist()) for _ in range(1500))
     accepted = Counter()
-    while accepted.total() < 4000:
+    while accepted.total() < 1500:
         row = torch.zeros(8, dtype=torch.bool)
         row[torch.randperm(8, generator=subnets.generator)[:width]] = True
         if (row & old).sum() >= overlap * width:
@@ -148,19 +146,19 @@ def test_resize_follows_the_importance():
 
 
 def test_the_limit_of_the_papers_admm_is_least_squares_without_a_bias():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(60, 9, generator=generator, dtype=torch.float64) @ torch.randn(
-        9, 9, generator=generator, dtype=torch.float64
+    x, weight = (
+        torch.randn(rows, 9, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
+        for rows in (60, 5)
     )
-    weight = torch.randn(5, 9, generator=generator, dtype=torch.float64)
+    x[:, 1:] += x[:, :-1]  # removed columns can be told from kept ones in part
     keep = torch.tensor([True, False, True, True, False, True, True, False, True])
     moments = Moments(9, covariance=True)
     moments.add(x)
     gram, rho = x.T @ x, 1.0
-    dual = torch.zeros_like(weight.T)
-    z = weight.T * keep[:, None]
-    for _ in range(20000):
-        w = torch.linalg.solve(gram + rho * torch.eye(9), gram @ weight.T + rho * (z - dual))
+    solve = torch.linalg.inv(gram + rho * torch.eye(9))
+    z, dual = weight.T * keep[:, None], torch.zeros_like(weight.T)
+    for _ in range(5000):
+        w = solve @ (gram @ weight.T + rho * (z - dual))
         z = (w + dual) * keep[:, None]
         dual = dual + w - z
     columns, bias = LeastSquares(ridge=1e-12, intercept=False).solve(weight, keep, moments)
@@ -212,6 +210,7 @@ def test_kill_in_the_middle_of_the_search_gives_the_same_plan(tmp_path):
         "strategy=search_llm",
         "strategy/evolution=quick",
         "strategy.evolution.samples=1",
+        "strategy.evolution.generations=5",
         "calibration.length=16",
         "strategy.allocator.multiple_of=2",
         "ratio=block_params",
@@ -249,13 +248,12 @@ def test_kill_in_the_middle_of_the_search_gives_the_same_plan(tmp_path):
 
 
 def test_refusals():
-    config, strategy = tiny_config("qwen3"), STRATEGY
     with pytest.raises(ValueError, match="has no space 'qk'"):
-        strategy.check(config, BUDGETS[0])
+        STRATEGY.check(tiny_config("qwen3"), BUDGETS[0])
     with pytest.raises(ValueError, match="cannot be reached"):
-        strategy.check(tiny_config(), Budget(value=0.5, of="blocks"))
+        STRATEGY.check(tiny_config(), Budget(value=0.5, of="blocks"))
     with pytest.raises(ValueError, match=r"mlp_least=0\.9"):
-        replace(strategy, mlp_least=0.9).check(tiny_config(), BUDGETS[1])
+        replace(STRATEGY, mlp_least=0.9).check(tiny_config(), BUDGETS[1])
     with pytest.raises(ValueError, match="more than a population of 10"):
         replace(QUICK, mutated=9)
     with pytest.raises(ValueError, match=r"overlap must be in \[0, 1\], got 2"):
@@ -265,7 +263,6 @@ def test_refusals():
     with pytest.raises(ValueError, match="resize must be one of"):
         replace(QUICK, resize="all")
     with pytest.raises(ValueError, match="attention_least must be"):
-        replace(strategy, attention_least=1.5)
+        replace(STRATEGY, attention_least=1.5)
     with pytest.raises(ValueError, match="damping must be > 0"):
-        replace(strategy, damping=0)
-    assert not any(s.kind == "qk" for s in find_spaces(config, ["vo"]))
+        replace(STRATEGY, damping=0)

@@ -1,0 +1,214 @@
+"""Ways to decode: what runs between two tokens beside the model's arithmetic.
+
+    eager     transformers' own: Python launches every kernel, the cache is copied to grow by a token
+    static    a cache of fixed size, written in place; on a GPU a step is one CUDA graph, replayed
+    compiled  the same after torch.compile
+
+All decode greedily and stop at no end of text, so that a run is as long as it was asked to be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvp.measurement.cache import check_whole_cache, fixed_cache, room
+from kvp.measurement.grouped import GROUPED
+from kvp.models.sparse_cache import cache_for
+
+Path = Literal["eager", "static", "compiled"]
+
+WINDOW = 128  # tokens by which the part of a cache that captured steps read grows: one graph each
+SLICE = 8192  # tokens of a prompt read at a time, at least one sequence: bounds the activations
+WARMUP = 3  # steps before a capture: libraries take their workspaces, compilers compile
+SDPA = "_scaled_dot_product_"
+
+
+class Decoder(Protocol):
+    """One way to decode one batch; `token` (batch, 1) is the last one."""
+
+    token: Tensor
+    cache: Cache
+
+    def read(self, prompt: Tensor) -> None:
+        """The forward pass of (batch, prompt_length) ids, logits of the last position only."""
+
+    def step(self) -> None:
+        """The next token."""
+
+    def plain_step(self) -> None:
+        """The same step once more, launched kernel by kernel, for those who want to watch; ends the run."""
+
+
+def prepare(path: Path, model: PreTrainedModel, *, batch_size: int, length: int) -> Decoder:
+    """A decoder for sequences of `length` tokens, prompts and new ones; nothing of this is timed.
+
+    Raises:
+        ValueError: The path cannot serve this model.
+    """
+    check_whole_cache(model.config, length)
+    model.set_attn_implementation(GROUPED if path == "compiled" else "sdpa")
+    if path == "eager":
+        return Eager(model)
+    return Static(model, batch_size=batch_size, length=length, compiled=path == "compiled")
+
+
+class Eager:
+    """A cache of the kind that the checkpoint asks for."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, cache_for(model.config)
+
+    def read(self, prompt: Tensor) -> None:
+        """All of it at once."""
+        self.token = next_token(self.model, prompt, self.cache)
+
+    def step(self) -> None:
+        """The next token."""
+        self.token = next_token(self.model, self.token, self.cache)
+
+    plain_step = step
+
+
+class Static:
+    """A cache of fixed size; see the module.
+
+    Without a mask a step reads exactly the tokens there are. A captured or compiled step has a fixed shape: it
+    reads the cache up to the end of a window, and a mask hides what is not written yet.
+
+    Attributes:
+        window: Tokens by which the visible part grows; None: one by one, without a mask.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        batch_size: int,
+        length: int,
+        compiled: bool = False,
+        window: int | None = None,
+    ) -> None:
+        self.model, device = model, model.device
+        self.cache, self.cursor = fixed_cache(
+            model.config, batch_size=batch_size, length=length, dtype=model.dtype, device=device
+        )
+        self.length, self.position = room(length), self.cursor.positions
+        self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self.mask = torch.zeros(1, 1, 1, self.length, dtype=model.dtype, device=device)
+        self.captures = device.type == "cuda"
+        self.window = self.length if compiled else window or (WINDOW if self.captures else None)
+        self.next_token: Callable[..., Tensor] = _compiled() if compiled else next_token
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def read(self, prompt: Tensor) -> None:
+        """As many sequences at a time as `SLICE` tokens hold."""
+        batch_size, tokens = prompt.shape
+        positions, rows = torch.arange(tokens, device=prompt.device), max(1, SLICE // tokens)
+        for start in range(0, batch_size, rows):
+            part = slice(start, start + rows)
+            self.cursor.positions, self.cursor.visible, self.cursor.rows = positions, tokens, part
+            self.token[part] = next_token(self.model, prompt[part], self.cache, positions)
+        self.seek(tokens)
+
+    def seek(self, tokens: int) -> None:
+        """Let the next step write the token after `tokens`."""
+        self.cursor.positions, self.cursor.rows = self.position, slice(None)
+        self.tokens = tokens
+        self.position.fill_(tokens)
+        self.mask.fill_(-math.inf)
+        self.mask[..., :tokens] = 0
+
+    def capture(self, first: int, last: int) -> None:
+        """Record the steps that write the tokens from `first` to `last`, on a GPU; forgets the cache."""
+        for visible in sorted({self._visible(tokens) for tokens in range(first + 1, last + 2)}):
+            self.cursor.visible = visible
+            self.seek(0)
+            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARMUP):
+                    self._step(self.next_token)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph, pool=next((g.pool() for g in self.graphs.values()), None)):
+                self._step(self.next_token)
+            self.graphs[visible] = graph
+
+    def step(self) -> None:
+        """The next token."""
+        self.tokens += 1
+        self.cursor.visible = self._visible(self.tokens)
+        if self.captures:
+            self.graphs[self.cursor.visible].replay()
+        else:
+            self._step(self.next_token)
+
+    def plain_step(self) -> None:
+        """Into the last place there is."""
+        self.seek(self.length - 1)
+        self.cursor.visible = self.length
+        self._step(next_token)
+
+    def _visible(self, tokens: int) -> int:
+        if self.window is None:
+            return tokens
+        return min(-(-tokens // self.window) * self.window, self.length)
+
+    def _step(self, next_token: Callable[..., Tensor]) -> None:
+        self.mask.index_fill_(-1, self.position, 0)
+        mask = None if self.window is None else self.mask[..., : self.cursor.visible]
+        self.token.copy_(next_token(self.model, self.token, self.cache, self.position, mask))
+        self.position.add_(1)
+
+
+def next_token(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    cache: Cache,
+    positions: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """(batch, 1) most likely ids after (batch, seq_len) ones; `mask` is added to the attention's scores."""
+    ids: dict[str, Any] = {} if positions is None else {"position_ids": positions[None]}
+    output = model(
+        tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, attention_mask=mask, **ids
+    )
+    return output.logits.argmax(-1)
+
+
+@cache
+def _compiled() -> Any:
+    torch._dynamo.config.recompile_limit = 64  # one per model and batch size
+    return torch.compile(next_token, fullgraph=True, dynamic=False)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes which implementations of the attention are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if name.startswith(SDPA):
+            self.seen.add(name.removeprefix(SDPA).removesuffix("_for_cpu").removesuffix("_attention"))
+        with self:  # an operator made of others chooses among them
+            result = func.decompose(*args, **kwargs)
+        return func(*args, **kwargs) if result is NotImplemented else result
+
+
+@torch.inference_mode()
+def attention_kernels(decoder: Decoder) -> list[str]:
+    """What torch chose for the attention of a step (before a compiler fuses it); ends the run."""
+    with _Watch() as watch:
+        decoder.plain_step()
+    return sorted(watch.seen) or ["math"]
