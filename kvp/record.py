@@ -131,6 +131,8 @@ def finals(model: Mapping[str, Any]) -> dict[str, Any]:
             if task != "average"
         },
     }
+    if zeros := model["size"]["sparsity"]:
+        numbers["sparsity"] = zeros["fraction"]
     if zero_shot["average"]:
         numbers["zero_shot_average"] = zero_shot["average"]["value"]
     if measured:

@@ -198,6 +198,7 @@ def test_a_sparse_cache_is_carried_by_the_checkpoint(finished):
         "cache.window=8",
         "evaluation.zero_shot=null",
         "evaluation.perplexity.corpora=[squad]",
+        "evaluation.perplexity.max_tokens=128",
     ]
     alone = run_here(tmp_path, *sparse, "strategy=none", "recovery=none")
     dense, packed = (alone[model]["measure"]["kv_bytes_per_token"] for model in ("dense", "pruned"))

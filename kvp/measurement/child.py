@@ -31,10 +31,7 @@ def measure(checkpoint: str, device: torch.device, dtype: str, protocol: Measure
         AutoModelForCausalLM.from_config(config)
     baseline = memory.bytes_in_use(device)
     model = memory.place(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype), device).eval()
-    generator = torch.Generator().manual_seed(protocol.seed)
-    prompt = torch.randint(
-        config.vocab_size, (protocol.batch_size, protocol.prompt_length), generator=generator
-    ).to(device)
+    prompt = protocol.prompt(config.vocab_size).to(device)
     memory.reset_peak(device)
     prefill, decode, cache = time_model(
         model, prompt, new_tokens=protocol.new_tokens, warmup=protocol.warmup, runs=protocol.runs

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 DTYPES = ("float32", "float16", "bfloat16")
 LOWEST = {"batch_size": 1, "prompt_length": 1, "new_tokens": 1, "warmup": 0, "runs": 1, "seed": 0}
@@ -54,6 +55,11 @@ class Measure:
                 f"measure.prompt_length + measure.new_tokens must be <= {max_position_embeddings} "
                 f"(max_position_embeddings), got {self.prompt_length} + {self.new_tokens}"
             )
+
+    def prompt(self, vocab_size: int) -> Tensor:
+        """(batch_size, prompt_length) ids, the same for every model of a vocabulary."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(vocab_size, (self.batch_size, self.prompt_length), generator=generator)
 
     def measure(self, checkpoint: Path, *, device: str, dtype: str) -> dict[str, Any]:
         """Measure the Hugging Face model in the directory `checkpoint` on `device` ("cpu", "cuda").

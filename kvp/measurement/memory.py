@@ -8,10 +8,12 @@ Both are set back once the model is loaded, since loading may hold the weights t
 from __future__ import annotations
 
 import ctypes
+import gc
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 if TYPE_CHECKING:
@@ -67,6 +69,13 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model.to(device)  # type: ignore[arg-type]
 
 
+def available_bytes(device: torch.device) -> int:
+    """Bytes that this process could still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 def bytes_in_use(device: torch.device) -> int:
     """Bytes held now: by torch's allocator on a GPU, by this process on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
@@ -75,6 +84,15 @@ def bytes_in_use(device: torch.device) -> int:
 def peak_bytes(device: torch.device) -> int:
     """The highest `bytes_in_use` since `reset_peak`."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def begin(device: torch.device) -> int:
+    """Bytes in use now that garbage is gone and earlier peaks are forgotten."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    reset_peak(device)
+    return bytes_in_use(device)
 
 
 def reset_peak(device: torch.device) -> None:

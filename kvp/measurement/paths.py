@@ -10,7 +10,8 @@ All decode greedily and stop at no end of text, so that a run is as long as it w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, Literal, Protocol
 
@@ -27,8 +28,9 @@ from kvp.models.sparse_cache import cache_for
 Path = Literal["eager", "static", "compiled"]
 
 WINDOW = 128  # tokens by which the part of a cache that captured steps read grows: one graph each
-SLICE = 8192  # tokens of a prompt read at a time, at least one sequence: bounds the activations
+SLICE = {"cpu": 1024, "cuda": 8192}  # tokens of a prompt read at a time, at least one sequence: bounds activations
 WARMUP = 3  # steps before a capture: libraries take their workspaces, compilers compile
+ROPE_BY_LENGTH = ("dynamic", "longrope")
 SDPA = "_scaled_dot_product_"
 
 
@@ -48,17 +50,23 @@ class Decoder(Protocol):
         """The same step once more, launched kernel by kernel, for those who want to watch; ends the run."""
 
 
-def prepare(path: Path, model: PreTrainedModel, *, batch_size: int, length: int) -> Decoder:
-    """A decoder for sequences of `length` tokens, prompts and new ones; nothing of this is timed.
+@torch.inference_mode()
+def prepare(
+    path: Path, model: PreTrainedModel, *, batch_size: int, prompt_length: int, new_tokens: int
+) -> Decoder:
+    """A decoder for one run; allocates, compiles and captures, none of which is timed.
 
     Raises:
         ValueError: The path cannot serve this model.
     """
+    length = prompt_length + new_tokens
     check_whole_cache(model.config, length)
     model.set_attn_implementation(GROUPED if path == "compiled" else "sdpa")
     if path == "eager":
         return Eager(model)
-    return Static(model, batch_size=batch_size, length=length, compiled=path == "compiled")
+    decoder = Static(model, batch_size=batch_size, length=length, compiled=path == "compiled")
+    decoder.record(range(prompt_length + 1, length + 1))
+    return decoder
 
 
 class Eager:
@@ -112,7 +120,8 @@ class Static:
     def read(self, prompt: Tensor) -> None:
         """As many sequences at a time as `SLICE` tokens hold."""
         batch_size, tokens = prompt.shape
-        positions, rows = torch.arange(tokens, device=prompt.device), max(1, SLICE // tokens)
+        positions = torch.arange(tokens, device=prompt.device)
+        rows = max(1, SLICE[prompt.device.type] // tokens)
         for start in range(0, batch_size, rows):
             part = slice(start, start + rows)
             self.cursor.positions, self.cursor.visible, self.cursor.rows = positions, tokens, part
@@ -127,20 +136,34 @@ class Static:
         self.mask.fill_(-math.inf)
         self.mask[..., :tokens] = 0
 
-    def capture(self, first: int, last: int) -> None:
-        """Record the steps that write the tokens from `first` to `last`, on a GPU; forgets the cache."""
-        for visible in sorted({self._visible(tokens) for tokens in range(first + 1, last + 2)}):
+    def record(self, lengths: Iterable[int]) -> None:
+        """Compile and capture the steps that lead to these numbers of tokens; forgets the cache."""
+        if self.window is None:
+            return
+        if self.model.config.rope_parameters["rope_type"] in ROPE_BY_LENGTH:
+            raise ValueError(
+                f"the rotary frequencies of this model depend on the position ({', '.join(ROPE_BY_LENGTH)}), which "
+                "a captured step cannot look at: use --path eager"
+            )
+        for visible in sorted({self._visible(tokens) for tokens in lengths}):
             self.cursor.visible = visible
             self.seek(0)
-            stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARMUP):
-                    self._step(self.next_token)
-            torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(graph, pool=next((g.pool() for g in self.graphs.values()), None)):
+            if self.captures:
+                self.graphs[visible] = self._captured()
+            else:
                 self._step(self.next_token)
-            self.graphs[visible] = graph
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARMUP):
+                self._step(self.next_token)
+        torch.cuda.current_stream().wait_stream(stream)
+        shared = next((other.pool() for other in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=shared):
+            self._step(self.next_token)
+        return graph
 
     def step(self) -> None:
         """The next token."""
@@ -200,7 +223,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if name.startswith(SDPA):
-            self.seen.add(name.removeprefix(SDPA).removesuffix("_for_cpu").removesuffix("_attention"))
+            self.seen.add(re.sub("_?attention_?|_for_cpu", "", name.removeprefix(SDPA)))
         with self:  # an operator made of others chooses among them
             result = func.decompose(*args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result

@@ -1,24 +1,26 @@
 """Time of prefill and decode apart, for a loaded model, in this process.
 
 A prompt is compute bound and a decode step memory bound, so one number for both (Shortened-LLaMA,
-arXiv:2402.02834, times a whole `generate`) hides where a pruned model gains. The loop is our own:
-greedy, no end of text, no overhead of `generate`, per run a fresh cache of the kind the checkpoint asks for.
+arXiv:2402.02834, times a whole `generate`) hides where a pruned model gains. The loop is our own, without
+the overhead of `generate`, with a fresh cache per run.
 """
 
 from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvp.models.sparse_cache import cache_for
+from kvp.measurement.paths import Decoder, Eager
 
 Mark = float | torch.cuda.Event
 
@@ -32,48 +34,48 @@ class Timing:
 
     def summary(self) -> dict[str, Any]:
         """Median tokens per second, interquartile range [q1, q3] of the same, and the raw seconds."""
-        rates = self.tokens / torch.tensor(self.seconds, dtype=torch.float64)
-        q1, median, q3 = rates.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+        q1, median, q3 = quartiles([self.tokens / seconds for seconds in self.seconds])
         return {"tokens_per_second": median, "iqr": [q1, q3], "seconds": list(self.seconds)}
 
 
-@torch.inference_mode()
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile."""
+    q1, median, q3 = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return q1, median, q3
+
+
 def time_model(
     model: PreTrainedModel, prompt: Tensor, *, new_tokens: int, warmup: int, runs: int
 ) -> tuple[Timing, Timing, Cache]:
-    """Prefill timing, decode timing and the cache at the end of the last run.
+    """Prefill timing, decode timing and the cache at the end of the last run, on the eager path.
 
     Prefill is the forward pass of `prompt` (batch, prompt_length) with logits of the last position
     only; decode is `new_tokens` steps after it. The first `warmup` runs are not counted.
     """
     for _ in range(warmup):
-        _run(model, prompt, new_tokens)
-    prefill, decode = [], []
+        time_run(Eager(model), prompt, new_tokens)
+    seconds = []
     for _ in range(runs):
-        (start, middle, end), cache = _run(model, prompt, new_tokens)
-        prefill.append(_seconds(start, middle))
-        decode.append(_seconds(middle, end))
+        decoder = Eager(model)
+        seconds.append(time_run(decoder, prompt, new_tokens))
+    prefill, decode = zip(*seconds, strict=True)
     return (
-        Timing(tokens=prompt.numel(), seconds=tuple(prefill)),
-        Timing(tokens=len(prompt) * new_tokens, seconds=tuple(decode)),
-        cache,
+        Timing(tokens=prompt.numel(), seconds=prefill),
+        Timing(tokens=len(prompt) * new_tokens, seconds=decode),
+        decoder.cache,
     )
 
 
-def _run(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> tuple[list[Mark], Cache]:
-    """One prompt and its continuation; marks before the prompt, before and after decoding."""
-    cache = cache_for(model.config)
-    marks = [_mark(prompt.device)]
-    token = _next_token(model, prompt, cache)
-    marks.append(_mark(prompt.device))
+@torch.inference_mode()
+def time_run(decoder: Decoder, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of reading a prompt and of the steps after it."""
+    start = _mark(prompt.device)
+    decoder.read(prompt)
+    middle = _mark(prompt.device)
     for _ in range(new_tokens):
-        token = _next_token(model, token, cache)
-    marks.append(_mark(prompt.device))
-    return marks, cache
-
-
-def _next_token(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
-    return model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        decoder.step()
+    end = _mark(prompt.device)
+    return _seconds(start, middle), _seconds(middle, end)
 
 
 def _mark(device: torch.device) -> Mark:

@@ -17,7 +17,7 @@ from kvp.models.family import FAMILIES, PRUNED_PREFIX, Family, family_of
 from kvp.models.layers import NoAttention, NoMLP, resize
 from kvp.models.shapes import layer_shapes, stream
 from kvp.models.sliced import SlicedLayer, sliced_embedding
-from kvp.models.sparse_cache import Decoder
+from kvp.models.sparse_cache import SparseDecoding
 from kvp.types import LayerShape
 
 
@@ -38,7 +38,7 @@ def _twin(family: Family) -> type[PreTrainedModel]:
     class Layer(SlicedLayer, family.layer_class):  # type: ignore[name-defined]
         pass
 
-    class Model(Decoder, family.causal_lm):  # type: ignore[name-defined]
+    class Model(SparseDecoding, family.causal_lm):  # type: ignore[name-defined]
         config_class = Config
 
         def __init__(self, config: Config) -> None:

@@ -32,7 +32,7 @@ def cache_for(config: PretrainedConfig) -> Cache:
     return Cache(layers=[SparseLayer(options) for _ in range(attentions)])
 
 
-class Decoder:
+class SparseDecoding:
     """Mixin in front of a Hugging Face model class: `generate` uses the cache that the config asks for."""
 
     config: Any

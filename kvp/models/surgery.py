@@ -39,7 +39,7 @@ def _cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """What is left of the spaces."""
     config, layers = model.config, family_of(model.config).layers
     shapes = layer_shapes(config)
-    blocks = _kept_blocks(plan, len(shapes))
+    blocks = kept_blocks(plan, len(shapes))
     twin = _empty_twin(config, _biased(config, cut(shapes, plan), blocks, plan), blocks)
     masks, source = masks_of(config, plan), _edited(model, plan)
     state = {}
@@ -103,7 +103,8 @@ def _biased(
     ]
 
 
-def _kept_blocks(plan: Plan, num_layers: int) -> list[int]:
+def kept_blocks(plan: Plan, num_layers: int) -> list[int]:
+    """The blocks of the given model that the plan leaves, all of them if it removes none."""
     kept = [keep.tolist() for space, keep in plan.keep.items() if space.kind == "block"]
     return kept[0] if kept else list(range(num_layers))
 

@@ -36,12 +36,12 @@ def uncut(model: PreTrainedModel, plan: Plan, edits: Mapping[str, Tensor]) -> di
 
     whole = {}
     for name, value in ((before(name), value) for name, value in edits.items()):
-        old = plan.edits[name] if name in plan.edits else model.get_parameter(name).detach().cpu()
+        old = plan.edits[name] if name in plan.edits else model.get_parameter(name).detach()
         axes = masks.get(name.rpartition(".")[0], {})
         rows, columns = (
             axes[axis].cpu().nonzero().flatten() if axis in axes else slice(None) for axis in (0, 1)
         )
-        new = old.clone()
+        new = old.to("cpu", copy=True)
         region = new[rows]
         region[:, columns] = value.to(old.dtype)
         new[rows] = region

@@ -20,6 +20,7 @@ from kvp.models.plans import edits_file
 from kvp.models.shapes import layer_shapes, require_whole_stream
 from kvp.models.uncut import uncut
 from kvp.strategies.base import Scores, Strategy, Target
+from kvp.strategies.walk import move, on_cpu
 from kvp.types import Budget, Plan, Space
 
 if TYPE_CHECKING:
@@ -109,12 +110,14 @@ class Chain(Strategy):
         for place in places:
             place.mkdir(exist_ok=True)
         plan = self._cut(target, scores, budget, profile, places[0])
-        cut = apply(target.model, plan)
-        require_whole_stream(cut.config)
-        self.second.check(cut.config, self.ratio)
-        none = torch.zeros(len(layer_shapes(cut.config)))
-        zeroed = self.second.search(replace(target, model=cut), {}, self.ratio, none, places[1])
-        edits = {**plan.edits, **uncut(target.model, plan, zeroed.edits)}
+        with on_cpu(target.model) as device:
+            cut = apply(target.model, plan)
+            require_whole_stream(cut.config)
+            self.second.check(cut.config, self.ratio)
+            move(cut, device)
+            none = torch.zeros(len(layer_shapes(cut.config)))
+            zeroed = self.second.search(replace(target, model=cut), {}, self.ratio, none, places[1])
+            edits = {**plan.edits, **uncut(target.model, plan, zeroed.edits)}
         for layer in range(len(layer_shapes(target.config))):
             prefix = f"{family_of(target.config).layers}.{layer}."
             own = {name: edit for name, edit in edits.items() if name.startswith(prefix)}

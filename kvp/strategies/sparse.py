@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -153,7 +153,7 @@ class SparseStrategy(Strategy):
     ) -> Plan:
         """The pruned weights as edits; the model is left as it was."""
         batches = target.batches if self.needs_calibration else ()
-        self._tell(target)
+        self._tell(target, batches)
         ratios = self.ratios(target, budget.value, directory)
         edits: dict[str, Tensor] = {}
         for visit in walk(target.model, batches, type(self).__name__, offload=True):
@@ -182,11 +182,11 @@ class SparseStrategy(Strategy):
                 new[linear.weight] = prune(exact, ratios[linear.module]).to(weight.dtype).cpu().contiguous()
         return new
 
-    def _tell(self, target: Target) -> None:
+    def _tell(self, target: Target, batches: Sequence[Tensor]) -> None:
         estimate = layerwise_bytes(
             target.config,
-            tokens=0 if target.calibration is None else target.calibration.numel(),
-            batch=0 if target.calibration is None else target.batches[0].numel(),
+            tokens=sum(ids.numel() for ids in batches),
+            batch=max((ids.numel() for ids in batches), default=0),
             covariance=self.needs_covariance,
             workspace=self.workspace,
             on_cpu=target.model.device.type == "cpu",

@@ -75,22 +75,33 @@ def walk(
     device = model.device
     with ExitStack() as stack:
         if offload:
-            stack.callback(_move, model, device)
-            _move(model, "cpu")
+            stack.enter_context(on_cpu(model))
         states = [hidden_states(model, 0, 0, input_ids=ids.to(model.device)).to(device) for ids in batches]
-        _move(model.get_submodule(family_of(model.config).norm), device)  # passes run through it
+        move(model.get_submodule(family_of(model.config).norm), device)  # passes run through it
         for layer in tqdm(range(len(layer_shapes(model.config))), desc=desc, unit="layer"):
             with ExitStack() as leaving:
                 visit = Visit(model, layer, states, leaving)
                 module = model.get_submodule(visit.name)
                 if offload:
-                    leaving.callback(_move, module, "cpu")
-                    _move(module, device)
+                    leaving.callback(move, module, "cpu")
+                    move(module, device)
                 yield visit
                 states = visit.outputs()
 
 
-def _move(module: nn.Module, device: torch.device | str) -> None:
+@contextmanager
+def on_cpu(model: PreTrainedModel) -> Iterator[torch.device]:
+    """The model on the CPU, for the time of a `with`; gives the device that it is away from."""
+    device = model.device
+    move(model, "cpu")
+    try:
+        yield device
+    finally:
+        move(model, device)
+
+
+def move(module: nn.Module, device: torch.device | str) -> None:
+    """Its parameters and buffers, in place."""
     module.to(device)
 
 

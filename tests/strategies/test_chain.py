@@ -13,6 +13,7 @@ from kvp.models.plans import read_plan, write_plan
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.surgery import apply
 from kvp.models.uncut import uncut
+from kvp.report.summary import print_summary
 from kvp.strategies.allocate import Uniform
 from kvp.strategies.base import Target
 from kvp.strategies.chain import Chain
@@ -105,7 +106,7 @@ def test_a_chain_is_both_by_hand(name, family, tmp_path, tokens):
     assert not (tmp_path / "second").exists()
 
 
-def test_the_record_holds_both_budgets(tmp_path):
+def test_the_record_and_the_table_hold_both_budgets_and_the_bytes(tmp_path, capsys):
     options = [
         "tracker=none",
         "measure=none",
@@ -124,6 +125,10 @@ def test_the_record_holds_both_budgets(tmp_path):
     assert achieved["sparsity"] == pytest.approx(0.6, abs=0.02)
     weights = [record[model]["size"]["sparsity"]["weights"] for model in ("dense", "pruned")]
     assert weights[1] < weights[0]
+    print_summary(record)
+    told = capsys.readouterr().out
+    assert "asked 20 % of block_params, then 60 % of sparsity; achieved" in told
+    assert all(f"weights, if stored {how}" in told for how in ("dense", "2:4", "bitmap"))
     assert all(stage["found"] for stage in run_here(tmp_path, *options)["stages"])
 
 

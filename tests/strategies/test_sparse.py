@@ -243,13 +243,13 @@ def taken(method, config, ids):
         return memory("VmHWM") - before
 
 found, small = {}, {"vocab_size": 100, "num_attention_heads": 8, "num_key_value_heads": 4}
-config = LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=1, dtype="float32", **small)
+config = LlamaConfig(hidden_size=384, intermediate_size=768, num_hidden_layers=1, dtype="float32", **small)
 for method in (ALPS(max_steps=4), SparseGPT(), Wanda()):
     tiny = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, **small)
     taken(method, tiny, torch.randint(100, (2, 8)))  # warm-up
-    estimate = layerwise_bytes(config, tokens=16 * 256, batch=256, covariance=method.needs_covariance,
+    estimate = layerwise_bytes(config, tokens=8 * 256, batch=256, covariance=method.needs_covariance,
                                workspace=method.workspace)
-    found[type(method).__name__] = taken(method, config, torch.randint(100, (16, 256))), estimate["total"]
+    found[type(method).__name__] = taken(method, config, torch.randint(100, (8, 256))), estimate["total"]
 print(json.dumps(found))
 """
 

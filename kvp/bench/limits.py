@@ -1,0 +1,102 @@
+"""How much fits a given memory: the largest batch and the longest context, by trying and from bytes.
+
+From bytes: what the weights leave, divided by the cache of a sequence (or a token). By trying: a cache of that
+size is allocated, a slice of the prompt is read and a step taken at its very end; the peak is what counts, with
+the weights of this model alone. Prompts of any length are read in slices, as engines read them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvp.bench.models import Subject
+from kvp.measurement import memory
+from kvp.measurement.cache import BLOCK, room
+from kvp.measurement.paths import SLICE, Static, prepare
+
+Need = Callable[[int], float]
+
+
+def predicted_batch(subject: Subject, *, length: int, limit: int, dtype: torch.dtype) -> int:
+    """Sequences of `length` tokens whose cache fits beside the weights."""
+    return _left(subject, limit, dtype) // (room(length) * subject.cache_bytes_per_token(dtype))
+
+
+def predicted_context(subject: Subject, *, batch_size: int, limit: int, dtype: torch.dtype) -> int:
+    """Tokens per sequence whose cache fits beside the weights, at most as many as the model has positions."""
+    tokens = _left(subject, limit, dtype) // (batch_size * subject.cache_bytes_per_token(dtype))
+    return min(tokens, subject.config.max_position_embeddings) // BLOCK * BLOCK
+
+
+def _left(subject: Subject, limit: int, dtype: torch.dtype) -> int:
+    return max(0, limit - subject.weights_bytes(dtype))
+
+
+def find_limits(
+    subject: Subject, model: PreTrainedModel, *, prompt_length: int, new_tokens: int, limit: int
+) -> dict[str, Any]:
+    """The largest batch of one shape of sequences, and the longest context of one sequence: found, predicted."""
+    length, dtype = prompt_length + new_tokens, model.dtype
+    batch = predicted_batch(subject, length=length, limit=limit, dtype=dtype)
+    context = predicted_context(subject, batch_size=1, limit=limit, dtype=dtype)
+
+    def of_batch(batch_size: int) -> float:
+        return needed(model, batch_size=batch_size, prompt_length=prompt_length, new_tokens=new_tokens)
+
+    def of_blocks(blocks: int) -> float:
+        return needed(model, batch_size=1, prompt_length=blocks * BLOCK - 1, new_tokens=1)
+
+    per_token = subject.cache_bytes_per_token(dtype)
+    sequence = room(length) * per_token
+    return {
+        "model": subject.name,
+        "prompt_length": prompt_length,
+        "new_tokens": new_tokens,
+        "largest_batch": {"found": largest(of_batch, batch, limit, sequence), "predicted": batch},
+        "longest_context": {
+            "found": BLOCK * largest(of_blocks, context // BLOCK, limit, BLOCK * per_token),
+            "predicted": context,
+            "positions": subject.config.max_position_embeddings,
+        },
+    }
+
+
+@torch.inference_mode()
+def needed(model: PreTrainedModel, *, batch_size: int, prompt_length: int, new_tokens: int) -> float:
+    """Bytes at the peak of decoding such a batch with a cache of fixed size; infinite if there are not so many."""
+    device, length = model.device, prompt_length + new_tokens
+    tokens = min(prompt_length, SLICE[device.type])
+    rows = min(batch_size, max(1, SLICE[device.type] // tokens))
+    before = memory.begin(device)
+    try:
+        decoder = prepare("static", model, batch_size=batch_size, prompt_length=length - 1, new_tokens=1)
+        assert isinstance(decoder, Static)
+        decoder.read(torch.zeros(rows, tokens, dtype=torch.long, device=device))
+        decoder.seek(length - 1)
+        decoder.step()
+    except torch.OutOfMemoryError:
+        return math.inf
+    return memory.peak_bytes(device) - before + memory.weights_bytes(model)
+
+
+def largest(need: Need, most: int, limit: int, unit: int) -> int:
+    """The largest number up to `most` whose need keeps the limit, 0 if none does.
+
+    Args:
+        need: Bytes, rising by `unit` per number at least.
+        most: More cannot fit; tried first.
+        limit: Bytes.
+        unit: Bytes; how far a need is beyond the limit tells how far to go back.
+    """
+    low, high, number = 0, most + 1, most
+    while high - low > 1:
+        excess = need(number) - limit
+        low, high = (number, high) if excess <= 0 else (low, number)
+        step = math.ceil(excess / unit) if math.isfinite(excess) else (high - low) // 2
+        number = min(max(number - step, low + 1), high - 1)
+    return low

@@ -1,0 +1,106 @@
+"""The models of a benchmark: checkpoints, and shapes whose random weights are drawn on the device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+import yaml
+
+import kvp
+from kvp.measurement import memory
+from kvp.models.load import load_config, load_model
+from kvp.models.shapes import layer_shapes, size
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+HERE = Path(kvp.__file__).parent
+MODELS = next(path for path in (HERE / "conf", HERE.parent / "conf") if path.is_dir()) / "model"
+RANDOM = "kvp.models.load.RandomModel"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model by name; without a checkpoint its weights are random."""
+
+    name: str
+    config: PretrainedConfig
+    checkpoint: Path | None = None
+
+    def load(self, *, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+        """The model in eval mode, all of it on the device."""
+        if self.checkpoint is not None:
+            model = load_model(self.checkpoint, dtype=dtype, device="cpu")
+            return memory.place(model, device)
+        torch.manual_seed(seed)
+        with device:
+            return transformers.AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+
+    def weights_bytes(self, dtype: torch.dtype) -> int:
+        """Of its parameters, from the shapes."""
+        return size(self.config, layer_shapes(self.config)).params * dtype.itemsize
+
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Of one sequence, from the shapes."""
+        return sum(shape.kv_width for shape in layer_shapes(self.config)) * dtype.itemsize
+
+
+def find_subjects(word: str) -> list[Subject]:
+    """What a word of the command line names: a checkpoint, a run.json (its dense and pruned models), a shape.
+
+    Raises:
+        ValueError: It is none of them, or a record of another kind.
+        FileNotFoundError: A run's checkpoint is not there any more.
+    """
+    path = Path(word)
+    if path.suffix == ".json" or (path / "run.json").is_file():
+        return _recorded(path if path.suffix == ".json" else path / "run.json")
+    if (path / "config.json").is_file():
+        return [Subject(name=path.name or word, config=load_config(path), checkpoint=path)]
+    shapes = {file.stem: file for file in sorted(MODELS.glob("*.yaml")) if RANDOM in file.read_text()}
+    if word in shapes:
+        fields = yaml.safe_load(shapes[word].read_text())["config"]
+        return [Subject(name=word, config=transformers.AutoConfig.for_model(**fields))]
+    raise ValueError(
+        f"{word} is no model: give a directory with a config.json, a run.json, or a shape of "
+        f"{', '.join(shapes)}"
+    )
+
+
+def _recorded(path: Path) -> list[Subject]:
+    if not path.is_file():
+        raise ValueError(f"there is no {path}: a run writes its run.json into outputs/runs/NAME")
+    record: dict[str, Any] = json.loads(path.read_bytes())
+    if "pruned" not in record:
+        raise ValueError(f"{path} records no finished run: `pruned` is missing")
+    places = {"dense": record["dense"]["checkpoint"], record["name"]: record["pruned"]["checkpoint"]}
+    subjects = []
+    for name, place in places.items():
+        checkpoint = Path(place)
+        if not (checkpoint / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{path} names the checkpoint {place}, which is not there: repeat its run, or bench a checkpoint "
+                "that is"
+            )
+        subjects.append(Subject(name=name, config=load_config(checkpoint), checkpoint=checkpoint))
+    return subjects if places["dense"] != record["pruned"]["checkpoint"] else subjects[:1]
+
+
+def distinct(subjects: list[Subject]) -> list[Subject]:
+    """Without those of a checkpoint met before; the others' names are made unique."""
+    found: dict[str, Subject] = {}
+    for subject in subjects:
+        if any(subject.checkpoint and subject.checkpoint == other.checkpoint for other in found.values()):
+            continue
+        if subject.name in found:
+            raise ValueError(
+                f"two models are called {subject.name}, and rows are told apart by name: give one of them by "
+                "another path or leave it out"
+            )
+        found[subject.name] = subject
+    return list(found.values())

@@ -1,0 +1,70 @@
+"""The limit of a decode step: the bytes that it must move, at the rate at which the device copies.
+
+A step of a small batch does little arithmetic with every weight and every cached number that it reads, so it
+can be no faster than memory. What is left out (activations, tables) is small beside both.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvp.models.shapes import layer_shapes, size, stream
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+COPIED = {"cpu": 2**28, "cuda": 2**31}  # bytes, beyond any cache of the processor
+REPEATS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBytes:
+    """What one decode step reads or writes, in bytes.
+
+    Attributes:
+        weights: Every parameter once; of an embedding that is not also the head, the rows looked up.
+        cache: Keys and values of all tokens, the new one's written, the others' read.
+    """
+
+    weights: int
+    cache: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.weights + self.cache
+
+
+def step_bytes(
+    config: PretrainedConfig, *, batch_size: int, tokens: float, dtype: torch.dtype
+) -> StepBytes:
+    """From shapes alone; `tokens` per sequence after the step, or their mean over several steps."""
+    shapes = layer_shapes(config)
+    params = size(config, shapes).params
+    if not config.tie_word_embeddings:
+        params -= max(0, config.vocab_size - batch_size) * stream(config, shapes[0])[0]
+    kept = batch_size * tokens * sum(shape.kv_width for shape in shapes)
+    return StepBytes(weights=params * dtype.itemsize, cache=kept * dtype.itemsize)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of the fastest of several large copies."""
+    source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(REPEATS):
+        _wait(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.nbytes / min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
