@@ -24,7 +24,19 @@ ALLOWED = {
     "measurement": {"measurement", "models", "types"},
     "report": {"report", "tracking", "types"},
     "status": {"sweep"},
-    "bench": {"bench", "strategies", "models", "stage", "types", "__main__", "experiment", "steps"},
+    "bench": {
+        "__main__",
+        "bench",
+        "experiment",
+        "measurement",
+        "models",
+        "provenance",
+        "report",
+        "stage",
+        "steps",
+        "strategies",
+        "types",
+    },
 }
 BEHIND = {
     "wandb": {"tracking"},

@@ -242,7 +242,8 @@ def looks(tmp_path):
 def test_a_sweep_killed_twice_and_interrupted_once_ends_with_the_same_table(
     swept, tmp_path, monkeypatch, capsys
 ):
-    words = ["-m", "ratio.value=0.25,0.5", "ratio.tolerance=0.05", *places(tmp_path)]
+    longer = "recovery.max_steps=60"  # long enough to be met in it
+    words = ["-m", "ratio.value=0.25,0.5", "ratio.tolerance=0.05", longer, *places(tmp_path)]
     for finished in (0, 1):
         process = kvp_process(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         stop_in_recovery(process.pid, signal.SIGKILL, tmp_path, finished)
@@ -254,7 +255,7 @@ def test_a_sweep_killed_twice_and_interrupted_once_ends_with_the_same_table(
     assert "1 of 2 jobs finished" in stdout
     assert looks(tmp_path) == Counter(finished=1, failed=1)
     assert kvp_here(monkeypatch, capsys, *words)[0] == 0
-    undisturbed = [*words[:3], *places(swept[0]), f"runs={tmp_path}/undisturbed/runs"]
+    undisturbed = [*words[:4], *places(swept[0]), f"runs={tmp_path}/undisturbed/runs"]
     assert kvp_here(monkeypatch, capsys, *undisturbed)[0] == 0
     assert perplexities(tmp_path) == perplexities(tmp_path / "undisturbed")
 

@@ -48,19 +48,20 @@ class RayLauncher(Launcher):
             except RayError as error:
                 return JobReturn(status=JobStatus.FAILED, _return_value=error)
 
-        ray.init(**OmegaConf.to_container(self.init, resolve=True))
+        ray.init(**OmegaConf.to_container(self.init, resolve=True))  # type: ignore[arg-type]
         try:
-            remote = ray.remote(**OmegaConf.to_container(self.remote, resolve=True))(job)
+            options = OmegaConf.to_container(self.remote, resolve=True)
+            remote = ray.remote(**options)(job)  # type: ignore[arg-type]
             tasks = [
                 remote.remote(
                     self.hydra_context,
                     self.config,
                     self.task_function,
-                    list(options),
+                    list(words),
                     n,
                     Singleton.get_state(),
                 )
-                for n, options in enumerate(job_overrides, start=initial_job_idx)
+                for n, words in enumerate(job_overrides, start=initial_job_idx)
             ]
             return [result(task) for task in tasks]
         finally:

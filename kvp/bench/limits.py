@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -27,9 +26,9 @@ def predicted_batch(subject: Subject, *, length: int, limit: int, dtype: torch.d
     return _left(subject, limit, dtype) // (room(length) * subject.cache_bytes_per_token(dtype))
 
 
-def predicted_context(subject: Subject, *, batch_size: int, limit: int, dtype: torch.dtype) -> int:
-    """Tokens per sequence whose cache fits beside the weights, at most as many as the model has positions."""
-    tokens = _left(subject, limit, dtype) // (batch_size * subject.cache_bytes_per_token(dtype))
+def predicted_context(subject: Subject, *, limit: int, dtype: torch.dtype) -> int:
+    """Tokens of one sequence whose cache fits beside the weights, in blocks, within the model's positions."""
+    tokens = _left(subject, limit, dtype) // subject.cache_bytes_per_token(dtype)
     return min(tokens, subject.config.max_position_embeddings) // BLOCK * BLOCK
 
 
@@ -37,33 +36,30 @@ def _left(subject: Subject, limit: int, dtype: torch.dtype) -> int:
     return max(0, limit - subject.weights_bytes(dtype))
 
 
-def find_limits(
+def find_batch(
     subject: Subject, model: PreTrainedModel, *, prompt_length: int, new_tokens: int, limit: int
-) -> dict[str, Any]:
-    """The largest batch of one shape of sequences, and the longest context of one sequence: found, predicted."""
+) -> dict[str, int]:
+    """The largest batch of such sequences, `found` and `predicted`."""
     length, dtype = prompt_length + new_tokens, model.dtype
-    batch = predicted_batch(subject, length=length, limit=limit, dtype=dtype)
-    context = predicted_context(subject, batch_size=1, limit=limit, dtype=dtype)
+    most = predicted_batch(subject, length=length, limit=limit, dtype=dtype)
 
-    def of_batch(batch_size: int) -> float:
+    def need(batch_size: int) -> float:
         return needed(model, batch_size=batch_size, prompt_length=prompt_length, new_tokens=new_tokens)
 
-    def of_blocks(blocks: int) -> float:
+    found = largest(need, most, limit, room(length) * subject.cache_bytes_per_token(dtype))
+    return {"found": found, "predicted": most}
+
+
+def find_context(subject: Subject, model: PreTrainedModel, *, limit: int) -> dict[str, int]:
+    """The longest context of one sequence in tokens, `found` and `predicted`, and the model's `positions`."""
+    most = predicted_context(subject, limit=limit, dtype=model.dtype)
+
+    def need(blocks: int) -> float:
         return needed(model, batch_size=1, prompt_length=blocks * BLOCK - 1, new_tokens=1)
 
-    per_token = subject.cache_bytes_per_token(dtype)
-    sequence = room(length) * per_token
-    return {
-        "model": subject.name,
-        "prompt_length": prompt_length,
-        "new_tokens": new_tokens,
-        "largest_batch": {"found": largest(of_batch, batch, limit, sequence), "predicted": batch},
-        "longest_context": {
-            "found": BLOCK * largest(of_blocks, context // BLOCK, limit, BLOCK * per_token),
-            "predicted": context,
-            "positions": subject.config.max_position_embeddings,
-        },
-    }
+    unit = BLOCK * subject.cache_bytes_per_token(model.dtype)
+    found = BLOCK * largest(need, most // BLOCK, limit, unit)
+    return {"found": found, "predicted": most, "positions": subject.config.max_position_embeddings}
 
 
 @torch.inference_mode()

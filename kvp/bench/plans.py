@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.05  # whole heads and blocks come in coarse steps; what was reached is in the record
 KVPRUNER = KVPruner(allocator=Uniform(), importance="random")
-RIVALS = {
+Method = KVPruner | LLMPruner | ShortenedLLM
+RIVALS: dict[str, Method] = {
     "LLM-Pruner": LLMPruner(allocator=Uniform(multiple_of=1), importance="random"),
     "Shortened-LLM": ShortenedLLM(criterion="magnitude"),
 }
-Method = KVPruner | LLMPruner | ShortenedLLM
 
 
 def cut_subjects(dense: Subject, value: float, *, rivals: bool) -> list[Subject]:
@@ -67,7 +67,9 @@ def planned_subject(dense: Subject, directory: Path) -> Subject:
         raise ValueError(f"{directory} holds no plan.json: give the directory of a prune stage")
     plan = read_plan(directory)
     if plan.bases:
-        raise ValueError(f"{directory} slices the residual stream: give the checkpoint beside the plan instead")
+        raise ValueError(
+            f"{directory} slices the residual stream: give the checkpoint beside the plan instead"
+        )
     return Subject(name=directory.name, config=_after(dense.config, plan))
 
 

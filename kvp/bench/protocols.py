@@ -1,9 +1,9 @@
 """What is run: grids of `kvp.measurement.measure.Measure`, the protocol of one row.
 
-    shortened_llm  12 tokens in, 128 or 512 out, batches of 1 to 256, 30 runs of which the first 10 do not count
-                   (arXiv:2402.02834, whose script samples and times a whole `generate`)
-    long_context   prompts of 512, 2048 and 8192, 128 out, batches of powers of two up to what fits
-    prefill        prompts of 128, 512 and 2048, batches of 1, 8 and 32, one token out
+shortened_llm  12 tokens in, 128 or 512 out, batches of 1 to 256, 30 runs of which the first 10 do not count
+               (arXiv:2402.02834, whose script samples and times a whole `generate`)
+long_context   prompts of 512, 2048 and 8192, 128 out, batches of powers of two up to what fits
+prefill        prompts of 128, 512 and 2048, batches of 1, 8 and 32, one token out
 """
 
 from __future__ import annotations

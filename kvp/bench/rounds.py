@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from kvp.measurement import memory
 from kvp.measurement.count import cache_bytes
 from kvp.measurement.measure import Measure
-from kvp.measurement.paths import Path, attention_kernels, prepare
-from kvp.measurement.speed import Timing, quartiles, time_run
+from kvp.measurement.paths import DecodePath, attention_kernels, prepare
+from kvp.measurement.speed import quartiles, time_run
 
 OUT_OF_MEMORY = "out of memory beside the other models"
 
@@ -39,10 +39,15 @@ class Series:
     kernels: list[str] = field(default_factory=list)
     failed: str | None = None
 
+    @property
+    def whole(self) -> list[float]:
+        """Seconds of prompt and steps together."""
+        return [prefill + decode for prefill, decode in zip(self.prefill, self.decode, strict=True)]
+
 
 def in_turns(
     models: Mapping[str, PreTrainedModel],
-    path: Path,
+    path: DecodePath,
     point: Measure,
     watch: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Series]:
@@ -68,7 +73,7 @@ def in_turns(
     return series
 
 
-def _run(model: PreTrainedModel, path: Path, point: Measure, series: Series, *, last: bool) -> None:
+def _run(model: PreTrainedModel, path: DecodePath, point: Measure, series: Series, *, last: bool) -> None:
     device, new_tokens = model.device, point.new_tokens
     prompt = point.prompt(model.config.vocab_size).to(device)
     before = memory.begin(device)
@@ -93,20 +98,3 @@ def ratio(series: list[float], to: list[float]) -> dict[str, Any]:
     """How much faster `series` is than `to`, round by round: median and quartiles of the rates' ratios."""
     q1, median, q3 = quartiles([other / own for own, other in zip(series, to, strict=True)])
     return {"median": median, "iqr": [q1, q3]}
-
-
-def timings(series: Series, point: Measure) -> dict[str, Any]:
-    """Latency of the whole, prefill and decode apart: median and quartiles."""
-    whole = [prefill + decode for prefill, decode in zip(series.prefill, series.decode, strict=True)]
-    q1, median, q3 = quartiles(whole)
-    tokens = point.batch_size * point.prompt_length, point.batch_size * point.new_tokens
-    prefill, decode = (
-        Timing(tokens=count, seconds=tuple(seconds)).summary()
-        for count, seconds in zip(tokens, (series.prefill, series.decode), strict=True)
-    )
-    step = 1000 * point.batch_size / decode["tokens_per_second"]
-    return {
-        "latency": {"seconds": median, "iqr": [q1, q3]},
-        "prefill": prefill,
-        "decode": {**decode, "milliseconds_per_step": step},
-    }

@@ -55,6 +55,8 @@ class FixedLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Write the pass's tokens at its positions; returns views of the visible ones."""
         at = self.cursor
+        assert self.keys is not None
+        assert self.values is not None
         keys, values = self.keys[at.rows], self.values[at.rows]
         keys.index_copy_(2, at.positions, key_states)
         values.index_copy_(2, at.positions, value_states)
@@ -70,6 +72,7 @@ class FixedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Tokens there is room for."""
+        assert self.keys is not None
         return self.keys.shape[-2]
 
 
@@ -107,4 +110,4 @@ def fixed_cache(
         for shape in layer_shapes(config)
         if shape.num_key_value_heads
     ]
-    return Cache(layers=layers), cursor
+    return Cache(layers=list(layers)), cursor

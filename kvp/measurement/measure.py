@@ -74,7 +74,7 @@ class Measure:
             ValueError: `device` or `dtype` cannot be measured.
             RuntimeError: The measuring process failed; the end of its stderr is in the message.
         """
-        _check(device, dtype)
+        check_hardware(device, dtype)
         spec = {"checkpoint": str(checkpoint), "device": device, "dtype": dtype, "protocol": asdict(self)}
         command = [sys.executable, "-m", "kvp.measurement.child", json.dumps(spec)]
         child = subprocess.run(
@@ -85,7 +85,12 @@ class Measure:
         return {"protocol": asdict(self), **json.loads(child.stdout.splitlines()[-1])}
 
 
-def _check(device: str, dtype: str) -> None:
+def check_hardware(device: str, dtype: str) -> None:
+    """Refuse what cannot be measured.
+
+    Raises:
+        ValueError: Neither a CPU under Linux nor a GPU, or a dtype that is not one of `DTYPES`.
+    """
     kind = torch.device(device).type
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"measure runs on cpu or cuda, got {device!r}: use measure=none there")

@@ -25,10 +25,13 @@ from kvp.measurement.cache import check_whole_cache, fixed_cache, room
 from kvp.measurement.grouped import GROUPED
 from kvp.models.sparse_cache import cache_for
 
-Path = Literal["eager", "static", "compiled"]
+DecodePath = Literal["eager", "static", "compiled"]
 
 WINDOW = 128  # tokens by which the part of a cache that captured steps read grows: one graph each
-SLICE = {"cpu": 1024, "cuda": 8192}  # tokens of a prompt read at a time, at least one sequence: bounds activations
+SLICE = {
+    "cpu": 1024,
+    "cuda": 8192,
+}  # tokens of a prompt read at a time, at least one sequence: bounds activations
 WARMUP = 3  # steps before a capture: libraries take their workspaces, compilers compile
 ROPE_BY_LENGTH = ("dynamic", "longrope")
 SDPA = "_scaled_dot_product_"
@@ -52,7 +55,7 @@ class Decoder(Protocol):
 
 @torch.inference_mode()
 def prepare(
-    path: Path, model: PreTrainedModel, *, batch_size: int, prompt_length: int, new_tokens: int
+    path: DecodePath, model: PreTrainedModel, *, batch_size: int, prompt_length: int, new_tokens: int
 ) -> Decoder:
     """A decoder for one run; allocates, compiles and captures, none of which is timed.
 
@@ -223,7 +226,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if name.startswith(SDPA):
-            self.seen.add(re.sub("_?attention_?|_for_cpu", "", name.removeprefix(SDPA)))
+            self.seen.add(re.sub("_attention|attention_|_for_cpu", "", name.removeprefix(SDPA)))
         with self:  # an operator made of others chooses among them
             result = func.decompose(*args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result

@@ -26,29 +26,27 @@ class StepBytes:
     """What one decode step reads or writes, in bytes.
 
     Attributes:
-        weights: Every parameter once; of an embedding that is not also the head, the rows looked up.
-        cache: Keys and values of all tokens, the new one's written, the others' read.
+        weights_bytes: Every parameter once; of an embedding that is not also the head, the rows looked up.
+        cache_bytes: Keys and values of all tokens, the new one's written, the others' read.
     """
 
-    weights: int
-    cache: float
+    weights_bytes: int
+    cache_bytes: float
 
     @property
     def total(self) -> float:
         """Both."""
-        return self.weights + self.cache
+        return self.weights_bytes + self.cache_bytes
 
 
-def step_bytes(
-    config: PretrainedConfig, *, batch_size: int, tokens: float, dtype: torch.dtype
-) -> StepBytes:
+def step_bytes(config: PretrainedConfig, *, batch_size: int, tokens: float, dtype: torch.dtype) -> StepBytes:
     """From shapes alone; `tokens` per sequence after the step, or their mean over several steps."""
     shapes = layer_shapes(config)
     params = size(config, shapes).params
     if not config.tie_word_embeddings:
         params -= max(0, config.vocab_size - batch_size) * stream(config, shapes[0])[0]
     kept = batch_size * tokens * sum(shape.kv_width for shape in shapes)
-    return StepBytes(weights=params * dtype.itemsize, cache=kept * dtype.itemsize)
+    return StepBytes(weights_bytes=params * dtype.itemsize, cache_bytes=kept * dtype.itemsize)
 
 
 def copy_bandwidth(device: torch.device) -> float:

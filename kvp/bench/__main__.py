@@ -1,0 +1,182 @@
+"""Speed and memory of models side by side, and the limit beside every number.
+
+    python -m kvp.bench llama_7b_shape --cut 0.25,0.5 --path eager,static          # shapes, random weights
+    python -m kvp.bench llama_7b_shape --cut 0.5 --rivals --protocol long_context  # and other methods' shapes
+    python -m kvp.bench outputs/runs/NAME/run.json --protocol prefill              # a run's dense and pruned
+
+Writes bench.json, bench.txt and plots. Rounds of all models alternate in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
+
+if TYPE_CHECKING:
+    from kvp.bench.bench import Bench
+
+PATHS = ("eager", "static", "compiled")
+NAMES = ("shortened_llm", "long_context", "prefill")
+GIB = 2**30
+ON_CPU = GIB  # bytes of cache that a CPU's limit leaves by default: trying the limits takes time
+
+
+def main() -> None:
+    """The command; exit code 1 and one clear error for whatever a user can mend."""
+    options = parser().parse_args()
+    try:
+        run(options)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if os.environ.get("KVP_TRACEBACK"):
+            raise
+        print(f"kvp.bench: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Check, measure, write and print."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for chatty in ("httpx", "matplotlib", "fontTools"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    bench = compose(options)
+    bench.check()
+    record = bench.run(options.out)
+
+    from rich.console import Console
+
+    from kvp.bench.plots import write_plots
+    from kvp.bench.table import WIDTH, print_tables
+
+    with (options.out / "bench.txt").open("w") as file:
+        print_tables(record, Console(file=file, width=WIDTH))
+    print_tables(record, Console(width=None if sys.stdout.isatty() else WIDTH))
+    written = ["bench.json", "bench.txt", *(path.name for path in write_plots(record, options.out))]
+    print(f"written to {options.out}: {', '.join(written)}")
+
+
+def compose(options: argparse.Namespace) -> Bench:
+    """The benchmark that the options describe; reads configs, makes no weights.
+
+    Raises:
+        ValueError: An option is out of range, or names nothing that there is.
+    """
+    import torch
+
+    from kvp.bench.bench import Bench
+    from kvp.bench.models import distinct, find_subjects
+    from kvp.bench.plans import cut_subjects, planned_subject
+    from kvp.bench.protocols import PROTOCOLS
+    from kvp.measurement.measure import check_hardware
+    from kvp.measurement.memory import available_bytes
+    from kvp.models.load import resolve_device, resolve_dtype
+
+    if options.rivals and not options.cut:
+        raise ValueError("--rivals match the cuts of --cut: give some, such as --cut 0.25,0.5")
+    subjects = [subject for word in options.models for subject in find_subjects(word)]
+    for value in options.cut:
+        subjects += cut_subjects(subjects[0], value, rivals=options.rivals)
+    subjects += [planned_subject(subjects[0], directory) for directory in options.plan]
+    device = torch.device(resolve_device(options.device))
+    dtype = resolve_dtype(options.dtype, device.type)
+    check_hardware(str(device), str(dtype).removeprefix("torch."))
+    available = available_bytes(device)
+    default = available
+    if device.type == "cpu":
+        default = min(available, ON_CPU + max(subject.weights_bytes(dtype) for subject in subjects))
+    limit = default if options.memory is None else int(options.memory * GIB)
+    if not 0 < limit <= available:
+        raise ValueError(
+            f"--memory must be above 0 and at most {available / GIB:.2f} GiB, what is free on {device}, got "
+            f"{limit / GIB:g}"
+        )
+    return Bench(
+        subjects=distinct(subjects),
+        name=options.protocol,
+        protocol=PROTOCOLS[options.protocol].changed(
+            prompts=options.prompt,
+            new_tokens=options.new,
+            batches=options.batch,
+            warmup=options.warmup,
+            runs=options.runs,
+            seed=options.seed,
+        ),
+        asked=options.batch or (),
+        paths=options.path,
+        device=device,
+        dtype=dtype,
+        limit=limit,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(
+        prog="python -m kvp.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="a checkpoint's directory, a run.json, or a shape of conf/model; the first is compared with",
+    )
+    add(
+        "--cut",
+        type=_numbers(float),
+        default=(),
+        metavar="R,R",
+        help="cut the first's KV cache by R, uniformly",
+    )
+    add("--rivals", action="store_true", help="and LLM-Pruner's and Shortened-LLM's shapes of equal size")
+    add("--plan", type=Path, action="append", default=[], metavar="DIR", help="and this plan.json's shape")
+    add("--protocol", choices=NAMES, default=NAMES[0], help="what is run (default: %(default)s)")
+    add("--path", type=_words, default=PATHS[:2], metavar="PATH,PATH", help=f"of {', '.join(PATHS)}")
+    for name, what in (
+        ("batch", "batch sizes"),
+        ("prompt", "prompt lengths"),
+        ("new", "numbers of new tokens"),
+    ):
+        add(f"--{name}", type=_numbers(int), metavar="N,N", help=f"{what}, instead of the protocol's")
+    add("--warmup", type=int, metavar="N", help="rounds that do not count")
+    add("--runs", type=int, metavar="N", help="rounds that count")
+    add(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="what a model and its cache may take (default: what is free)",
+    )
+    add("--device", default="auto", help="cpu or cuda (default: cuda if there is one)")
+    add(
+        "--dtype",
+        default="auto",
+        help="bfloat16, float16 or float32 (default: what the device has in hardware)",
+    )
+    add("--seed", type=int, default=0, help="of prompts and random weights")
+    add("--out", type=Path, default=Path("outputs/bench"), metavar="DIR", help="default: %(default)s")
+    return made
+
+
+def _numbers(kind: type) -> Any:
+    def numbers(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    return numbers
+
+
+def _words(text: str) -> tuple[str, ...]:
+    words = tuple(text.split(","))
+    if unknown := [word for word in words if word not in PATHS]:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose of {', '.join(PATHS)}")
+    return words
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""A benchmark from its models to its record; everything that can be refused is, before a weight is made."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvp.bench.limits import find_batch, find_context, predicted_batch
+from kvp.bench.models import Subject
+from kvp.bench.protocols import Protocol
+from kvp.bench.rounds import Series, in_turns
+from kvp.bench.rows import Row, describe, make_rows
+from kvp.measurement.cache import check_whole_cache
+from kvp.measurement.measure import Measure
+from kvp.measurement.paths import DecodePath
+from kvp.measurement.roofline import copy_bandwidth
+from kvp.measurement.speed import device_name
+from kvp.provenance import provenance
+
+SCHEMA = 1  # of bench.json; raised when a key changes its meaning
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What is compared, and how.
+
+    Attributes:
+        subjects: The first is what the others are compared with.
+        name: Of the protocol.
+        protocol: The grid of rows.
+        asked: Batches that at least one model must be able to hold.
+        paths: Ways to decode.
+        device: Where.
+        dtype: In what.
+        limit: Bytes that a model and its cache may take.
+    """
+
+    subjects: Sequence[Subject]
+    name: str
+    protocol: Protocol
+    asked: Sequence[int]
+    paths: Sequence[DecodePath]
+    device: torch.device
+    dtype: torch.dtype
+    limit: int
+
+    def check(self) -> None:
+        """Refuse what cannot be run; from shapes alone.
+
+        Raises:
+            ValueError: A sequence is longer than a model's positions, a cache cannot be served, weights or a
+                batch do not fit the memory; names the bound and the largest that does.
+        """
+        for subject in self.subjects:
+            if (weights := subject.weights_bytes(self.dtype)) >= self.limit:
+                raise ValueError(
+                    f"{subject.name} has {_gibibytes(weights)} of weights, the memory is {_gibibytes(self.limit)}: "
+                    "give more (--memory), another --dtype or a smaller model"
+                )
+            for point in self.protocol.points(most=1):
+                point.check_positions(subject.config.max_position_embeddings)
+                check_whole_cache(subject.config, point.prompt_length + point.new_tokens)
+        for prompt, new in self.protocol.shapes:
+            most = max(
+                predicted_batch(subject, length=prompt + new, limit=self.limit, dtype=self.dtype)
+                for subject in self.subjects
+            )
+            for batch in self.asked:
+                if batch > most:
+                    raise ValueError(
+                        f"a batch of {batch} sequences of {prompt} + {new} tokens does not fit "
+                        f"{_gibibytes(self.limit)}: the largest of any of these models is {most} "
+                        "(--batch, --prompt, --new, --memory)"
+                    )
+
+    def run(self, out: Path) -> dict[str, Any]:
+        """Measure everything; `out`/bench.json grows row by row, so that what was measured stays."""
+        started = time.time()
+        record: dict[str, Any] = {
+            "schema": SCHEMA,
+            "status": "running",
+            "protocol": {"name": self.name, **asdict(self.protocol)},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": device_name(str(self.device)),
+            "threads": torch.get_num_threads(),
+            "memory_limit_bytes": self.limit,
+            "copy_bytes_per_second": copy_bandwidth(self.device),
+            "models": [describe(subject, self.subjects[0], self.dtype) for subject in self.subjects],
+            "limits": [],
+            "rows": [],
+            "provenance": {
+                **provenance(str(self.device)),
+                "command": " ".join(["python -m kvp.bench", *sys.argv[1:]]),
+                "seed": self.protocol.seed,
+                "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+            },
+        }
+        out.mkdir(parents=True, exist_ok=True)
+        for subject in self.subjects:
+            record["limits"].append(self._limits(subject))
+            _write(record, out)
+        found = {
+            (limits["model"], batch["prompt_length"], batch["new_tokens"]): batch["found"]
+            for limits in record["limits"]
+            for batch in limits["largest_batch"]
+        }
+        models = {subject.name: self._load(subject) for subject in self.subjects}
+        for path in self.paths:
+            for prompt, new in self.protocol.shapes:
+                most = {name: found[name, prompt, new] for name in models}
+                for point in self.protocol.points_of(prompt, new, max(most.values())):
+                    if point.batch_size in self.asked or point.batch_size <= max(most.values()):
+                        fit = {name: m for name, m in models.items() if most[name] >= point.batch_size}
+                        record["rows"] += self._rows(fit, path, point, record["copy_bytes_per_second"])
+                        _write(record, out)
+        record["status"] = "finished"
+        record["provenance"]["seconds"] = time.time() - started
+        _write(record, out)
+        return record
+
+    def _load(self, subject: Subject) -> PreTrainedModel:
+        return subject.load(device=self.device, dtype=self.dtype, seed=self.protocol.seed)
+
+    def _limits(self, subject: Subject) -> Row:
+        """With this model alone on the device."""
+        log.info("limits of %s", subject.name)
+        model = self._load(subject)
+        batches = [
+            {
+                "prompt_length": prompt,
+                "new_tokens": new,
+                **find_batch(subject, model, prompt_length=prompt, new_tokens=new, limit=self.limit),
+            }
+            for prompt, new in self.protocol.shapes
+        ]
+        context = find_context(subject, model, limit=self.limit)
+        return {"model": subject.name, "largest_batch": batches, "longest_context": context}
+
+    def _rows(
+        self, fit: Mapping[str, PreTrainedModel], path: DecodePath, point: Measure, bandwidth: float
+    ) -> list[Row]:
+        """One per model; those that the batch does not fit take no turn."""
+        batch, prompt, new = point.batch_size, point.prompt_length, point.new_tokens
+        log.info("%s, batch %d, %d + %d tokens", path, batch, prompt, new)
+        series, absent = in_turns(fit, path, point), Series(failed="does not fit the memory")
+        every = [series.get(subject.name, absent) for subject in self.subjects]
+        return make_rows(self.subjects, every, path, point, dtype=self.dtype, bandwidth=bandwidth)
+
+
+def _write(record: Mapping[str, Any], out: Path) -> None:
+    partial = out / ".bench.json"
+    partial.write_text(json.dumps(record, indent=1))
+    partial.replace(out / "bench.json")
+
+
+def _gibibytes(count: float) -> str:
+    return f"{count / 2**30:,.2f} GiB"

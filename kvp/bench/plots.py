@@ -1,0 +1,83 @@
+"""Plots of a record: decode speed under its roofline, and the parts of the peak memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from kvp.report.speed import PARTS
+from kvp.report.style import INK, Look, legend, looks, make_panels, save, style
+
+Row = Mapping[str, Any]
+BAR = 0.2  # inches, of figure height
+
+
+def write_plots(record: Mapping[str, Any], out: Path) -> list[Path]:
+    """decode and memory, as PNG and SVG; none without rows."""
+    rows = [row for row in record["rows"] if not row["failed"]]
+    if not rows:
+        return []
+    names = [model["name"] for model in record["models"]]
+    with style():
+        return [*save(_decode(rows, names), out, "decode"), *save(_memory(rows), out, "memory")]
+
+
+def _decode(rows: Sequence[Row], names: Sequence[str]) -> Figure:
+    """Tokens per second against the batch, one panel per path and shape; dashed: the roofline."""
+    looked = {names[0]: Look(color=INK, marker="*")} | looks(names[1:])
+    panels = _panels(rows)
+    figure, axes = make_panels(len(panels))
+    for ax, (title, group) in zip(axes, panels.items(), strict=True):
+        for name, look in looked.items():
+            line = sorted((row for row in group if row["model"] == name), key=lambda row: row["batch_size"])
+            batches = [row["batch_size"] for row in line]
+            limits = [1000 * row["batch_size"] / row["roofline"]["milliseconds_per_step"] for row in line]
+            rates = [row["decode"]["tokens_per_second"] for row in line]
+            ax.plot(batches, limits, color=look.color, linestyle="--", linewidth=0.8)
+            ax.plot(batches, rates, color=look.color, marker=look.marker)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sizes := sorted({row["batch_size"] for row in group}), [str(size) for size in sizes])
+        ax.set_yscale("log")
+        ax.set(title=title, xlabel="batch size", ylabel="decoded tokens/s")
+    keys = [Line2D([], [], label=name, color=x.color, marker=x.marker) for name, x in looked.items()]
+    legend(figure, [*keys, Line2D([], [], label="roofline", color=INK, linestyle="--", linewidth=0.8)])
+    return figure
+
+
+def _memory(rows: Sequence[Row]) -> Figure:
+    """Weights, cache and rest of the peak at the largest batch of each panel that all of its models hold."""
+    panels = {title: _together(group) for title, group in _panels(rows).items()}
+    labels = [row["model"] for group in panels.values() for row in group]
+    figure, axes = make_panels(len(panels), height=0.9 + BAR * max(map(len, panels.values())), labels=labels)
+    for ax, (title, group) in zip(axes, panels.items(), strict=True):
+        left = [0.0] * len(group)
+        for part, (label, color) in PARTS.items():
+            widths = [row["memory"][part] / 2**20 for row in group]
+            ax.barh([row["model"] for row in group], widths, left=left, color=color, label=label)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        ax.set(title=f"{title}, batch {group[0]['batch_size']}", xlabel="peak memory (MiB)")
+        ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="y", length=0)
+        ax.invert_yaxis()
+    legend(figure, [Patch(label=label, color=color) for label, color in PARTS.values()])
+    return figure
+
+
+def _together(group: Sequence[Row]) -> list[Row]:
+    names = {row["model"] for row in group}
+    batches = sorted({row["batch_size"] for row in group}, reverse=True)
+    at = {batch: [row for row in group if row["batch_size"] == batch] for batch in batches}
+    return next((rows for rows in at.values() if len(rows) == len(names)), at[batches[0]])
+
+
+def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    panels: dict[str, list[Row]] = {}
+    for row in rows:
+        title = f"{row['path']}, {row['prompt_length']} + {row['new_tokens']} tokens"
+        panels.setdefault(title, []).append(row)
+    return panels
