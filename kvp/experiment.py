@@ -231,7 +231,7 @@ class Experiment:
         if self.recovery is not None and self.strategy.sparsifies and not self.recovery.keep_zeros:
             raise ValueError(
                 "LoRA's update is dense: merged into the weights, it leaves none of this strategy's zeros. Choose "
-                "recovery=none, or +recovery.keep_zeros=true to drop the update where the weight is zero"
+                "recovery=none, or recovery.keep_zeros=true to drop the update where the weight is zero"
             )
         if self.protocol is not None:
             self.protocol.check_positions(config.max_position_embeddings)
