@@ -4,12 +4,14 @@
     python -m kvp.bench llama_7b_shape --cut 0.5 --rivals --protocol long_context  # and other methods' shapes
     python -m kvp.bench outputs/runs/NAME/run.json --protocol prefill              # a run's dense and pruned
 
-Writes bench.json, bench.txt and plots. Rounds of all models alternate in one process.
+Writes bench.json, results.jsonl (a line about the benchmark, then one per row), table.md and plots. Rounds of all
+models alternate in one process. A benchmark that was stopped goes on with its next round: repeat the command.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -51,12 +53,19 @@ def run(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from kvp.bench.plots import write_plots
-    from kvp.bench.table import WIDTH, print_tables
+    from kvp.bench.table import WIDTH, markdown, print_tables
 
-    with (options.out / "bench.txt").open("w") as file:
-        print_tables(record, Console(file=file, width=WIDTH))
+    header = {key: value for key, value in record.items() if key not in ("rows", "begun")}
+    lines = [json.dumps(line) + "\n" for line in (header, *record["rows"])]
+    (options.out / "results.jsonl").write_text("".join(lines))
+    (options.out / "table.md").write_text(markdown(record))
     print_tables(record, Console(width=None if sys.stdout.isatty() else WIDTH))
-    written = ["bench.json", "bench.txt", *(path.name for path in write_plots(record, options.out))]
+    written = [
+        "bench.json",
+        "results.jsonl",
+        "table.md",
+        *(path.name for path in write_plots(record, options.out)),
+    ]
     print(f"written to {options.out}: {', '.join(written)}")
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import gc
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from kvp.bench.journal import begun, go_on, keep, place, write
 from kvp.bench.limits import find_batch, find_context, predicted_batch
 from kvp.bench.models import Subject
 from kvp.bench.protocols import Protocol
 from kvp.bench.rounds import Series, in_turns
-from kvp.bench.rows import Row, describe, make_rows
+from kvp.bench.rows import Row, describe, make_rows, roofline
 from kvp.measurement.cache import check_whole_cache
 from kvp.measurement.measure import Measure
 from kvp.measurement.paths import DecodePath
@@ -86,31 +87,21 @@ class Bench:
                     )
 
     def run(self, out: Path) -> dict[str, Any]:
-        """Measure everything; `out`/bench.json grows row by row, so that what was measured stays."""
-        started = time.time()
-        record: dict[str, Any] = {
-            "schema": SCHEMA,
-            "status": "running",
-            "protocol": {"name": self.name, **asdict(self.protocol)},
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": device_name(str(self.device)),
-            "threads": torch.get_num_threads(),
-            "memory_limit_bytes": self.limit,
-            "copy_bytes_per_second": copy_bandwidth(self.device),
-            "models": [describe(subject, self.subjects[0], self.dtype) for subject in self.subjects],
-            "limits": [],
-            "rows": [],
-            "provenance": {
-                **provenance(str(self.device)),
-                "command": " ".join(["python -m kvp.bench", *sys.argv[1:]]),
-                "seed": self.protocol.seed,
-                "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
-            },
-        }
+        """Measure everything; `out`/bench.json grows round by round, and the same benchmark goes on from there."""
+        begin = time.time()
         out.mkdir(parents=True, exist_ok=True)
-        for subject in self.subjects:
+        gc.collect()
+        gc.freeze()  # a million objects of imported modules, which every later collection would visit
+        record = go_on(self._header(begin), out)
+        before = record["provenance"]["seconds"]
+
+        def save() -> None:
+            record["provenance"]["seconds"] = before + time.time() - begin
+            write(record, out)
+
+        for subject in self.subjects[len(record["limits"]) :]:
             record["limits"].append(self._limits(subject))
-            _write(record, out)
+            save()
         found = {
             (limits["model"], batch["prompt_length"], batch["new_tokens"]): batch["found"]
             for limits in record["limits"]
@@ -121,14 +112,40 @@ class Bench:
             for prompt, new in self.protocol.shapes:
                 most = {name: found[name, prompt, new] for name in models}
                 for point in self.protocol.points_of(prompt, new, max(most.values())):
-                    if point.batch_size in self.asked or point.batch_size <= max(most.values()):
-                        fit = {name: m for name, m in models.items() if most[name] >= point.batch_size}
-                        record["rows"] += self._rows(fit, path, point, record["copy_bytes_per_second"])
-                        _write(record, out)
-        record["status"] = "finished"
-        record["provenance"]["seconds"] = time.time() - started
-        _write(record, out)
+                    fit = {name: m for name, m in models.items() if most[name] >= point.batch_size}
+                    if fit or point.batch_size in self.asked:
+                        self._measure(record, fit, path, point, save)
+        record |= {"status": "finished", "begun": None}
+        for row in record["rows"]:  # of several processes the fastest copy counts
+            if not row["failed"]:
+                row["roofline"] |= roofline(row, record["copy_bytes_per_second"])
+        save()
         return record
+
+    def _header(self, begin: float) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "status": "running",
+            "protocol": {"name": self.name, **asdict(self.protocol)},
+            "paths": list(self.paths),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": device_name(str(self.device)),
+            "threads": torch.get_num_threads(),
+            "memory_limit_bytes": self.limit,
+            "copy_bytes_per_second": copy_bandwidth(self.device),
+            "models": [describe(subject, self.subjects[0], self.dtype) for subject in self.subjects],
+            "limits": [],
+            "rows": [],
+            "begun": None,
+            "provenance": {
+                **provenance(str(self.device)),
+                "command": " ".join(["python -m kvp.bench", *sys.argv[1:]]),
+                "seed": self.protocol.seed,
+                "started": datetime.fromtimestamp(begin, UTC).isoformat(timespec="seconds"),
+                "seconds": 0.0,
+                "processes": 1,
+            },
+        }
 
     def _load(self, subject: Subject) -> PreTrainedModel:
         return subject.load(device=self.device, dtype=self.dtype, seed=self.protocol.seed)
@@ -148,21 +165,33 @@ class Bench:
         context = find_context(subject, model, limit=self.limit)
         return {"model": subject.name, "largest_batch": batches, "longest_context": context}
 
-    def _rows(
-        self, fit: Mapping[str, PreTrainedModel], path: DecodePath, point: Measure, bandwidth: float
-    ) -> list[Row]:
-        """One per model; those that the batch does not fit take no turn."""
-        batch, prompt, new = point.batch_size, point.prompt_length, point.new_tokens
-        log.info("%s, batch %d, %d + %d tokens", path, batch, prompt, new)
-        series, absent = in_turns(fit, path, point), Series(failed="does not fit the memory")
+    def _measure(
+        self,
+        record: dict[str, Any],
+        fit: Mapping[str, PreTrainedModel],
+        path: DecodePath,
+        point: Measure,
+        save: Callable[[], None],
+    ) -> None:
+        """One row per model; those that the batch does not fit take no turn."""
+        where = place(path, point)
+        if any(row.items() >= where.items() for row in record["rows"]):
+            return
+        log.info(
+            "%s, batch %d, %d + %d tokens", path, point.batch_size, point.prompt_length, point.new_tokens
+        )
+
+        def after(series: Mapping[str, Series]) -> None:
+            keep(record, where, series)
+            save()
+
+        series = in_turns(fit, path, point, begun=begun(record, where), after=after)
+        absent = Series(failed="does not fit the memory")
         every = [series.get(subject.name, absent) for subject in self.subjects]
-        return make_rows(self.subjects, every, path, point, dtype=self.dtype, bandwidth=bandwidth)
-
-
-def _write(record: Mapping[str, Any], out: Path) -> None:
-    partial = out / ".bench.json"
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(out / "bench.json")
+        record["rows"] += make_rows(
+            self.subjects, every, path, point, dtype=self.dtype, bandwidth=record["copy_bytes_per_second"]
+        )
+        save()
 
 
 def _gibibytes(count: float) -> str:

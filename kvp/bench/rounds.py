@@ -1,13 +1,14 @@
 """Several models timed in turns, so that what slows the machine down slows all of them.
 
 One process holds all models. In every round each of them does one run, in the given order and then in the
-reverse one; a ratio of two models is the median over the ratios of single rounds.
+reverse one; a ratio of two models is the median over the ratios of single rounds. Finished rounds are kept, so
+that a benchmark that was stopped goes on with the next one; a round is never made of two halves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ OUT_OF_MEMORY = "out of memory beside the other models"
 
 @dataclass
 class Series:
-    """What one model did: seconds per counted round, and the memory of the last.
+    """What one model did: seconds per round, those that do not count first, and the memory of the last.
 
     Attributes:
         prefill: Seconds of reading the prompt.
@@ -44,12 +45,19 @@ class Series:
         """Seconds of prompt and steps together."""
         return [prefill + decode for prefill, decode in zip(self.prefill, self.decode, strict=True)]
 
+    def counted(self, warmup: int) -> Series:
+        """Without the first `warmup` rounds."""
+        return replace(self, prefill=self.prefill[warmup:], decode=self.decode[warmup:])
+
 
 def in_turns(
     models: Mapping[str, PreTrainedModel],
     path: DecodePath,
     point: Measure,
+    *,
+    begun: Mapping[str, Series] | None = None,
     watch: Callable[[str], None] = lambda name: None,
+    after: Callable[[Mapping[str, Series]], None] = lambda series: None,
 ) -> dict[str, Series]:
     """`point.warmup` rounds that do not count and `point.runs` that do; one out of memory leaves the turns.
 
@@ -57,20 +65,22 @@ def in_turns(
         models: By name, all on one device.
         path: How they decode.
         point: Batch, prompt and new tokens.
+        begun: What an earlier process was told by `after`; goes on from there, without warming up again.
         watch: Told the name of the model before each run.
+        after: Told everything after each round.
     """
-    series = {name: Series() for name in models}
-    for number in range(point.warmup + point.runs):
+    series = dict(begun) if begun else {name: Series() for name in models}
+    rounds = point.warmup + point.runs
+    for number in range(max((len(one.decode) for one in series.values()), default=0), rounds):
         names = [name for name in models if series[name].failed is None]
         for name in names if number % 2 == 0 else reversed(names):
             watch(name)
             try:
-                _run(models[name], path, point, series[name], last=number == point.warmup + point.runs - 1)
+                _run(models[name], path, point, series[name], last=number == rounds - 1)
             except torch.OutOfMemoryError:
                 series[name] = Series(failed=OUT_OF_MEMORY)
-    for one in series.values():
-        del one.prefill[: point.warmup], one.decode[: point.warmup]
-    return series
+        after(series)
+    return {name: one.counted(point.warmup) for name, one in series.items()}
 
 
 def _run(model: PreTrainedModel, path: DecodePath, point: Measure, series: Series, *, last: bool) -> None:

@@ -76,15 +76,15 @@ def _measured(
         for tokens, seconds in ((point.prompt_length, own.prefill), (point.new_tokens, own.decode))
     )
     step = 1000 * point.batch_size / decode["tokens_per_second"]
-    limit = 1000 * moved.total / bandwidth
+    row = {"decode": {**decode, "milliseconds_per_step": step}, "roofline": asdict(moved)}
     low, middle, high = quartiles(own.whole)
     return {
         "latency": {"seconds": middle, "iqr": [low, high]},
         "prefill": prefill,
-        "decode": {**decode, "milliseconds_per_step": step},
+        "decode": row["decode"],
         "memory": own.memory.summary(),
         "attention": own.kernels,
-        "roofline": {**asdict(moved), "milliseconds_per_step": limit, "fraction": limit / step},
+        "roofline": row["roofline"] | roofline(row, bandwidth),
         "against_first": by_bytes
         and {
             "latency": ratio(own.whole, first.whole),
@@ -93,6 +93,13 @@ def _measured(
             "decode_by_bytes": by_bytes,
         },
     }
+
+
+def roofline(row: Row, bandwidth: float) -> Row:
+    """The shortest step that its bytes allow at `bandwidth` bytes per second, and what part of it was reached."""
+    moved = row["roofline"]["weights_bytes"] + row["roofline"]["cache_bytes"]
+    limit = 1000 * moved / bandwidth
+    return {"milliseconds_per_step": limit, "fraction": limit / row["decode"]["milliseconds_per_step"]}
 
 
 def _moved(subject: Subject, point: Measure, dtype: torch.dtype) -> StepBytes:

@@ -14,11 +14,29 @@ Record = Mapping[str, Any]
 
 def print_tables(record: Record, console: Console) -> None:
     """Models, rows, limits, and how to read them."""
-    console.print(_models(record))
-    console.print(_rows(record))
-    console.print(_limits(record))
+    for table in _tables(record):
+        console.print(table)
     for line in _notes(record):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def markdown(record: Record) -> str:
+    """The same for a README."""
+    return "\n\n".join([*map(_markdown, _tables(record)), *_notes(record)]) + "\n"
+
+
+def _tables(record: Record) -> list[Table]:
+    return [_models(record), _rows(record), _limits(record)]
+
+
+def _markdown(table: Table) -> str:
+    columns = [[str(column.header), "---", *map(_bold, column.cells)] for column in table.columns]
+    rows = zip(*columns, strict=True)
+    return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _bold(cell: Any) -> str:
+    return str(cell).replace("[bold]", "**").replace("[/bold]", "**")
 
 
 def _models(record: Record) -> Table:

@@ -1,7 +1,8 @@
 """Attention of one token without copies of keys and values.
 
 While torch compiles, transformers' own function repeats the keys and values of a group for each of its query
-heads: a model with 32 heads in 8 groups would read four times its cache in every step.
+heads: a model with 32 heads in 8 groups would read four times its cache in every step. Outside of a compiler
+its heads read their group's keys one after the other (a few per cent of a step on a CPU, see experiments/speed).
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def prepare(
     """
     length = prompt_length + new_tokens
     check_whole_cache(model.config, length)
-    model.set_attn_implementation(GROUPED if path == "compiled" else "sdpa")
+    model.set_attn_implementation("sdpa" if path == "eager" else GROUPED)
     if path == "eager":
         return Eager(model)
     decoder = Static(model, batch_size=batch_size, length=length, compiled=path == "compiled")

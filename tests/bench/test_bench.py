@@ -1,0 +1,201 @@
+"""The command: one run on the tiny shape, its record, and what it refuses before it makes a weight."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kvp.bench import __main__ as command
+from kvp.bench.bench import Bench
+from kvp.bench.journal import go_on
+from kvp.bench.protocols import PROTOCOLS
+from kvp.measurement.measure import Measure
+
+WORDS = [
+    "tiny",
+    "--cut",
+    "0.5",
+    "--batch",
+    "1,3",
+    "--prompt",
+    "8",
+    "--new",
+    "4",
+    "--warmup",
+    "1",
+    "--runs",
+    "2",
+]
+ROW = {
+    "model",
+    "path",
+    "batch_size",
+    "prompt_length",
+    "new_tokens",
+    "failed",
+    "latency",
+    "prefill",
+    "decode",
+} | {
+    "memory",
+    "attention",
+    "roofline",
+    "against_first",
+}
+
+
+def bench(*words, out):
+    command.run(command.parser().parse_args([*words, "--device", "cpu", "--out", str(out)]))
+    return json.loads((out / "bench.json").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def record(directory):
+    return bench(*WORDS, "--memory", "0.05", out=directory)
+
+
+def test_record_says_what_was_run(record):
+    assert record["schema"] == 1 and record["status"] == "finished"
+    assert record["protocol"]["batches"] == [1, 3] and record["protocol"]["warmup"] == 1
+    assert record["dtype"] == "float32" and record["threads"] >= 1
+    assert record["copy_bytes_per_second"] > 0
+    assert {"commit", "versions", "command", "started", "seconds", "seed"} <= record["provenance"].keys()
+    dense, cut = record["models"]
+    assert [dense["removed"]["kv_cache"], cut["removed"]["kv_cache"]] == [0, 0.5]
+    assert cut["aligned"] and len(cut["layers"]) == 8 and cut["checkpoint"] is None
+    assert cut["kv_bytes_per_token"] == 4 * sum(
+        layer["num_key_value_heads"] * (layer["qk_head_dim"] + layer["v_head_dim"]) for layer in cut["layers"]
+    )
+
+
+def test_rows_cover_the_grid_and_carry_their_limit(record):
+    rows = record["rows"]
+    grid = [(row["path"], row["batch_size"], row["model"]) for row in rows]
+    assert grid == [
+        (path, batch, name)
+        for path in ("eager", "static")
+        for batch in (1, 3)
+        for name in ("tiny", "KVPruner 50% KV")
+    ]
+    for row in rows:
+        assert row.keys() == ROW and row["failed"] is None
+        step, limit = row["decode"]["milliseconds_per_step"], row["roofline"]["milliseconds_per_step"]
+        moved = row["roofline"]["weights_bytes"] + row["roofline"]["cache_bytes"]
+        assert limit == pytest.approx(1000 * moved / record["copy_bytes_per_second"])
+        assert row["roofline"]["fraction"] == pytest.approx(limit / step)
+        assert len(row["decode"]["seconds"]) == 2
+        low, high = row["latency"]["iqr"]
+        assert low <= row["latency"]["seconds"] <= high
+        assert row["memory"]["cache_bytes"] > 0
+    first, second = rows[:2]
+    assert first["against_first"]["decode"]["median"] == 1
+    moved = [row["roofline"]["weights_bytes"] + row["roofline"]["cache_bytes"] for row in (first, second)]
+    assert second["against_first"]["decode_by_bytes"] == pytest.approx(moved[0] / moved[1])
+    seconds = zip(second["decode"]["seconds"], first["decode"]["seconds"], strict=True)
+    rates = [base / own for own, base in seconds]
+    assert second["against_first"]["decode"]["median"] == pytest.approx(sum(rates) / 2)
+
+
+def test_the_same_command_goes_on_with_what_is_there(record, directory, tmp_path, monkeypatch):
+    """A record that stopped after three of four places: the limits and these rows stay, the rest is measured."""
+    monkeypatch.setattr(Bench, "_limits", lambda self, subject: 1 / 0)
+    left = record | {"status": "running", "rows": record["rows"][:6], "copy_bytes_per_second": 1e15}
+    (tmp_path / "bench.json").write_text(json.dumps(left))
+    words = [*WORDS, "--memory", "0.05", "--device", "cpu"]
+    command.compose(command.parser().parse_args(words)).run(tmp_path)
+    whole = json.loads((tmp_path / "bench.json").read_bytes())
+    assert whole["status"] == "finished" and len(whole["rows"]) == 8 and whole["limits"] == record["limits"]
+    for old, new in zip(record["rows"][:6], whole["rows"], strict=False):
+        assert new["decode"] == old["decode"]
+        assert new["roofline"]["fraction"] == pytest.approx(
+            old["roofline"]["fraction"] * record["copy_bytes_per_second"] / 1e15
+        )
+    assert whole["provenance"]["processes"] == 2
+    assert whole["provenance"]["seconds"] > record["provenance"]["seconds"]
+
+
+def test_another_benchmark_begins_anew(record, tmp_path):
+    def go_on_from(old, new):
+        (tmp_path / "bench.json").write_text(json.dumps(old))
+        return go_on(new, tmp_path)
+
+    fresh = record | {"protocol": {"name": "prefill"}, "rows": []}
+    assert go_on_from(record | {"status": "running"}, fresh)["rows"] == []
+    assert go_on_from(record, record | {"rows": []})["rows"] == [], "a finished one is measured again"
+
+
+def test_limits_are_found_and_predicted(record):
+    for limits, model in zip(record["limits"], record["models"], strict=True):
+        (batch,) = limits["largest_batch"]
+        assert limits["model"] == model["name"]
+        left = record["memory_limit_bytes"] - model["weights_bytes"]
+        assert batch["predicted"] == left // (16 * model["kv_bytes_per_token"])
+        assert 3 <= batch["found"] <= batch["predicted"]
+        assert 0 < limits["longest_context"]["found"] <= limits["longest_context"]["positions"] == 2048
+
+
+def test_tables_and_plots_are_written(record, directory):
+    text = (directory / "table.md").read_text()
+    assert "| **static, batch 3, 8 + 4** |" in text and "| KVPruner 50% KV | " in text
+    columns = {line.count("|") for line in text.splitlines() if "of roofline" in line or "| flash |" in line}
+    assert len(columns) == 1
+    header, *rows = map(json.loads, (directory / "results.jsonl").read_text().splitlines())
+    assert rows == record["rows"] and header["limits"] == record["limits"] and "rows" not in header
+    for name in ("decode", "memory"):
+        for suffix in ("png", "svg"):
+            assert (directory / f"{name}.{suffix}").stat().st_size > 1000
+    assert not (directory / ".bench.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere is no model"),
+        (
+            ["tiny", "--batch", "1,9999999"],
+            "a batch of 9999999 sequences of .* does not fit .* the largest .* is",
+        ),
+        (["tiny", "--batch", "0"], "measure.batch_size must be >= 1, got 0"),
+        (["tiny", "--memory", "0.001"], "tiny has .* of weights, the memory is"),
+        (["tiny", "--memory", "99999"], "--memory must be above 0 and at most"),
+        (["tiny", "--protocol", "long_context"], "prompt_length .* must be <= 2048"),
+        (["tiny", "--rivals"], "--rivals match the cuts of --cut"),
+        (["tiny", "--cut", "0.9"], "cannot be reached"),
+        (["tiny", "--dtype", "int8"], "dtype must be one of"),
+        (["tiny", "tiny"], "two models are called tiny"),
+    ],
+)
+def test_bad_options_are_refused_and_nothing_is_written(words, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        bench(*words, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_error_of_the_command_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["kvp.bench", "nowhere", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("kvp.bench: error: nowhere is no model")
+
+
+def test_protocols_are_those_of_the_papers():
+    shortened = PROTOCOLS["shortened_llm"].points(most=1)
+    assert {(p.prompt_length, p.new_tokens, p.warmup, p.runs) for p in shortened} == {
+        (12, 128, 10, 20),
+        (12, 512, 10, 20),
+    }
+    assert [p.batch_size for p in shortened[:7]] == [1, 8, 16, 32, 64, 128, 256]
+    context = PROTOCOLS["long_context"].points(most=20)
+    assert [p.batch_size for p in context if p.prompt_length == 8192] == [1, 2, 4, 8, 16]
+    assert {(p.prompt_length, p.new_tokens) for p in context} == {(512, 128), (2048, 128), (8192, 128)}
+    changed = PROTOCOLS["prefill"].changed(batches=(2,), prompts=(5,), runs=None)
+    assert changed.points(most=1) == [
+        Measure(batch_size=2, prompt_length=5, new_tokens=1, warmup=2, runs=10, seed=0)
+    ]
