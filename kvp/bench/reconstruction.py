@@ -15,10 +15,8 @@ from dataclasses import replace
 from statistics import geometric_mean
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from kvp.__main__ import CONF
-from kvp.experiment import Experiment
+from kvp.bench.chosen import chosen
 from kvp.models.linears import linears
 from kvp.steps import dense
 from kvp.strategies.alps import ALPS
@@ -56,9 +54,7 @@ def errors(
 
 def main() -> None:
     """Print the lines; progress goes to stderr."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        chosen = ["strategy=sparsegpt", "recovery=none", "ratio=sparsity", "ratio.value=0.7", *sys.argv[1:]]
-        x = Experiment.compose(compose("config", overrides=chosen))
+    x = chosen(["strategy=sparsegpt", "recovery=none", "ratio=sparsity", "ratio.value=0.7", *sys.argv[1:]])
     assert isinstance(x.strategy, SparseStrategy)
     methods = {name: replace(method, pattern=x.strategy.pattern) for name, method in METHODS.items()}
     x.check_sources()

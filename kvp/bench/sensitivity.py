@@ -1,11 +1,12 @@
-"""Seconds of the prefix-reusing sensitivity pass against the naive one, interleaved, on one model.
+"""Seconds of the prefix-reusing sensitivity pass against the naive one, in turns, on one model.
 
-    python -m kvp.bench.sensitivity [--kind attention|mlp|block] [--checkpoint DIR] [--batch-size 4]
-                                    [--length 128] [--rounds 3]
+    python -m kvp.bench.sensitivity [--kind attention|mlp|block] [--rounds 3] [option=value ...]
 
-The naive pass runs the whole model, with its own loss, once per block; ours runs the suffix. Both give
-the same numbers: the largest difference, and whether the order of the blocks is the same, are printed
-beside the ratio of the seconds. `attention` is what KVPruner probes, `block` what Shortened-LLM ranks.
+Options are those of `python -m kvp`; one batch of calibration samples is read unless said. The naive pass runs the
+whole model, with its own loss, once per block; ours runs the suffix. Both give the same numbers: the largest
+difference, and whether the order of the blocks is the same, are printed beside the ratio of the seconds, and of the
+CPU seconds, which other processes on the machine disturb less.
+`attention` is what KVPruner probes, `block` what Shortened-LLM ranks.
 """
 
 from __future__ import annotations
@@ -13,19 +14,23 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvp.models.load import PackagedModel, load_model, resolve_device, resolve_dtype
+from kvp.bench.chosen import chosen
 from kvp.models.masks import without
 from kvp.models.shapes import layer_shapes
-from kvp.stage import Store
+from kvp.provenance import provenance
+from kvp.steps import dense
+from kvp.strategies.blocks import Grouping
 from kvp.strategies.losses import losses_without
 
 
@@ -46,54 +51,65 @@ def suffix_losses(model: PreTrainedModel, batches: Sequence[Tensor], kind: str) 
     return losses_without(model, batches, removals)[1]
 
 
-def timed(work: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """Seconds and result."""
-    started = time.perf_counter()
-    result = work()
-    return time.perf_counter() - started, result
+@dataclass(frozen=True)
+class Pass:
+    """What a pass took, on the clock and in CPU seconds of all threads, and its losses."""
+
+    seconds: float
+    cpu_seconds: float
+    losses: Tensor
+
+
+def timed(work: Callable[[], Tensor]) -> Pass:
+    """Do the work."""
+    started, busy = time.perf_counter(), time.process_time()
+    losses = work()
+    return Pass(time.perf_counter() - started, time.process_time() - busy, losses)
+
+
+def compare(model: PreTrainedModel, batches: Sequence[Tensor], kind: str, rounds: int) -> dict[str, object]:
+    """Medians over rounds in which both take turns, after one of a few tokens that does not count."""
+    suffix_losses(model, [batches[0][:1, :16]], kind)
+    pairs = [
+        (
+            timed(partial(suffix_losses, model, batches, kind)),
+            timed(partial(naive_losses, model, batches, kind)),
+        )
+        for _ in range(rounds)
+    ]
+    return {
+        "suffix_seconds": statistics.median(ours.seconds for ours, _ in pairs),
+        "naive_seconds": statistics.median(naive.seconds for _, naive in pairs),
+        "ratio": statistics.median(ours.seconds / naive.seconds for ours, naive in pairs),
+        "cpu_ratio": statistics.median(ours.cpu_seconds / naive.cpu_seconds for ours, naive in pairs),
+        "max_difference_nats": max((ours.losses - naive.losses).abs().max().item() for ours, naive in pairs),
+        "same_ranking": all(
+            torch.equal(ours.losses.argsort(), naive.losses.argsort()) for ours, naive in pairs
+        ),
+        "kind": kind,
+        "layers": len(layer_shapes(model.config)),
+        "tokens": sum(ids.numel() for ids in batches),
+        "dtype": str(model.dtype),
+    }
 
 
 def main() -> None:
     """Print one JSON line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m kvp.bench.sensitivity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--checkpoint", type=Path, help="a Hugging Face directory (default: the packaged model)"
-    )
-    parser.add_argument("--kind", choices=("attention", "mlp", "block"), default="attention")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--kind", choices=get_args(Grouping), default="attention")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("options", nargs="*", help="of python -m kvp")
     args = parser.parse_args()
-    packaged, device = PackagedModel(name="smollm2_135m"), resolve_device("auto")
-    checkpoint = (
-        args.checkpoint
-        or Store(Path("outputs/store")).once("model", packaged.identity(), packaged.write).path
-    )
-    model = load_model(checkpoint, dtype=resolve_dtype("auto", device), device=device)
-    batches = [torch.randint(model.config.vocab_size, (args.batch_size, args.length), device=device)]
-    suffix_losses(model, batches, args.kind)  # warm-up
-    rounds = [
-        (
-            timed(lambda: suffix_losses(model, batches, args.kind)),
-            timed(lambda: naive_losses(model, batches, args.kind)),
-        )
-        for _ in range(args.rounds)
-    ]
-    differences = [(ours[1] - naive[1]).abs().max().item() for ours, naive in rounds]
-    result = {
-        "suffix_seconds": statistics.median(ours[0] for ours, _ in rounds),
-        "naive_seconds": statistics.median(naive[0] for _, naive in rounds),
-        "ratio": statistics.median(ours[0] / naive[0] for ours, naive in rounds),
-        "max_difference_nats": max(differences),
-        "same_ranking": all(torch.equal(ours[1].argsort(), naive[1].argsort()) for ours, naive in rounds),
-        "kind": args.kind,
-        "layers": len(layer_shapes(model.config)),
-        "tokens": args.batch_size * args.length,
-        "dtype": str(model.dtype),
-    }
-    print(json.dumps(result))
+    x = chosen(["calibration.num_samples=4", "recovery=none", *args.options])
+    x.check_sources()
+    target = x.target(dense(x))
+    result = compare(target.model, target.batches, args.kind, args.rounds)
+    command = " ".join(["python -m kvp.bench.sensitivity", *sys.argv[1:]])
+    print(json.dumps({**result, "provenance": {**provenance(x.device), "command": command}}))
 
 
 if __name__ == "__main__":

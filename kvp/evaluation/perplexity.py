@@ -20,22 +20,12 @@ from tqdm.auto import tqdm
 
 from kvp.data.corpora import Corpus, Part, Selection
 from kvp.data.tokens import digest, encode
+from kvp.models.nll import token_nll
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Bos = Literal["none", "start", "window"]
-
-CHUNK = 256  # rows of logits that exist in float32 at a time
-
-
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target in nats, computed in float32 whatever the dtype of `logits`.
-
-    `logits` is (..., vocab), `targets` and the result are (...).
-    """
-    chunks = zip(logits.flatten(0, -2).split(CHUNK), targets.flatten().split(CHUNK), strict=True)
-    return torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in chunks]).view(targets.shape)
 
 
 def window_nll(model: PreTrainedModel, windows: Tensor, scored: int) -> Tensor:

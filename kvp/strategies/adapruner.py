@@ -20,6 +20,7 @@ on the samples held out; on other text it may be.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -89,16 +90,16 @@ class AdaPruner(CoupledStrategy):
         signals, held_out = self._signals(target), self._split(target)[1].split(target.batch_size)
         study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=target.seed))
         study.enqueue_trial({**START, **dict.fromkeys(_part_names(signals), True)})
-        trials = Trials(directory / "trials.jsonl", self.trials)
 
         def plan(choice: Choice) -> Plan:
             return self.plan(target.config, self._scores(target.config, signals, choice), budget, profile)
 
-        for _ in range(self.trials):
-            trial = study.ask()
-            choice = _choose(trial, len(signals))
-            loss = trials.loss(choice, lambda: masked_loss(target.model, held_out, plan(choice)))  # noqa: B023
-            study.tell(trial, loss)
+        with closing(Trials(directory / "trials.jsonl", self.trials)) as trials:
+            for _ in range(self.trials):
+                trial = study.ask()
+                choice = _choose(trial, len(signals))
+                loss = trials.loss(choice, lambda: masked_loss(target.model, held_out, plan(choice)))  # noqa: B023
+                study.tell(trial, loss)
         return plan(study.best_params)
 
     def _split(self, target: Target) -> tuple[Tensor, Tensor]:

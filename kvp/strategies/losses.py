@@ -8,38 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from kvp.models.nll import ROWS, next_token_nll
 from kvp.models.shapes import layer_shapes
 from kvp.strategies.walk import hidden_states, window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS_PER_CHUNK = 512  # logits of this many tokens are held in float32 at once
-
-
-def next_token_nll(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """(batch, seq_len - 1) negative log-likelihoods in nats; logits are never held whole.
-
-    Pass `labels` (batch, seq_len) and either `input_ids` or `inputs_embeds`.
-    """
-    labels = inputs.pop("labels")
-    hidden = model.base_model(use_cache=False, **inputs).last_hidden_state[:, :-1]
-    targets, head = labels[:, 1:].flatten(), model.get_output_embeddings()
-    assert isinstance(head, nn.Module)
-    pieces = [
-        F.cross_entropy(head(rows).float(), chunk, reduction="none")
-        for rows, chunk in zip(
-            hidden.flatten(0, 1).split(TOKENS_PER_CHUNK), targets.split(TOKENS_PER_CHUNK), strict=True
-        )
-    ]
-    return torch.cat(pieces).view(labels.shape[0], -1)
+TOKENS_PER_PASS = 4096  # go through a layer at once: more gain nothing, and fall out of a CPU's cache
 
 
 @torch.inference_mode()
@@ -53,8 +36,9 @@ def losses_without(
 
     A removal in layer n leaves every hidden state before n as it was. So all variants go through the
     model together, layer by layer, in a batch that grows by those that begin in the layer: the numbers
-    of the naive pass with half its work, and each layer's weights are read once. Held at once: hidden
-    states and one layer's activations of `batch_size * (1 + removals)` samples.
+    of the naive pass with half its work in the layers. The output head is not shared: every variant passes
+    it once. Held at once: hidden states of `batch_size * (1 + removals)` samples, and one layer's
+    activations of `TOKENS_PER_PASS`.
 
     Returns:
         Base NLL, and (removals,) NLLs, in nats per token.
@@ -72,11 +56,13 @@ def losses_without(
                     with removal():
                         changed.append(hidden_states(model, layer, layer + 1, inputs_embeds=whole))
                     variants.append(variant)
-            states = torch.cat([hidden_states(model, layer, layer + 1, inputs_embeds=states), *changed])
+            pieces = states.split(max(1, TOKENS_PER_PASS // ids.shape[1]))
+            after = [hidden_states(model, layer, layer + 1, inputs_embeds=piece) for piece in pieces]
+            states = torch.cat([*after, *changed])
             progress.update()
         with window(model, num_layers, num_layers):  # the final norm and the head
-            for variant, hidden in zip(variants, states.split(len(ids)), strict=True):
-                total[variant] += next_token_nll(model, inputs_embeds=hidden, labels=ids).double().sum().cpu()
+            losses = next_token_nll(model, inputs_embeds=states, labels=ids.repeat(len(variants), 1))
+        total[variants] += losses.double().view(len(variants), -1).sum(dim=1).cpu()
         predictions += ids.shape[0] * (ids.shape[1] - 1)
     progress.close()
     return total[0].item() / predictions, total[1:] / predictions
@@ -95,17 +81,19 @@ def divergences(
 
     def states(ids: Tensor) -> tuple[Tensor, ...]:
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1).split(TOKENS_PER_CHUNK)
+        return hidden.flatten(0, 1).split(ROWS)
 
     total, tokens = torch.zeros(len(removals), dtype=torch.float64), 0
     for ids in tqdm(batches, desc=desc, unit="batch", leave=None):
         ids = ids.to(model.device)
-        whole = states(ids)
-        for number, removal in enumerate(removals):
+        whole, changed = states(ids), []
+        for removal in removals:
             with removal():
-                changed = states(ids)
-            for rows in zip(changed, whole, strict=True):
-                q, p = (F.log_softmax(head(hidden).float(), dim=-1) for hidden in rows)
+                changed.append(states(ids))
+        for p_rows, *q_rows in zip(whole, *changed, strict=True):
+            p = F.log_softmax(head(p_rows).float(), dim=-1)
+            for number, rows in enumerate(q_rows):
+                q = F.log_softmax(head(rows).float(), dim=-1)
                 total[number] += F.kl_div(q, p, log_target=True, reduction="sum").double().cpu()
         tokens += ids.numel()
     return total / tokens

@@ -1,4 +1,4 @@
-"""Methods that judge a unit by its columns of o_proj or down_proj, and by what enters them.
+"""Methods that judge KV groups and neurons by what leaves through o_proj and down_proj.
 
 A KV group leaves through the columns of its query heads in o_proj, a neuron through one column of
 down_proj; what is lost with them is lost at these two outputs. The inputs are the dense model's, taken
@@ -8,8 +8,9 @@ layer by layer.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,16 +18,40 @@ from torch import Tensor
 from kvp.models.spaces import fold, members
 from kvp.strategies.base import ScoreStrategy, Target
 from kvp.strategies.moments import Moments, input_moments
+from kvp.strategies.pools import Pool
 from kvp.strategies.walk import Visit, walk
 from kvp.types import Kind, Space
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectionStrategy(ScoreStrategy):
-    """Cut KV groups with their query heads, and neurons; a unit's score is the mean of its columns'.
+class LayerwiseStrategy(ScoreStrategy):
+    """Cut KV groups with their query heads, and neurons, scored by one walk through the layers.
+
+    Leaves write `layer_scores`.
+    """
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """Whole KV groups, and neurons."""
+        return ("kv_group", "ffn")
+
+    def score(self, target: Target) -> dict[Space, Tensor]:
+        """Of every KV group and neuron, float64."""
+        spaces = self.spaces(target.config)
+        scores: dict[Space, Tensor] = {}
+        for visit in walk(target.model, target.batches, type(self).__name__):
+            scores |= self.layer_scores(visit, [s for s in spaces if s.layer == visit.layer])
+        return scores
+
+    @abstractmethod
+    def layer_scores(self, visit: Visit, spaces: Sequence[Space]) -> dict[Space, Tensor]:
+        """(units,) per space of the layer visited, float64; higher = kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionStrategy(LayerwiseStrategy):
+    """A unit's score is the mean of its columns'.
 
     Leaves write `columns`, and set `needs_covariance` if the inputs' variances do not do.
     """
@@ -43,22 +68,9 @@ class ProjectionStrategy(ScoreStrategy):
             inputs: Of the projection.
         """
 
-    def kinds(self) -> tuple[Kind, ...]:
-        """Whole KV groups, and neurons."""
-        return ("kv_group", "ffn")
-
-    def score(self, target: Target) -> dict[Space, Tensor]:
-        """Of every KV group and neuron, float64."""
-        spaces = self.spaces(target.config)
-        visits = walk(target.model, target.batches, type(self).__name__)
-        scores = [self.layer_scores(target.config, visit, spaces) for visit in visits]
-        return {space: score for layer in scores for space, score in layer.items()}
-
-    def layer_scores(
-        self, config: PretrainedConfig, visit: Visit, spaces: list[Space]
-    ) -> dict[Space, Tensor]:
-        """Of those of `spaces` that lie in the layer visited."""
-        projections = {space: members(config, space)[-1] for space in spaces if space.layer == visit.layer}
+    def layer_scores(self, visit: Visit, spaces: Sequence[Space]) -> dict[Space, Tensor]:
+        """The mean of each unit's columns."""
+        projections = {space: members(visit.model.config, space)[-1] for space in spaces}
         moments = input_moments(visit, [m.name for m in projections.values()], self.needs_covariance)
         scores = {}
         for space, member in projections.items():
@@ -66,3 +78,20 @@ class ProjectionStrategy(ScoreStrategy):
             columns = self.columns(space.kind, weight, moments[member.name]).cpu()
             scores[space] = fold(columns, member, space) / fold(torch.ones_like(columns), member, space)
         return scores
+
+
+def shares(pools: Sequence[Pool]) -> list[Pool]:
+    """The pools with scores as shares of their sum: layers compare by what part of theirs they lose.
+
+    For scores that follow the size of the activations and so grow with depth. It decides only where widths do
+    not come out even: which layers lose a unit more than others.
+    """
+    return [
+        replace(
+            pool,
+            parts=tuple(
+                replace(part, scores=part.scores / part.scores.sum().clamp(min=TINY)) for part in pool.parts
+            ),
+        )
+        for pool in pools
+    ]

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kvp.models.masks import masked
-from kvp.strategies.losses import next_token_nll
+from kvp.models.nll import next_token_nll
 from kvp.types import Plan
 
 if TYPE_CHECKING:
@@ -70,6 +70,10 @@ class Trials:
         self._bar.update()
         self._bar.set_postfix_str(f"best {self.best:.4f} nats per token", refresh=False)
         return self._losses[key]
+
+    def close(self) -> None:
+        """Leave the bar as it is; the search is over."""
+        self._bar.close()
 
     def _measured(self, trial: Any, measure: Callable[[], float]) -> float:
         started = time.perf_counter()

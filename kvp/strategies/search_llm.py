@@ -27,6 +27,7 @@ Otherwise than there, or where it says nothing we could read:
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -136,16 +137,16 @@ class SearchLLM(ScoreStrategy):
     ) -> Plan:
         """Evolve it."""
         subnets, start = self._start(target.config, scores, budget, profile, target.seed)
-        trials = Trials(directory / "trials.jsonl", self.evolution.trials)
         assert target.calibration is not None
         batches = target.calibration[: self.evolution.samples].split(target.batch_size)
+        with closing(Trials(directory / "trials.jsonl", self.evolution.trials)) as trials:
 
-        def loss(subnet: Subnet) -> float:
-            return trials.loss(
-                name_of(subnet), lambda: masked_loss(target.model, batches, subnets.plan(subnet))
-            )
+            def loss(subnet: Subnet) -> float:
+                return trials.loss(
+                    name_of(subnet), lambda: masked_loss(target.model, batches, subnets.plan(subnet))
+                )
 
-        return subnets.plan(self.evolution.search(subnets, start, loss))
+            return subnets.plan(self.evolution.search(subnets, start, loss))
 
     def _start(
         self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor, seed: int

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from kvp.models.nll import ROWS, next_token_nll
 from kvp.models.shapes import itemsize, layer_shapes, size
 from kvp.models.spaces import Member, axis_sums
-from kvp.strategies.losses import TOKENS_PER_CHUNK, next_token_nll
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -215,9 +215,7 @@ def scoring_bytes(
         if gradient_checkpointing
         else sum(per_layer)
     )
-    logits = (
-        tokens * config.vocab_size * (width + 4) + 4 * min(tokens, TOKENS_PER_CHUNK) * config.vocab_size * 4
-    )
+    logits = tokens * config.vocab_size * (width + 4) + 4 * min(tokens, ROWS) * config.vocab_size * 4
     largest = max(
         config.hidden_size
         * max(s.num_attention_heads * max(s.qk_head_dim, s.v_head_dim), s.intermediate_size)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -38,6 +38,7 @@ class SLEB(DepthStrategy):
     Attributes:
         max_ratio: Fraction of the blocks that are ranked; budgets beyond it are refused. A step costs
             half a pass of the remaining model per remaining block.
+        samples: Calibration samples that a step is decided on, the first ones; None: all, as the authors.
     """
 
     late: ClassVar[tuple[str, ...]] = Strategy.late  # what is protected is never tried
@@ -45,11 +46,14 @@ class SLEB(DepthStrategy):
     protect_first: int = 1
     protect_last: int = 1
     max_ratio: float = 0.5
+    samples: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.max_ratio <= 1:
             raise ValueError(f"strategy.max_ratio must be in (0, 1], got {self.max_ratio}")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"strategy.samples must be >= 1 or null, got {self.samples}")
 
     def most(self, config: PretrainedConfig) -> int:
         """As many as are ranked."""
@@ -58,6 +62,8 @@ class SLEB(DepthStrategy):
     def score(self, target: Target) -> dict[Space, Tensor]:
         """Place in the order of removal, from 0; their number for all that stay."""
         space, steps = self.space(target.config), self.most(target.config)
+        assert target.calibration is not None
+        target = replace(target, calibration=target.calibration[: self.samples])
         place, left = torch.full(space.shape, float(steps)), self.candidates(target.config)
         with ExitStack() as removed:
             for step in tqdm(range(steps), desc="SLEB", unit=self.grouping):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from kvp.data.corpora import FileCorpus
 from kvp.data.tokens import digest, encode
-from kvp.evaluation.perplexity import CHUNK, Perplexity, token_nll
+from kvp.evaluation.perplexity import Perplexity
+from kvp.models.nll import ROWS, token_nll
 from tests.conftest import tiny_model
 from tests.models.test_sparse_cache import naive, stepwise
 
@@ -122,8 +123,8 @@ def test_a_loss_that_is_not_finite_names_corpus_and_window(model, tokenizer, tmp
 
 
 def test_token_nll_is_float32_whatever_the_logits():
-    logits = torch.randn(3, CHUNK, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
-    targets = torch.randint(50, (3, CHUNK), generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(3, ROWS, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.randint(50, (3, ROWS), generator=torch.Generator().manual_seed(1))
     expected = F.cross_entropy(logits.float().mT, targets, reduction="none")
     torch.testing.assert_close(token_nll(logits, targets), expected)
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from kvp.models.spaces import find_spaces
 from kvp.strategies.base import Target
 from kvp.strategies.importance import Importance, score_spaces
-from kvp.strategies.losses import next_token_nll
 from tests.conftest import tiny_model
 
 HEAD_DIM = 8
@@ -197,12 +196,3 @@ def test_scores_permute_with_the_kv_groups(importance):
     for space in spaces:
         expected = before[space][order] if space.layer == 1 else before[space]
         assert torch.allclose(after[space], expected, rtol=1e-3, atol=1e-9)
-
-
-def test_next_token_nll_is_the_models_own_loss(family):
-    model = tiny_model(family)
-    ids = torch.randint(3, 96, (3, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert next_token_nll(model, input_ids=ids, labels=ids).mean().item() == pytest.approx(
-            model(ids, labels=ids).loss.item(), rel=1e-6
-        )

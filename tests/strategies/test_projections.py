@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -94,3 +96,19 @@ def test_a_parameter_budget_takes_groups_and_neurons(strategy, family, tokens):
     }
     with torch.no_grad():
         assert (apply(model, plan)(tokens).logits - mask(model, plan)(tokens).logits).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["wanda_sp", "llm_bip"])
+@pytest.mark.parametrize(("by_share", "layer"), [(True, 1), (False, 0)])
+def test_the_odd_group_goes_where_it_is_the_least_share(name, by_share, layer):
+    """One of six groups: scores that grow with depth must not decide that the first layer loses it."""
+    strategy, config = replace(STRATEGIES[name], by_share=by_share), tiny_config("llama", "gqa")
+    groups = torch.tensor([[1.1, 1.0], [40.0, 10.0], [110.0, 100.0]], dtype=torch.float64)
+    scores = {
+        space: groups[space.layer] if space.kind == "kv_group" else torch.ones(space.shape)
+        for space in find_spaces(config, ["kv_group", "ffn"])
+    }
+    budget = Budget(value=1 / 6, of="kv_cache", tolerance=0.01)
+    plan = strategy.plan(config, scores, budget, torch.zeros(3))
+    kept = {space.layer: keep.tolist() for space, keep in plan.keep.items() if space.kind == "kv_group"}
+    assert kept == {n: [0] if n == layer else [0, 1] for n in range(3)}

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -28,7 +25,8 @@ from kvp.strategies.subnets import name_of, resize
 from kvp.strategies.walk import caught_inputs
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
-from tests.test_run import ROOT, overrides, run_here
+from tests.process import start_kvp
+from tests.test_run import overrides, run_here
 
 QUICK = Evolution(generations=4, population=10, parents=3, mutated=5, crossed=3)
 STRATEGY = SearchLLM(allocator=Uniform(multiple_of=2), evolution=QUICK)
@@ -215,19 +213,15 @@ def test_kill_in_the_middle_of_the_search_gives_the_same_plan(tmp_path):
         "strategy.allocator.multiple_of=2",
         "ratio=block_params",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvp", *overrides(tmp_path / "killed", *options)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_kvp(*overrides(tmp_path / "killed", *options))
     deadline, killed = time.time() + 120, ""
-    while killed.count("\n") < 30 and process.poll() is None and time.time() < deadline:
+    while killed.count("\n") < 30 and process.is_alive() and time.time() < deadline:
         partial = list((tmp_path / "killed" / "store" / "search").glob(".*.partial/trials.jsonl"))
         killed = partial[0].read_text() if partial else ""
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the search was over before it could be killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the search was over before it could be killed"
     resumed, undisturbed = run_here(tmp_path / "killed", *options), run_here(tmp_path / "whole", *options)
 
     def written(record, stage, name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -53,6 +54,14 @@ def test_the_order_does_not_depend_on_how_far_it_goes(target):
     assert (short < 2).sum() == 2
     assert torch.equal(short < 2, long < 2)
     assert long[0] == long[-1] == 4  # protected: behind the four that were ranked
+
+
+def test_it_decides_on_the_first_samples_if_told(target):
+    (few,) = SLEB(samples=2).score(target).values()
+    (alone,) = SLEB().score(replace(target, calibration=target.calibration[:2])).values()
+    assert torch.equal(few, alone)
+    with pytest.raises(ValueError, match=r"strategy\.samples must be >= 1 or null, got 0"):
+        SLEB(samples=0)
 
 
 def test_it_is_not_the_one_shot_order(target):
