@@ -81,10 +81,13 @@ def prune(x: Experiment, dense: str, scored: str, sensed: str | None, found: str
     return inputs
 
 
-def recover(x: Experiment, pruned: str) -> Inputs:
-    """Of training."""
+def recover(x: Experiment, dense: str, pruned: str) -> Inputs:
+    """Of training; the dense model decides only as a teacher."""
     assert x.recovery is not None
-    return {"model": pruned, "recovery": x.recovery.identity(x.corpora), "seed": x.node["seed"]}
+    inputs = {"model": pruned, "recovery": x.recovery.identity(x.corpora), "seed": x.node["seed"]}
+    if x.recovery.distillation:
+        inputs |= {"teacher": dense}
+    return inputs
 
 
 def sparsity(model: str) -> Inputs:

@@ -28,8 +28,7 @@ def make_record(
         "ratio": {"asked": asked(x), "achieved": achieved(models["dense"], models["pruned"])},
         **models,
         "sensitivity": x.profile,
-        "recovery": x.recovery_result
-        and {**x.recovery_result, "losses": [[point["step"], point["loss"]] for point in x.losses]},
+        "recovery": x.recovery_result and {**x.recovery_result, **losses(x)},
         "stages": stages(x),
         "tracker": tracker,
         "provenance": {
@@ -46,7 +45,7 @@ def make_record(
 
 def identity(x: Experiment, directory: Path) -> Record:
     """Which run this is."""
-    names = {"name": x.name, "hash": x.hash, "directory": str(directory)}
+    names = {"name": x.name, "hash": x.hash, "group": x.group, "directory": str(directory)}
     return {**names, "config": x.node, "overrides": x.overrides and list(x.overrides)}
 
 
@@ -56,6 +55,16 @@ def asked(x: Experiment) -> Record | None:
         return None
     first, *then = ({"value": budget.value, "of": budget.of} for budget in (x.budget, *x.strategy.then))
     return first | ({"then": then} if then else {})
+
+
+def losses(x: Experiment) -> Record:
+    """(step, loss) pairs of a recovery, and those of the loss's parts if it has a teacher."""
+
+    def curve(key: str) -> list[list[float]]:
+        return [[point["step"], point[key]] for point in x.losses]
+
+    parts = {key.removesuffix("_loss"): curve(key) for key in x.losses[0] if key.endswith("_loss")}
+    return {"losses": curve("loss"), **({"loss_parts": parts} if parts else {})}
 
 
 def origin(x: Experiment, started: float) -> Record:

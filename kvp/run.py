@@ -39,7 +39,7 @@ def run(x: Experiment) -> Record:
             models = {"dense": steps.examine(x, dense)}
             pruned = steps.prune(x, dense)
             models["pruned"] = steps.examine(x, pruned)
-            recovered = steps.recover(x, pruned)
+            recovered = steps.recover(x, dense, pruned)
             if recovered is not None:
                 models["recovered"] = steps.examine(x, recovered)
 

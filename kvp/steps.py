@@ -120,8 +120,8 @@ def _cut(x: Experiment, dense: Checkpoint, plan: Plan, directory: Path) -> None:
     save_checkpoint(cut, load_tokenizer(dense.path), directory)
 
 
-def recover(x: Experiment, pruned: Checkpoint) -> Checkpoint | None:
-    """LoRA on the pruned model, merged."""
+def recover(x: Experiment, dense: Checkpoint, pruned: Checkpoint) -> Checkpoint | None:
+    """LoRA on the pruned model, merged; the dense one teaches if it is asked to."""
     recovery = x.recovery
     if recovery is None:
         return None
@@ -129,11 +129,17 @@ def recover(x: Experiment, pruned: Checkpoint) -> Checkpoint | None:
     def work(directory: Path) -> dict[str, Any]:
         x.unload()
         return recovery.recover(
-            pruned.path, directory, corpora=x.corpora, seed=x.node["seed"], device=x.device
+            pruned.path,
+            directory,
+            corpora=x.corpora,
+            seed=x.node["seed"],
+            device=x.device,
+            teacher=dense.path,
         )
 
-    stage = x.once("recover", "recover", inputs.recover(x, pruned.fingerprint), work, resumable=True)
-    x.recovery_result = stage.result
+    decisive = inputs.recover(x, dense.fingerprint, pruned.fingerprint)
+    stage = x.once("recover", "recover", decisive, work, resumable=True)
+    x.recovery_result = stage.result | ({"teacher": dense.fingerprint} if recovery.distillation else {})
     x.losses = [json.loads(line) for line in (stage.path / "losses.jsonl").read_text().splitlines()]
     return Checkpoint(stage.path / "model", stage.fingerprint)
 

@@ -33,7 +33,14 @@ class Recovery(ABC):
 
     @abstractmethod
     def recover(
-        self, checkpoint: Path, directory: Path, *, corpora: Mapping[str, Corpus], seed: int, device: str
+        self,
+        checkpoint: Path,
+        directory: Path,
+        *,
+        corpora: Mapping[str, Corpus],
+        seed: int,
+        device: str,
+        teacher: Path | None = None,
     ) -> dict[str, Any]:
         """Writes the recovered checkpoint to `directory / "model"` and returns what it cost and gained.
 
@@ -43,6 +50,7 @@ class Recovery(ABC):
             corpora: The text that the data may name.
             seed: For everything that is drawn.
             device: "cpu" or "cuda".
+            teacher: The dense model, for a recovery that learns from it.
         """
 
     @abstractmethod

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainin
 
 from kvp.recovery.base import Example
 from kvp.recovery.batches import collate, mean_loss
+from kvp.recovery.distillation import PARTS
+from kvp.recovery.distiller import Distiller
 from kvp.recovery.journal import Journal
 from kvp.recovery.lora import Lora
 
@@ -31,6 +33,7 @@ class Job:
         seed: Of the adapter's first values and of the order of examples.
         device: "cpu" or "cuda".
         resume: Checkpoint of a killed attempt to go on from.
+        teacher: Directory of the dense model, if the recipe learns from it.
     """
 
     checkpoint: str
@@ -38,6 +41,7 @@ class Job:
     seed: int
     device: str
     resume: str | None
+    teacher: str | None
 
 
 def fit(recipe: Lora, job: Job, examples: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Any]:
@@ -45,10 +49,16 @@ def fit(recipe: Lora, job: Job, examples: Sequence[Example], held_out: Sequence[
     model = _model(recipe, job)
     directory = Path(job.directory)
     journal = Journal(directory / "losses.jsonl")
-    arguments = _arguments(recipe, job)
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=examples, data_collator=collate, callbacks=[journal]
-    )
+    options: dict[str, Any] = {
+        "model": model,
+        "args": _arguments(recipe, job),
+        "train_dataset": examples,
+        "data_collator": collate,
+        "callbacks": [journal],
+    }
+    if recipe.distillation:
+        options |= {"distillation": recipe.distillation, "teacher": job.teacher, "dtype": recipe.dtype}
+    trainer = (Distiller if recipe.distillation else Trainer)(**options)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=job.resume)
     _check_trained(model)
@@ -57,7 +67,7 @@ def fit(recipe: Lora, job: Job, examples: Sequence[Example], held_out: Sequence[
     model.save_pretrained(str(directory / "adapter"), save_embedding_layers=False)
     (directory / "adapter" / "README.md").unlink()
     rows = [json.loads(line) for line in journal.path.read_text().splitlines()]
-    return {
+    result = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "tokens_seen": trainer.state.num_input_tokens_seen,
@@ -67,6 +77,17 @@ def fit(recipe: Lora, job: Job, examples: Sequence[Example], held_out: Sequence[
         "num_processes": recipe.num_processes,
         "validation": _validate(recipe, model, held_out) if held_out else None,
         "seconds_per_step": median(row["seconds"] for row in rows),
+    }
+    if recipe.distillation:
+        result["distillation"] = asdict(recipe.distillation) | _parts(rows)
+    return result
+
+
+def _parts(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """First and final value of each part of the loss, as "first_logits_loss" and the like."""
+    names = [f"{part}_loss" for part in PARTS if f"{part}_loss" in rows[0]]
+    return {f"first_{name}": rows[0][name] for name in names} | {
+        f"final_{name}": fmean(row[name] for row in rows[-10:]) for name in names
     }
 
 

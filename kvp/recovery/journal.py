@@ -13,6 +13,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from kvp.recovery.distillation import PARTS
+
 COMPLETE = "complete"  # the file that says that a checkpoint was written to its end
 
 
@@ -29,7 +31,8 @@ class Journal(TrainerCallback):
     """Writes one line of JSON per step to `path`, shows a bar, and stops at the first number not finite.
 
     A line: "step" (from 1), "loss" (nats per target token), "learning_rate", "grad_norm" (before
-    clipping), "seconds". After a resume the file holds the steps of the checkpoint and goes on there.
+    clipping), "seconds"; with a teacher also the loss's parts before they are weighted, "text_loss" and so on.
+    After a resume the file holds the steps of the checkpoint and goes on there.
     """
 
     def __init__(self, path: Path) -> None:
@@ -95,5 +98,5 @@ class Journal(TrainerCallback):
 
 
 def _line(row: dict[str, Any]) -> str:
-    keys = ("step", "loss", "learning_rate", "grad_norm", "seconds")
-    return json.dumps({key: row[key] for key in keys}) + "\n"
+    keys = ("step", "loss", *(f"{part}_loss" for part in PARTS), "learning_rate", "grad_norm", "seconds")
+    return json.dumps({key: row[key] for key in keys if key in row}) + "\n"

@@ -6,7 +6,7 @@ LLM-Pruner (arXiv:2305.11627) made it the usual way to recover a pruned model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 
 from kvp.data.corpora import Corpus
 from kvp.recovery.base import Examples, Recovery
+from kvp.recovery.distillation import Distillation
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = ("bfloat16", "float32")
@@ -45,6 +46,7 @@ class Lora(Recovery):
         validation: Examples held out, whose loss is told before and after.
         keep_zeros: The merged update is dropped where the weight is zero, so that a sparse model stays sparse. It
             is trained dense, and loses what it does there.
+        distillation: What it learns from the dense model; None: from the text alone.
     """
 
     data: Examples
@@ -66,6 +68,7 @@ class Lora(Recovery):
     gradient_checkpointing: bool = False
     validation: int = 0
     keep_zeros: bool = False
+    distillation: Distillation | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -97,15 +100,21 @@ class Lora(Recovery):
             )
         if self.scheduler not in ("linear", "cosine"):
             raise ValueError(f"scheduler must be linear or cosine, got {self.scheduler!r}")
+        if not isinstance(self.distillation, Distillation | None):
+            raise ValueError(
+                f"distillation is chosen by recovery/distillation=logits before it has options, got {self.distillation}"
+            )
 
     def identity(self, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
         """Every option that changes numbers, and which bytes the data stand for."""
-        apart = ("data", "save_steps", "num_processes", "keep_zeros")
+        apart = ("data", "save_steps", "num_processes", "keep_zeros", "distillation")
         options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         if self.num_processes > 1:
             options["num_processes"] = self.num_processes
         if self.keep_zeros:
             options["keep_zeros"] = True
+        if self.distillation:
+            options["distillation"] = {k: float(value) for k, value in asdict(self.distillation).items()}
         return {**options, "target_modules": list(self.target_modules), "data": self.data.identity(corpora)}
 
     def check(self, corpora: Mapping[str, Corpus], device: str) -> None:
@@ -117,7 +126,14 @@ class Lora(Recovery):
             )
 
     def recover(
-        self, checkpoint: Path, directory: Path, *, corpora: Mapping[str, Corpus], seed: int, device: str
+        self,
+        checkpoint: Path,
+        directory: Path,
+        *,
+        corpora: Mapping[str, Corpus],
+        seed: int,
+        device: str,
+        teacher: Path | None = None,
     ) -> dict[str, Any]:
         """Writes `adapter/`, the merged `model/` in the checkpoint's dtype, and `losses.jsonl`.
 
@@ -127,8 +143,8 @@ class Lora(Recovery):
 
         Raises:
             FloatingPointError: The loss or a gradient is not finite.
-            ValueError: No example is left to train on.
+            ValueError: No example is left to train on, or the teacher has another vocabulary.
         """
         from kvp.recovery.training import train  # imports seconds of peft and Trainer
 
-        return train(self, checkpoint, directory, corpora=corpora, seed=seed, device=device)
+        return train(self, checkpoint, directory, corpora=corpora, seed=seed, device=device, teacher=teacher)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvp.recovery.base import Example
+from kvp.recovery.distillation import Distillation
 from kvp.recovery.fit import Job, fit
 from kvp.recovery.lora import Lora
 
@@ -41,6 +42,7 @@ def fit_in_processes(
         stale.unlink()
     options = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name != "data"}
     options["target_modules"] = list(recipe.target_modules)
+    options["distillation"] = recipe.distillation and asdict(recipe.distillation)
     content = {"recipe": options, "job": asdict(job), "examples": list(examples), "held_out": list(held_out)}
     spec.write_text(json.dumps(content))
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={recipe.num_processes}"]
@@ -75,7 +77,9 @@ def main() -> None:
     """One of the processes."""
     _die_with_parent()
     spec = json.loads(Path(sys.argv[1]).read_text())
-    recipe, job = Lora(data=None, **spec["recipe"]), Job(**spec["job"])  # type: ignore[arg-type]
+    options = spec["recipe"]
+    options["distillation"] = options["distillation"] and Distillation(**options["distillation"])
+    recipe, job = Lora(data=None, **options), Job(**spec["job"])  # type: ignore[arg-type]
     try:
         figures = fit(recipe, job, spec["examples"], spec["held_out"])
     except Exception as error:

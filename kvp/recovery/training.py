@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from kvp.data.corpora import Corpus
 from kvp.recovery.base import Example
+from kvp.recovery.distiller import check_teacher
 from kvp.recovery.fit import Job, fit
 from kvp.recovery.journal import newest_checkpoint
 from kvp.recovery.lora import Lora
@@ -20,9 +21,18 @@ from kvp.recovery.processes import fit_in_processes
 
 
 def train(
-    recipe: Lora, checkpoint: Path, directory: Path, *, corpora: Mapping[str, Corpus], seed: int, device: str
+    recipe: Lora,
+    checkpoint: Path,
+    directory: Path,
+    *,
+    corpora: Mapping[str, Corpus],
+    seed: int,
+    device: str,
+    teacher: Path | None,
 ) -> dict[str, Any]:
     """What `Lora.recover` promises."""
+    if recipe.distillation:
+        check_teacher(checkpoint, teacher)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     held_out, examples = _split(recipe, recipe.data.examples(tokenizer, corpora), seed)
     job = Job(
@@ -31,6 +41,7 @@ def train(
         seed=seed,
         device=device,
         resume=newest_checkpoint(directory / "trainer"),
+        teacher=str(teacher) if recipe.distillation else None,
     )
     result = (fit if recipe.num_processes == 1 else fit_in_processes)(recipe, job, examples, held_out)
     merged, agreement = merge(

@@ -66,5 +66,5 @@ def foretell(x: Experiment) -> tuple[list[Foretold], Path]:
         pruned = stage("prune", "prune", inputs.prune(x, dense, scored, sensed, found))
         examine(pruned)
     if x.recovery:
-        examine(stage("recover", "recover", inputs.recover(x, pruned)))
+        examine(stage("recover", "recover", inputs.recover(x, dense, pruned)))
     return chain, directory

@@ -7,22 +7,31 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from kvp.data.instructions import Instructions
+from kvp.recovery.distillation import Distillation
 from kvp.recovery.lora import Lora
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
 def load(path):
-    """The node as it stands in a whole configuration, whose `dtype` it refers to."""
-    return OmegaConf.create({"dtype": "float32", "recovery": OmegaConf.load(path)}).recovery
+    """The node as it stands in a whole configuration, whose `dtype` it refers to, without distillation."""
+    node = OmegaConf.load(path)
+    assert node.pop("defaults") == [{"distillation": "none"}, "_self_"]
+    return OmegaConf.create({"dtype": "float32", "recovery": node}).recovery
 
 
 @pytest.mark.parametrize("path", (CONF / "recovery").glob("lora*.yaml"), ids=lambda path: path.stem)
 def test_every_lora_states_every_option(path):
     config = load(path)
     recovery = instantiate(config, _convert_="all")
-    assert set(config) == {"_target_"} | set(Lora.__dataclass_fields__)
+    assert set(config) == {"_target_"} | set(Lora.__dataclass_fields__) - {"distillation"}
     assert set(config.data) == {"_target_"} | set(type(recovery.data).__dataclass_fields__)
+
+
+def test_the_distillation_states_every_option_at_its_default():
+    config = OmegaConf.load(CONF / "recovery" / "distillation" / "logits.yaml")
+    assert instantiate(config) == Distillation()
+    assert set(config) == {"_target_"} | set(Distillation.__dataclass_fields__)
 
 
 def test_the_alpaca_recipe_is_that_of_llm_pruner():

@@ -3,8 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from kvp.recovery import fit
 from kvp.recovery.batches import IGNORE, collate, mean_loss
 from kvp.recovery.journal import newest_checkpoint
 from kvp.recovery.lora import Lora
+from tests.process import start
 
 TEXT = (
     " ".join(
@@ -182,28 +181,27 @@ def test_trained_in_bfloat16_and_stored_as_it_came(stored, corpora, tmp_path):
     assert merged.dtype == stored
 
 
-CHILD = """
-import sys
-from pathlib import Path
-import torch
-from tests.recovery.test_lora import FileCorpus, make
-torch.set_num_threads(1)
-checkpoint, directory, text = sys.argv[1:]
-make(max_steps=60).recover(
-    Path(checkpoint), Path(directory), corpora={"text": FileCorpus(path=text)}, seed=3, device="cpu"
-)
-"""
+def train(checkpoint, directory, corpora, options):
+    """What is killed: recovery in a process of its own."""
+    torch.set_num_threads(1)
+    make(max_steps=60, **options).recover(checkpoint, directory, corpora=corpora, seed=3, device="cpu")
+
+
+def train_until_killed(checkpoint, directory, corpora, **options):
+    """Until there are losses of more than 16 steps."""
+    directory.mkdir()
+    losses = directory / "losses.jsonl"
+    child = start(train, checkpoint, directory, corpora, options)
+    while child.is_alive() and not (losses.exists() and losses.read_text().count("\n") > 16):
+        time.sleep(0.002)
+    child.kill()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
 
 
 def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(checkpoint, corpora, tmp_path):
-    killed, losses = tmp_path / "killed", tmp_path / "killed" / "losses.jsonl"
-    killed.mkdir()
-    command = [sys.executable, "-c", CHILD, str(checkpoint), str(killed), str(corpora["text"].path)]
-    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    while child.poll() is None and not (losses.exists() and losses.read_text().count("\n") > 16):
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    killed = tmp_path / "killed"
+    train_until_killed(checkpoint, killed, corpora)
     resumed_from = int(str(newest_checkpoint(killed / "trainer")).rpartition("-")[2])
     assert 14 <= resumed_from < 60
 

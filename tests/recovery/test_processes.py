@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,7 +10,7 @@ import torch
 
 from kvp.data.text import PackedText
 from kvp.recovery.journal import newest_checkpoint
-from tests.recovery.test_lora import CHILD, adapter, checkpoint, corpora, make, recover  # noqa: F401
+from tests.recovery.test_lora import adapter, checkpoint, corpora, make, recover, train_until_killed  # noqa: F401
 
 STEPS = 60  # less than an epoch
 DATA = PackedText(corpora=["text"], length=4)
@@ -26,16 +22,7 @@ def rows(directory):
 
 def test_two_processes_train_as_one_does_even_when_killed(checkpoint, corpora, tmp_path):  # noqa: F811
     killed, losses = tmp_path / "killed", tmp_path / "killed" / "losses.jsonl"
-    killed.mkdir()
-    program = CHILD.replace("make(", f"make(num_processes=2, dropout=0.0, data={DATA}, ")
-    program = program.replace("import torch\n", "import torch\nfrom kvp.data.text import PackedText\n")
-    command = [sys.executable, "-c", program, str(checkpoint), str(killed), str(corpora["text"].path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-    while child.poll() is None and not (losses.exists() and losses.read_text().count("\n") > 16):
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    train_until_killed(checkpoint, killed, corpora, num_processes=2, dropout=0.0, data=DATA)
     time.sleep(0.5)
     lines = losses.read_text()
     assert newest_checkpoint(killed / "trainer")
