@@ -73,11 +73,13 @@ class Plan:
     A space without an entry is kept whole. `edits` maps a parameter's name to its new value.
     `bases` slices the residual stream: before the attention and before the MLP of every layer that stays,
     the orthonormal directions (hidden_size, width) that are left of it; none, if it stays whole.
+    `folded`: the slow rope pairs, from this one on, all turn at the slowest frequency; None: each at its own.
     """
 
     keep: Mapping[Space, Tensor]
     edits: Mapping[str, Tensor] = field(default_factory=dict)
     bases: Sequence[Tensor] = ()
+    folded: int | None = None
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,10 @@ class LayerShape:
     """The widths of one decoder layer; an absent sublayer has width 0.
 
     `o_bias` and `down_bias` say that a compensation gave o_proj or down_proj a bias that the family has not.
-    `rope_pairs` lists, per KV group, the rotary frequencies kept (indices into the dense model's
-    `head_dim // 2`); None stands for all of them, in order. `stream` is what slicing left of the residual
-    stream before the attention, before the MLP and after the layer; None: hidden_size, and no shortcut matrices.
+    `rope_pairs` lists, per KV group, the rotary frequencies of its pairs (indices into the dense model's
+    `head_dim // 2`, one of them several times where pairs are folded); None stands for all of them, in order.
+    `stream` is what slicing left of the residual stream before the attention, before the MLP and after the layer;
+    None: hidden_size, and no shortcut matrices.
     """
 
     num_attention_heads: int

@@ -60,6 +60,7 @@ def mask(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
                 _remove_sublayers(model, layer, space.kind)
     for position, basis in enumerate(plan.bases):
         project(model, position, basis)
+    fold_rotary(model, plan.folded)
     return model
 
 
@@ -71,6 +72,13 @@ def _zero(model: PreTrainedModel, name: str, axes: dict[int, Tensor]) -> None:
         module.weight.index_fill_(axis, gone, 0)
         if axis == 0 and module.bias is not None:
             module.bias.index_fill_(0, gone, 0)
+
+
+def fold_rotary(model: PreTrainedModel, first: int | None) -> None:
+    """Let the rope pairs of a dense model from `first` on turn at the slowest frequency; none, if that is None."""
+    if first is not None:
+        frequencies = model.get_submodule(family_of(model.config).rotary).get_buffer("inv_freq")
+        frequencies[first:] = frequencies[-1]
 
 
 def _remove_sublayers(model: PreTrainedModel, layer: int, kind: str) -> None:
@@ -119,7 +127,8 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     with ExitStack() as stack:
         for name, axes in masks_of(model.config, plan).items():
             module = model.get_submodule(name)
-            gone = {axis: ~stays.to(model.device) for axis, stays in axes.items()}
+            weight = module.get_parameter("weight")
+            gone = {axis: ~stays.to(weight.device) for axis, stays in axes.items()}
             if 0 in gone:
                 hook = module.register_forward_hook(
                     lambda module, inputs, output, gone=gone[0]: output.masked_fill(gone, 0)
@@ -132,4 +141,16 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
                 stack.callback(hook.remove)
         for position, basis in enumerate(plan.bases):
             stack.enter_context(project(model, position, basis))
+        stack.enter_context(_folded(model, plan.folded))
         yield
+
+
+@contextmanager
+def _folded(model: PreTrainedModel, first: int | None) -> Iterator[None]:
+    frequencies = model.get_submodule(family_of(model.config).rotary).get_buffer("inv_freq")
+    before = frequencies.clone()
+    fold_rotary(model, first)
+    try:
+        yield
+    finally:
+        frequencies.copy_(before)

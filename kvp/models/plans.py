@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,23 +29,29 @@ def read_scores(path: Path) -> dict[Space, Tensor]:
 
 
 def write_plan(directory: Path, plan: Plan) -> None:
-    """`plan.json`: the indices kept per space, and the widths of a sliced stream.
+    """`plan.json`: the indices kept per space, the widths of a sliced stream, and where folding begins.
 
     Rewritten parameters and bases are in the checkpoint or in files beside it.
     """
     spaces = {s.key: {"shape": s.shape, "keep": keep.tolist()} for s, keep in sorted(plan.keep.items())}
-    stream = {"stream": [basis.shape[1] for basis in plan.bases]} if plan.bases else {}
-    (directory / "plan.json").write_text(json.dumps({"spaces": spaces, **stream}))
+    node: dict[str, Any] = {"spaces": spaces}
+    if plan.bases:
+        node["stream"] = [basis.shape[1] for basis in plan.bases]
+    if plan.folded is not None:
+        node["folded"] = plan.folded
+    (directory / "plan.json").write_text(json.dumps(node))
 
 
 def read_plan(directory: Path) -> Plan:
     """What `write_plan` wrote, with the rewritten parameters and bases that a search left layer by layer."""
-    spaces = json.loads((directory / "plan.json").read_text())["spaces"]
-    keep = {space_of(key, tuple(node["shape"])): torch.tensor(node["keep"]) for key, node in spaces.items()}
+    plan = json.loads((directory / "plan.json").read_text())
+    spaces = plan["spaces"].items()
+    keep = {space_of(key, tuple(node["shape"])): torch.tensor(node["keep"]) for key, node in spaces}
     files = (directory / EDITS).glob("*.safetensors")
     edits = {name: edit for file in files for name, edit in load_file(file).items()}
     sliced = sorted((directory / BASES).glob("*.safetensors"), key=lambda file: int(file.stem))
-    return Plan(keep, edits, [load_file(file)[part] for file in sliced for part in SUBLAYERS])
+    bases = [load_file(file)[part] for file in sliced for part in SUBLAYERS]
+    return Plan(keep, edits, bases, plan.get("folded"))
 
 
 def edits_file(directory: Path, layer: int) -> Path:

@@ -93,7 +93,8 @@ def cut(shapes: Sequence[LayerShape], plan: Plan) -> tuple[LayerShape, ...]:
     layers = []
     for index in kept_blocks:
         layer = _cut_layer(
-            shapes[index], *(keep.get((kind, index)) for kind in ("kv_group", "qk", "vo", "ffn"))
+            folded(shapes[index], plan.folded),
+            *(keep.get((kind, index)) for kind in ("kv_group", "qk", "vo", "ffn")),
         )
         if index not in kept_attention:
             layer = replace(layer, num_attention_heads=0, num_key_value_heads=0, rope_pairs=None)
@@ -125,6 +126,16 @@ def space_shape(space: Space, shapes: Sequence[LayerShape]) -> tuple[int, ...]:
         "vo": (groups, layer.v_head_dim),
         "ffn": (layer.intermediate_size,),
     }[space.kind]
+
+
+def folded(layer: LayerShape, first: int | None) -> LayerShape:
+    """The layer with its rope pairs from frequency `first` on at the slowest; the same, if that is None."""
+    if first is None or not layer.num_key_value_heads:
+        return layer
+    slowest = layer.qk_head_dim // CHANNELS_PER_PAIR - 1
+    rows = layer.rope_pairs or (tuple(range(slowest + 1)),) * layer.num_key_value_heads
+    slowest = max(slowest, *map(max, rows))
+    return replace(layer, rope_pairs=tuple(tuple(slowest if p >= first else p for p in row) for row in rows))
 
 
 def _cut_layer(

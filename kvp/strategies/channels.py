@@ -19,18 +19,19 @@ from kvp.types import Kind, Space
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Grouping = Literal["coupled", "separate", "kv_group", "vo", "ffn", "block", "attention", "mlp"]
+Grouping = Literal["coupled", "separate", "apart", "kv_group", "vo", "ffn", "block", "attention", "mlp"]
 Scope = Literal["head", "layer", "model"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelStrategy(ScoreStrategy):
-    """Cut units bound together by `grouping`, scored by an importance, shared by `scope`.
+    """Cut units bound together by `grouping`, shared by `scope`.
 
     Attributes:
         grouping: "coupled": one set of channels per head for Q, K, V and O, in rope pairs (i,
             i + head_dim / 2), so that all four shrink to one width. "separate": rope pairs for Q and
-            K, channels for V and O, equally many of both. "kv_group": whole KV groups with their
+            K, channels for V and O, equally many of both. "apart": the same, each with a width of its
+            own. "kv_group": whole KV groups with their
             query heads. "vo": only value channels (for models with query-key norms). "ffn", "block",
             "attention", "mlp": those spaces.
         scope: "head": each KV group keeps its own set. "layer": one set for all groups of a layer.
@@ -49,29 +50,15 @@ class ChannelStrategy(ScoreStrategy):
         self._one_of("scope", get_args(Scope))
         if self.scope != "head" and self.grouping not in ("coupled", "separate", "vo"):
             raise ValueError(
-                f"strategy.scope={self.scope} has no meaning for grouping={self.grouping}; use scope=head"
+                f"strategy.scope={self.scope} has no meaning for grouping={self.grouping}; use scope=head, or "
+                "grouping=separate"
             )
-
-    @property
-    @abstractmethod
-    def criterion(self) -> Importance:
-        """The importance of `kvp.strategies.importance` that scores."""
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Only the data-free importances do without, under an allocator that does not probe."""
-        return self.probes or self.criterion not in ("random", "l1", "l2")
 
     def kinds(self) -> tuple[Kind, ...]:
         """Depends on the grouping."""
-        if self.grouping == "coupled" or self.grouping == "separate":
+        if self.grouping == "coupled" or self.grouping == "separate" or self.grouping == "apart":
             return ("qk", "vo")
         return (self.grouping,)
-
-    def score(self, target: Target) -> dict[Space, Tensor]:
-        """Importance of every index of the spaces."""
-        spaces = find_spaces(target.config, self.kinds())
-        return score_spaces(target, spaces, self.criterion, self.gradient_checkpointing)
 
     def pools(self, config: PretrainedConfig, scores: Scores) -> list[Pool]:
         """One pool per layer whose parts keep one width, or a single pool for the model."""
@@ -112,6 +99,26 @@ class ChannelStrategy(ScoreStrategy):
         kinds = {space.kind for space in shared}
         mean = {k: torch.stack([v[0] for s, v in shared.items() if s.kind == k]).mean(0) for k in kinds}
         return {s: mean[s.kind].expand_as(score) for s, score in shared.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceStrategy(ChannelStrategy):
+    """Such units, scored by one of `kvp.strategies.importance`."""
+
+    @property
+    @abstractmethod
+    def criterion(self) -> Importance:
+        """The importance of `kvp.strategies.importance` that scores."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Only the data-free importances do without, under an allocator that does not probe."""
+        return self.probes or self.criterion not in ("random", "l1", "l2")
+
+    def score(self, target: Target) -> dict[Space, Tensor]:
+        """Importance of every index of the spaces."""
+        spaces = find_spaces(target.config, self.kinds())
+        return score_spaces(target, spaces, self.criterion, self.gradient_checkpointing)
 
 
 def coupled_parts(qk: Space, qk_score: Tensor, vo: Space, vo_score: Tensor) -> tuple[Part, Part]:

@@ -9,8 +9,10 @@ columns K and removed columns R:
 * `LeastSquares`: W_K and a bias are refitted to give the dense output again,
   argmin ||X W^T - X_K V^T - b||^2 + ridge ||V - W_K||^2, in closed form. With an unlimited ridge V is W_K
   and b the bias above. Without the intercept b it is Numerical Pruning's (arXiv:2412.12441).
+* `Sequential`: the same fit, but to what really arrives: the inputs are those that the cut and refitted layers
+  before give (SparseGPT and SliceGPT calibrate so), the outputs still the dense model's.
 
-Any strategy takes one as `strategy/compensation=bias|least_squares`. Query-key channels and whole
+Any strategy takes one as `strategy/compensation=bias|least_squares|sequential`. Query-key channels and whole
 sublayers enter no projection, so nothing is compensated for them.
 """
 
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvp.models.masks import masks_of
+from kvp.models.masks import edited, masks_of
 from kvp.strategies.moments import Moments, input_moments
 from kvp.strategies.walk import walk
 from kvp.types import Plan
@@ -33,9 +35,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, kw_only=True)
 class Compensation(ABC):
     """Rewrites what a plan keeps, from the inputs that calibration data give."""
+
+    @abstractmethod
+    def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan) -> Plan:
+        """The plan with the rewritten weights and biases in its edits.
+
+        Edits that the plan has already are a change of basis, under which the dense model is the same function.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDenseInputs(Compensation):
+    """Projection by projection, from the inputs of the dense model."""
 
     needs_covariance = False
 
@@ -50,14 +63,13 @@ class Compensation(ABC):
         """
 
     def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan) -> Plan:
-        """The plan with the rewritten weights and biases in its edits; one layer's statistics at a time."""
-        keeps = {name: axes[1] for name, axes in masks_of(model.config, plan).items() if 1 in axes}
-        keeps = {name: keep for name, keep in keeps.items() if not keep.all()}
-        edits = dict(plan.edits)
-        for visit in walk(model, batches, "compensation") if keeps else ():
-            names = [name for name in keeps if name.startswith(f"{visit.name}.")]
-            for name, moments in input_moments(visit, names, self.needs_covariance).items():
-                edits |= self._edit(model, name, keeps[name], moments)
+        """One layer's statistics at a time."""
+        keeps, edits = cut_inputs(model, plan), dict(plan.edits)
+        with edited(model, plan.edits):
+            for visit in walk(model, batches, "compensation") if keeps else ():
+                names = [name for name in keeps if name.startswith(f"{visit.name}.")]
+                for name, moments in input_moments(visit, names, self.needs_covariance).items():
+                    edits |= self._edit(model, name, keeps[name], moments)
         return replace(plan, edits=edits)
 
     def _edit(self, model: PreTrainedModel, name: str, keep: Tensor, inputs: Moments) -> dict[str, Tensor]:
@@ -74,8 +86,14 @@ class Compensation(ABC):
         return edits
 
 
+def cut_inputs(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
+    """(in_features,) boolean per projection that loses inputs: True where they stay."""
+    keeps = {name: axes[1] for name, axes in masks_of(model.config, plan).items() if 1 in axes}
+    return {name: keep for name, keep in keeps.items() if not keep.all()}
+
+
 @dataclass(frozen=True, kw_only=True)
-class Bias(Compensation):
+class Bias(OnDenseInputs):
     """Adds the mean of what was removed; the weights stay."""
 
     def solve(self, weight: Tensor, keep: Tensor, inputs: Moments) -> tuple[Tensor, Tensor]:
@@ -84,7 +102,7 @@ class Bias(Compensation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeastSquares(Compensation):
+class LeastSquares(OnDenseInputs):
     """Refits the kept columns, by the covariance C of the inputs.
 
     V = W_K + W_R C_RK (C_KK + ridge d I)^-1, with d the mean of the diagonal of C_KK, and the bias that

@@ -12,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from kvp.strategies.channels import ChannelStrategy
+from kvp.strategies.channels import ImportanceStrategy
 from kvp.strategies.importance import Importance
 
 
 @dataclass(frozen=True, kw_only=True)
-class KVPruner(ChannelStrategy):
+class KVPruner(ImportanceStrategy):
     """The paper's strategy, with its open choices as options.
 
     Attributes:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from kvp.strategies.channels import ChannelStrategy
+from kvp.strategies.channels import ImportanceStrategy
 from kvp.strategies.importance import Importance
 
 
 @dataclass(frozen=True, kw_only=True)
-class Magnitude(ChannelStrategy):
+class Magnitude(ImportanceStrategy):
     """Score = sum of |w|^p over everything the unit cuts.
 
     Attributes:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvp.strategies.channels import ChannelStrategy
+from kvp.strategies.channels import ImportanceStrategy
 from kvp.strategies.importance import Importance
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random(ChannelStrategy):
+class Random(ImportanceStrategy):
     """Keep units drawn uniformly under the run's seed."""
 
     @property

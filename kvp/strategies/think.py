@@ -15,10 +15,7 @@ ours:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +23,9 @@ from tqdm.auto import tqdm
 
 from kvp.models.family import family_of
 from kvp.strategies.base import ScoreStrategy, Target
+from kvp.strategies.logits import observed_attention, pair_interactions
 from kvp.strategies.signals import require_finite
 from kvp.types import Kind, Space
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,42 +74,3 @@ class ThinK(ScoreStrategy):
         for space, score in scores.items():
             require_finite(score.sum(), f"a query-key product of layer {space.layer}")
         return scores
-
-
-def pair_interactions(query: Tensor, key: Tensor) -> Tensor:
-    """(groups, pairs) squared share of each pair in a logit: mean over samples, queries, keys; sum over heads.
-
-    Args:
-        query: (batch, heads, queries, head_dim), rotated.
-        key: (batch, groups, keys, head_dim), rotated.
-    """
-
-    def gram(states: Tensor) -> Tensor:
-        """(batch, heads, pairs, 2, 2) products of the two channels of a pair, mean over tokens."""
-        halves = states.float().unflatten(-1, (2, -1))
-        return torch.einsum("bhtip,bhtjp->bhpij", halves, halves) / states.shape[2]
-
-    queries = gram(query).unflatten(1, (key.shape[1], -1)).sum(2)
-    return (queries * gram(key)).sum(dim=(-2, -1)).mean(0)
-
-
-@contextmanager
-def observed_attention(
-    model: PreTrainedModel, observe: Callable[[nn.Module, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Calls `observe(attention module, query, key)`, after rotation, in the passes of a `with`."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    name = model.config._attn_implementation
-    attend = ALL_ATTENTION_FUNCTIONS.get(name, sdpa_attention_forward)  # "eager" has no entry
-
-    def observing(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-        observe(module, query, key)
-        return attend(module, query, key, *args, **kwargs)
-
-    ALL_ATTENTION_FUNCTIONS[name] = observing
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[name]

@@ -13,7 +13,8 @@ from kvp.models.surgery import apply
 from kvp.strategies.allocate import Uniform
 from kvp.strategies.base import Target
 from kvp.strategies.compensate import Bias
-from kvp.strategies.think import ThinK, observed_attention
+from kvp.strategies.logits import observed_attention
+from kvp.strategies.think import ThinK
 from kvp.strategies.walk import caught_inputs
 from kvp.types import Budget, Plan
 from tests.conftest import random_plan, tiny_config, tiny_model

@@ -1,0 +1,238 @@
+"""Attention heads in a basis of their own, in which what the cache holds is sorted by what it is worth.
+
+Two changes of basis leave the function of a KV group and its query heads as it is, so that dropping the last
+coordinates is the best that dropping channels can do:
+
+* Values, by rank. With S the second moment of what attention makes of the group's values, averaged over its query
+  heads, and O_h their columns of o_proj, the SVD U E W^T of S^(1/2) [O_1^T ... O_n^T] gives v' = U^T S^(-1/2) v and
+  O_h' = O_h S^(1/2) U: of all r directions the first r of v' keep the most of the output, and E_j^2 is the mean
+  square that direction j adds to it. (ASVD and SVD-LLM whiten so; here per KV group, as the cache needs.)
+* Slow keys, by rank. A rope pair whose angle stays small over the context as good as does not turn. All such pairs
+  are given the slowest frequency, and among their channels any basis is allowed: with S_q and S_k the second moments
+  of queries and (centred) keys there, before rotation, the SVD U E V^T of S_q^(1/2) S_k^(1/2) gives
+  k' = V^T S_k^(-1/2) k and q' = V^T S_k^(1/2) q; E_j^2 is the mean square that direction j adds to a logit. A constant
+  that a query adds to all its logits is nothing to softmax: hence the centring, over the keys of a sample.
+
+Pairs that do turn are worth the mean square of their term in the logits (ThinK's, with centred keys).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvp.models.family import family_of
+from kvp.models.shapes import CHANNELS_PER_PAIR, layer_shapes
+from kvp.strategies.logits import observed_attention, pair_interactions
+from kvp.strategies.signals import require_finite
+from kvp.strategies.walk import Visit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SMALLEST = 1e-9  # of the largest eigenvalue: what is less is rounding
+
+
+@dataclass(frozen=True)
+class Turned:
+    """The heads of a layer in their new basis.
+
+    Attributes:
+        edits: The rewritten parameters by name: the same function but for the frequencies of folded pairs.
+        qk: (groups, pairs) mean square that a pair adds to the logits of the group, summed over its query heads.
+        vo: (groups, v_head_dim) mean square that a value channel adds to the attention's output (summed over it).
+    """
+
+    edits: dict[str, Tensor]
+    qk: Tensor
+    vo: Tensor
+
+
+@dataclass
+class Statistics:
+    """Means over samples and tokens, float64; `queries` and `values` are sums over the query heads of a group.
+
+    Attributes:
+        pairs: (groups, pairs) mean square of each pair's term in the logits.
+        queries, keys: (groups, width, width) second moments before rotation, keys centred.
+        values: (groups, v width, v width) second moment of what attention makes of the values.
+    """
+
+    samples: int = 0
+    pairs: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    queries: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    keys: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    values: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    def add(self, samples: int, **means: Tensor) -> None:
+        """The means over `samples` more."""
+        self.samples += samples
+        for name, mean in means.items():
+            before = getattr(self, name).to(mean.device)
+            setattr(self, name, before + (mean.double() - before) * (samples / self.samples))
+
+
+def first_folded(model: PreTrainedModel, context: int | None, angle: float) -> int | None:
+    """The first rope pair that turns by less than `angle` (radians) against the slowest within `context` tokens.
+
+    None: not even two do, or no context is given.
+    """
+    if context is None:
+        return None
+    frequencies = model.get_submodule(family_of(model.config).rotary).get_buffer("inv_freq").double()
+    slow = ((frequencies - frequencies[-1]) * context <= angle).nonzero().flatten()
+    return int(slow[0]) if len(slow) > 1 else None
+
+
+def turn(visit: Visit, *, values: bool, folded: int | None) -> Turned:
+    """The heads of the layer visited, their values by rank if `values`, their pairs from `folded` on as well.
+
+    Raises:
+        FloatingPointError: A query, key or value is not finite.
+    """
+    found, heads, columns = statistics(visit), Heads(visit), output_columns(visit)
+    qk = found.pairs.clone()
+    edits: dict[str, Tensor] = {}
+    if folded is not None:
+        query, key = heads.rows("q"), heads.rows("k")
+        for group, slow in enumerate(_slow_channels(visit, folded)):
+            moments = (moment[group][slow][:, slow] for moment in (found.queries, found.keys))
+            query_map, key_map, energies = by_rank(*moments)
+            query[group, :, slow] = query_map @ query[group][:, slow]
+            key[group, :, slow] = key_map @ key[group][:, slow]
+            qk[group, slow[: len(slow) // 2]] = energies.view(2, -1).sum(0)
+        edits |= heads.edits("q", query) | heads.edits("k", key)
+    mixed = found.values / columns.shape[1]
+    if not values:
+        return Turned(edits, qk, mixed.diagonal(dim1=1, dim2=2) * columns.square().sum((1, 2)))
+    value, vo = heads.rows("v"), []
+    for group, moment in enumerate(mixed):
+        root, inverse = roots(moment)
+        basis, singular, _ = torch.linalg.svd(root @ columns[group].flatten(0, 1).T, full_matrices=False)
+        value[group] = basis.T @ inverse @ value[group]
+        columns[group] = columns[group] @ root @ basis
+        vo.append(singular.square())
+    edits |= heads.edits("v", value) | {
+        f"{heads.name('o')}.weight": heads.stored(columns.permute(2, 0, 1, 3).flatten(1))
+    }
+    return Turned(edits, qk, torch.stack(vo))
+
+
+def by_rank(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What queries and keys are multiplied by, and the mean square of each direction's term in a logit.
+
+    Directions come in rope order: the best two are the channels of the first pair, and so on.
+
+    Args:
+        queries: (width, width) second moment, summed over the query heads.
+        keys: (width, width) second moment.
+    """
+    root, inverse = roots(keys)
+    energies, basis = torch.linalg.eigh(root @ queries @ root)
+    best_first = torch.arange(len(keys)).flip(0).view(-1, 2).T.flatten()
+    basis = basis[:, best_first]
+    return basis.T @ root, basis.T @ inverse, energies[best_first].clamp(min=0)
+
+
+def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a second moment, and its inverse; directions of no variance are kept tiny."""
+    values, vectors = torch.linalg.eigh(moment)
+    root = values.clamp(min=SMALLEST * values[-1].clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+    return vectors * root @ vectors.T, vectors / root @ vectors.T
+
+
+def statistics(visit: Visit) -> Statistics:
+    """Of the heads of the layer visited; one pass of the layer."""
+    heads, found = Heads(visit), Statistics()
+    shape = layer_shapes(visit.model.config)[visit.layer]
+    work = torch.promote_types(visit.model.dtype, torch.float32)
+    query, key = (heads.rows(part).to(work).flatten(0, 2) for part in "qk")
+    entry, output = heads.name("q"), heads.name("o")
+    seen: list[tuple[Tensor, Tensor]] = []
+    with observed_attention(visit.model, lambda module, q, k: seen.append((q, k))):
+        for states, inputs in zip(visit.states, visit.inputs(entry, output), strict=True):
+            rotated_query, rotated_key = seen.pop()
+            samples, length = states.shape[:2]
+            x = heads.extended(inputs[entry].to(work))
+            k = (x @ key.T).view(samples, length, -1)
+            found.add(
+                samples,
+                pairs=pair_interactions(rotated_query, rotated_key - rotated_key.mean(2, keepdim=True)),
+                queries=heads.second_moment(x @ query.T, shape.qk_head_dim),
+                keys=heads.second_moment((k - k.mean(1, keepdim=True)).flatten(0, 1), shape.qk_head_dim),
+                values=heads.second_moment(inputs[output].to(work), shape.v_head_dim),
+            )
+    for name in ("pairs", "queries", "keys", "values"):
+        require_finite(getattr(found, name).sum(), f"the {name} of layer {visit.layer}")
+    return found
+
+
+def output_columns(visit: Visit) -> Tensor:
+    """(groups, queries per group, hidden_size, v_head_dim) of o_proj, float64."""
+    heads = Heads(visit)
+    weight = visit.model.get_parameter(f"{heads.name('o')}.weight").detach().double()
+    return weight.unflatten(1, (heads.groups, heads.queries, -1)).permute(1, 2, 0, 3).contiguous()
+
+
+def _slow_channels(visit: Visit, folded: int) -> Iterator[Tensor]:
+    """Per KV group, the channels of the pairs whose frequency is `folded` or slower: first halves, second halves."""
+    shape = layer_shapes(visit.model.config)[visit.layer]
+    pairs = shape.qk_head_dim // CHANNELS_PER_PAIR
+    for row in shape.rope_pairs or (tuple(range(pairs)),) * shape.num_key_value_heads:
+        slow = torch.tensor([slot for slot, pair in enumerate(row) if pair >= folded], dtype=torch.long)
+        yield torch.cat([slow, slow + pairs])
+
+
+class Heads:
+    """The projections of the layer visited, head by head, a bias as their last column."""
+
+    def __init__(self, visit: Visit) -> None:
+        self.model, self.family = visit.model, family_of(visit.model.config)
+        self.prefix = f"{visit.name}.{self.family.attention}"
+        shape = layer_shapes(visit.model.config)[visit.layer]
+        self.groups, self.queries = (
+            shape.num_key_value_heads,
+            shape.num_attention_heads // shape.num_key_value_heads,
+        )
+        self.biased = f"{self.name('q')}.bias" in dict(visit.model.named_parameters())
+
+    def name(self, part: str) -> str:
+        """The module's: of q, k, v or o."""
+        return f"{self.prefix}.{getattr(self.family, part)}"
+
+    def extended(self, inputs: Tensor) -> Tensor:
+        """(tokens, in) inputs, with the 1 that a bias is multiplied by."""
+        return torch.nn.functional.pad(inputs, (0, int(self.biased)), value=1.0)
+
+    def second_moment(self, states: Tensor, width: int) -> Tensor:
+        """(groups, width, width) mean over tokens, sum over a group's heads, of states (tokens, heads * width)."""
+        rows = states.unflatten(1, (self.groups, -1, width)).transpose(0, 1).flatten(1, 2)
+        return rows.transpose(1, 2) @ rows / len(states)
+
+    def rows(self, part: str) -> Tensor:
+        """(groups, heads per group, width, in), float64; for "v" (groups, width, in)."""
+        weight = self.model.get_parameter(f"{self.name(part)}.weight").detach().double()
+        if self.biased:
+            bias = self.model.get_parameter(f"{self.name(part)}.bias").detach().double()
+            weight = torch.cat([weight, bias[:, None]], dim=1)
+        if part == "v":
+            return weight.unflatten(0, (self.groups, -1)).clone()
+        return weight.unflatten(0, (self.groups, self.queries if part == "q" else 1, -1)).clone()
+
+    def edits(self, part: str, rows: Tensor) -> dict[str, Tensor]:
+        """The parameters that such rows make."""
+        rows = rows.flatten(0, -2)
+        if not self.biased:
+            return {f"{self.name(part)}.weight": self.stored(rows)}
+        return {
+            f"{self.name(part)}.weight": self.stored(rows[:, :-1]),
+            f"{self.name(part)}.bias": self.stored(rows[:, -1]),
+        }
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """On the CPU, in the model's dtype."""
+        return tensor.to("cpu", self.model.dtype).contiguous()

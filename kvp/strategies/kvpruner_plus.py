@@ -1,0 +1,190 @@
+"""KVPruner+: drop directions, not channels, and let every byte of the cache go where it is worth the most. Ours.
+
+KVPruner drops channels as they come. Here
+
+1. every KV group is first turned into a basis in which its values, and the keys that as good as do not rotate, are
+   sorted by what they are worth (`kvp.strategies.heads`): what is dropped then is the least that can be dropped;
+2. all directions of all layers are compared in one currency, nats per token. If an attention's output moves by e, the
+   loss rises by about 1/2 e^T H e. H is replaced by s I, s the mean square of the loss's derivative by that output
+   (`output_slopes`; the Fisher information stands for the curvature), so a direction is worth s / 2 times the mean
+   square of what it adds to the output. What it adds to the *logits* is brought to that scale by one measurement per
+   layer: what the lower half of the pairs changes at the output, against what it adds to the logits;
+3. the budget is then one ranking over rope pairs and value channels of all layers (grouping=apart,
+   allocator=global), and these worths add up well enough for that (experiments/frontier);
+4. the layers are refitted one after the other to what really arrives there (compensation=sequential).
+
+Each is an option of its own: `values`, `context`, `importance`, the grouping and the allocator, the compensation.
+`scope=model grouping=separate strategy/allocator=uniform` keeps one width and one set of pairs in the whole model,
+which stock engines serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kvp.models.family import family_of
+from kvp.models.masks import edited, masked, without
+from kvp.models.plans import edits_file, found_or_made
+from kvp.models.shapes import layer_shapes
+from kvp.models.spaces import find_spaces
+from kvp.strategies.base import Scores, Target
+from kvp.strategies.channels import ChannelStrategy
+from kvp.strategies.heads import Turned, first_folded, turn
+from kvp.strategies.importance import Importance, announce_memory, score_spaces
+from kvp.strategies.sequential import Products
+from kvp.strategies.signals import backward_by_sample, require_finite
+from kvp.strategies.walk import Visit, walk
+from kvp.types import Budget, Plan, Space
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Basis = Literal["rank", "channels"]
+Worth = Literal["output"] | Importance
+RIDGE = 0.1  # of the refit that worth is measured with, as compensation=sequential has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVPrunerPlus(ChannelStrategy):
+    """The parts as options.
+
+    Attributes:
+        values: "rank": value channels are turned into directions sorted by worth; "channels": they stay.
+        context: Tokens over which folded pairs hold; None: no pair is folded. For a theta of 10,000 and 64 pairs,
+            1024 tokens fold the slowest 5; for 100,000 and 32 pairs the slowest 8.
+        angle: Radians by which a folded pair may be off at that distance.
+        importance: "output": worth in nats per token, as above; or one of `kvp.strategies.importance`, in the new
+            basis.
+    """
+
+    values: Basis = "rank"
+    context: int | None = 1024
+    angle: float = 0.2
+    importance: Worth = "output"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("values", get_args(Basis))
+        self._one_of("importance", ("output", *get_args(Importance)))
+        self._one_of("grouping", ("apart", "separate", "vo"))
+        if self.context is not None and self.context < 1:
+            raise ValueError(
+                f"strategy.context must be >= 1 token, or null to fold no pair, got {self.context}"
+            )
+        if not 0 < self.angle < 1:
+            raise ValueError(f"strategy.angle must be in (0, 1) radians, got {self.angle}")
+
+    @property
+    def searches(self) -> bool:
+        """A new basis is made with the model at hand."""
+        return self.values == "rank" or self.context is not None
+
+    def score(self, target: Target) -> dict[Space, Tensor]:
+        """(groups, pairs) and (groups, v_head_dim), in the new basis: by "output", nats per token that are lost."""
+        spaces = find_spaces(target.config, self.kinds())
+        if self.importance != "output":
+            edits = {name: edit for _, turned in self._turned(target) for name, edit in turned.edits.items()}
+            with (
+                edited(target.model, edits),
+                masked(target.model, Plan({}, folded=self._folded(target.model))),
+            ):
+                return score_spaces(target, spaces, self.importance, self.gradient_checkpointing)
+        slopes, scores = output_slopes(target, self.gradient_checkpointing), {}
+        for visit, turned in self._turned(target):
+            for space in (space for space in spaces if space.layer == visit.layer):
+                energies = {"qk": turned.qk, "vo": turned.vo}[space.kind]
+                scale = slopes[visit.layer] / 2 * self._lost_per_energy(visit, turned, space, energies)
+                scores[space] = (scale * energies).float().cpu()
+        for space, score in scores.items():
+            require_finite(score.sum(), f"the worth of {space.key}")
+        return scores
+
+    def search(
+        self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
+    ) -> Plan:
+        """The plan, with the heads in the basis that the scores belong to; goes on after the last layer made."""
+        plan = self.plan(target.config, scores, budget, profile)
+        edits: dict[str, Tensor] = {}
+        for visit in self._visits(target):
+            edits |= found_or_made(edits_file(directory, visit.layer), partial(self._edits, visit))
+        return replace(plan, edits=edits, folded=self._folded(target.model))
+
+    def _lost_per_energy(self, visit: Visit, turned: Turned, space: Space, energies: Tensor) -> float:
+        """What the attention's output loses per energy, without the lower half of a space."""
+        order = energies.argsort(dim=1, descending=True)
+        half = order.shape[1] // 2
+        energy = energies.gather(1, order[:, half:]).sum().item()
+        plan = Plan(
+            {space: order[:, :half].sort(dim=1).values}, turned.edits, folded=self._folded(visit.model)
+        )
+        return refit_error(visit, plan) / energy if energy else 0.0
+
+    def _visits(self, target: Target) -> Iterator[Visit]:
+        shapes = layer_shapes(target.config)
+        visits = walk(target.model, target.batches, "heads", offload=True)
+        return (visit for visit in visits if shapes[visit.layer].num_key_value_heads)
+
+    def _turned(self, target: Target) -> Iterator[tuple[Visit, Turned]]:
+        return ((visit, self._turn(visit)) for visit in self._visits(target))
+
+    def _turn(self, visit: Visit) -> Turned:
+        return turn(visit, values=self.values == "rank", folded=self._folded(visit.model))
+
+    def _edits(self, visit: Visit) -> dict[str, Tensor]:
+        return self._turn(visit).edits
+
+    def _folded(self, model: PreTrainedModel) -> int | None:
+        return first_folded(model, self.context if "qk" in self.kinds() else None, self.angle)
+
+
+def output_slopes(target: Target, gradient_checkpointing: bool = False) -> Tensor:
+    """(layers,) mean square, over tokens and channels, of the derivative by an attention's output.
+
+    Of the sum of the losses of a sample's tokens, in nats; zero for a layer without attention.
+
+    Raises:
+        FloatingPointError: The loss is not finite.
+    """
+    announce_memory(target, "output", gradient_checkpointing)
+    family, shapes = family_of(target.config), layer_shapes(target.config)
+    slopes = torch.zeros(len(shapes), dtype=torch.float64)
+    assert target.calibration is not None
+    samples, length = target.calibration.shape
+
+    def watch(layer: int, output: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            of_the_sum = gradient.double() * (length - 1)  # each sample's loss is a mean
+            slopes[layer] += of_the_sum.square().mean().item() * len(gradient) / samples
+
+        output.register_hook(add)
+
+    hooks = [
+        (f"{family.layers}.{n}.{family.attention}.{family.o}", lambda inputs, output, n=n: watch(n, output))
+        for n, shape in enumerate(shapes)
+        if shape.num_key_value_heads
+    ]
+    backward_by_sample(
+        target.model, hooks, target.batches, "slopes", gradient_checkpointing=gradient_checkpointing
+    )
+    return slopes
+
+
+def refit_error(visit: Visit, plan: Plan) -> float:
+    """Mean square, summed over channels, of what a refitted o_proj leaves of the dense output under `plan`."""
+    family = family_of(visit.model.config)
+    output = f"{visit.name}.{family.attention}.{family.o}"
+    with edited(visit.model, plan.edits), without(visit.model, visit.layer, "mlp"):
+        products = Products(visit.model.get_parameter(f"{output}.weight").detach().double(), intercept=False)
+        with masked(visit.model, replace(plan, keep={})):
+            whole = [inputs[output] for inputs in visit.inputs(output)]
+        with masked(visit.model, plan):
+            for x, inputs in zip(whole, visit.inputs(output), strict=True):
+                products.add(x, inputs[output])
+        return products.residual(products.weight, RIDGE)

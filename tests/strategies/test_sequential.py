@@ -1,0 +1,90 @@
+"""The sequential refit against a naive one, layer after layer, on models that are really cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvp.models.masks import mask, masks_of
+from kvp.models.surgery import apply
+from kvp.strategies.compensate import LeastSquares
+from kvp.strategies.sequential import Sequential
+from kvp.strategies.walk import caught_inputs
+from tests.conftest import random_plan, tiny_model
+
+IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
+
+
+def inputs(model, name):
+    with torch.no_grad(), caught_inputs(model, [name]) as caught:
+        model(IDS)
+    return caught[name].flatten(0, 1)
+
+
+def naive(model, plan, ridge):
+    """Refit o_proj, then down_proj, of each layer of a masked copy in turn, from passes of the whole copy."""
+    copy, edits = mask(model, plan), {}
+    for name, axes in masks_of(model.config, plan).items():
+        if 1 not in axes:
+            continue
+        keep, module, dense = axes[1], copy.get_submodule(name), model.get_submodule(name)
+        x, z = inputs(model, name), inputs(copy, name)[:, keep]
+        y = x @ dense.weight.T
+        prior = dense.weight[:, keep].detach()
+        if dense.bias is not None:
+            x, z, y = x - x.mean(0), z - z.mean(0), y - y.mean(0)
+        d = ridge * (z.T @ z / len(z)).diagonal().mean()
+        rows = torch.cat([z, (len(z) * d).sqrt() * torch.eye(z.shape[1], dtype=z.dtype)])
+        wanted = torch.cat([y, (len(z) * d).sqrt() * prior.T])
+        with torch.no_grad():
+            module.weight[:, keep] = torch.linalg.lstsq(rows, wanted).solution.T
+            if dense.bias is not None:
+                shift = inputs(model, name).mean(0) @ dense.weight.T
+                module.bias.copy_(
+                    dense.bias + shift - inputs(copy, name)[:, keep].mean(0) @ module.weight[:, keep].T
+                )
+        edits[name] = module.weight.detach().clone()
+    return edits
+
+
+def test_it_is_the_naive_fit(family, heads):
+    model = tiny_model(family, heads, dtype=torch.float64)
+    plan = random_plan(model, ["vo", "ffn"])
+    found = Sequential(ridge=0.01).refit(model, IDS.split(2), plan)
+    expected = naive(model, ordered(model, plan), 0.01)
+    for name, weight in expected.items():
+        keep = masks_of(model.config, plan)[name][1]
+        torch.testing.assert_close(
+            found.edits[f"{name}.weight"][:, keep], weight[:, keep], rtol=1e-6, atol=1e-8
+        )
+
+
+def ordered(model, plan):
+    """The plan with its spaces layer by layer, values before neurons, so that `masks_of` lists them in order."""
+    keep = dict(sorted(plan.keep.items(), key=lambda item: (item[0].layer, item[0].kind == "ffn")))
+    return type(plan)(keep)
+
+
+def test_it_comes_nearer_to_the_dense_logits_than_one_that_sees_dense_inputs(family, heads):
+    model = tiny_model(family, heads, dtype=torch.float64)
+    plan = random_plan(model, ["vo", "ffn"])
+
+    def distance(found):
+        with torch.no_grad():
+            return (apply(model, found)(IDS).logits - model(IDS).logits).square().mean().item()
+
+    sequential = distance(Sequential(ridge=1e-3).refit(model, IDS.split(2), plan))
+    static = distance(LeastSquares(ridge=1e-3, intercept=False).refit(model, IDS.split(2), plan))
+    assert sequential < static < distance(plan)
+
+
+def test_masked_is_sliced_after_the_refit():
+    model = tiny_model("llama", "gqa", dtype=torch.float64)
+    found = Sequential().refit(model, IDS.split(2), random_plan(model, ["vo", "ffn"]))
+    with torch.no_grad():
+        torch.testing.assert_close(mask(model, found)(IDS).logits, apply(model, found)(IDS).logits)
+
+
+def test_a_ridge_of_zero_is_refused():
+    with pytest.raises(ValueError, match="ridge must be > 0"):
+        Sequential(ridge=0)
