@@ -14,16 +14,16 @@ released: `strategy=chain` puts this on top of any structural strategy.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from kvp.models.linears import all_linears, linears
+from kvp.models.plans import found_or_made
 from kvp.strategies.base import Target
 from kvp.strategies.moments import Moments, input_moments
 from kvp.strategies.obs import SurgeonStrategy
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 BOUNDS = (0.01, 0.99)  # of a projection's sparsity
-OUTLIERS = "outliers.json"
+OUTLIERS = "outliers.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +63,16 @@ class Mosaic(SurgeonStrategy):
 
     def ratios(self, target: Target, ratio: float, directory: Path) -> dict[str, float]:
         """By the outliers of the dense model, which the stage's directory keeps."""
-        file = directory / OUTLIERS
-        if not file.exists():
-            visits = walk(target.model, target.batches, "outliers", offload=True)
-            found = {name: part for visit in visits for name, part in self._outliers(visit).items()}
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(found))
-            os.replace(partial, file)
-        return targets(target.config, json.loads(file.read_text()), ratio, self.spread)
+
+        def make() -> dict[str, Tensor]:
+            return {
+                name: torch.tensor(part, dtype=torch.float64)
+                for visit in walk(target.model, target.batches, "outliers", offload=True)
+                for name, part in self._outliers(visit).items()
+            }
+
+        found = {name: part.item() for name, part in found_or_made(directory / OUTLIERS, make).items()}
+        return targets(target.config, found, ratio, self.spread)
 
     def _outliers(self, visit: Visit) -> dict[str, float]:
         """Of each matrix of the layer visited, by the name of its module."""

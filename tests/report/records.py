@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def model(kind: str, ppl: dict[str, float], ratio: float) -> dict[str, Any]:
             "params": 134_515_008 - 100 * kept,
             "kv_bytes_per_token": 4 * 3 * 2 * kept,
             "layers": [width],
+            "sparsity": None,
         },
         "evaluation": {
             "perplexity": {name: perplexity(name, value) for name, value in ppl.items()},
@@ -136,6 +138,7 @@ def model(kind: str, ppl: dict[str, float], ratio: float) -> dict[str, Any]:
             },
             "device": "AMD EPYC",
             "threads": 2,
+            "kv_bytes_per_token": 4 * 3 * 2 * kept,
             "dtype": "float32",
             "attention": "sdpa",
         },
@@ -148,6 +151,7 @@ def perplexity(corpus: str, value: float, **protocol: Any) -> dict[str, Any]:
     facts = {"part": "test", "window": 128, "stride": 128, "join": "\n\n", "bos": "none", "max_tokens": 4096}
     return {
         "value": value,
+        "nll": math.log(value),
         "protocol": {"corpus": identity, **facts, **protocol},
         "dtype": "torch.float32",
         "data_hash": corpus,

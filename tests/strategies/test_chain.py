@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kvp.models.linears import all_linears
 from kvp.models.masks import edited, mask
@@ -21,6 +22,7 @@ from kvp.strategies.compensate import LeastSquares
 from kvp.strategies.kvpruner import KVPruner
 from kvp.strategies.magnitude_sparse import MagnitudeSparse
 from kvp.strategies.shortgpt import ShortGPT
+from kvp.strategies.slicegpt import SliceGPT
 from kvp.strategies.sparsegpt import SparseGPT
 from kvp.strategies.wanda import Wanda
 from kvp.strategies.wanda_sp import WandaSP
@@ -106,6 +108,24 @@ def test_a_chain_is_both_by_hand(name, family, tmp_path, tokens):
     assert not (tmp_path / "second").exists()
 
 
+def test_a_chain_goes_on_at_the_layer_it_was_killed_in(tmp_path):
+    chain, budget, model = CHAINS["channels"], BUDGETS["channels"], tiny_model()
+    target, profile = target_of(model), torch.zeros(3)
+    scores = chain.score(target)
+    plan = chain.first.plan(model.config, scores, budget, profile)
+    killed = tmp_path / "second"
+    killed.mkdir()
+    chain.second.search(replace(target, model=apply(model, plan)), {}, HALF, profile, killed)
+    (killed / "edits/2.safetensors").rename(killed / "edits/2.partial")
+    first = load_file(killed / "edits/0.safetensors")
+    marked = {name: torch.full_like(edit, 3.0) for name, edit in first.items()}
+    save_file(marked, killed / "edits/0.safetensors")
+    pruned = apply(model, chain.search(target, scores, budget, profile, tmp_path))
+    weights = {linear.weight: pruned.get_parameter(linear.weight) for linear in all_linears(pruned.config)}
+    for name, weight in weights.items():
+        assert (weight == 3).all() if name in first else (weight == 0).double().mean() > 0.4
+
+
 def test_the_record_and_the_table_hold_both_budgets_and_the_bytes(tmp_path, capsys):
     options = [
         "tracker=none",
@@ -138,6 +158,8 @@ def test_refusals():
         Chain(first=second, second=second, ratio=HALF)
     with pytest.raises(ValueError, match=r"must cut and strategy\.second zero"):
         Chain(first=first, second=first, ratio=HALF)
+    with pytest.raises(ValueError, match="SliceGPT slices the residual stream"):
+        Chain(first=SliceGPT(), second=second, ratio=HALF)
     with pytest.raises(ValueError, match="choose ratio=kv_cache"):
         Chain(first=first, second=second, ratio=HALF).check(tiny_config(), HALF)
     with pytest.raises(ValueError, match="choose ratio=sparsity"):

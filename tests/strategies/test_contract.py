@@ -20,6 +20,7 @@ from kvp.strategies.base import Target
 from kvp.strategies.evolution import Evolution
 from kvp.strategies.flap import FLAP
 from kvp.strategies.kvpruner import KVPruner
+from kvp.strategies.kvpruner_plus import KVPrunerPlus
 from kvp.strategies.llm_bip import LLMBIP
 from kvp.strategies.llm_pruner import LLMPruner
 from kvp.strategies.magnitude import Magnitude
@@ -27,7 +28,9 @@ from kvp.strategies.nirvana import NIRVANA
 from kvp.strategies.none import NoPruning
 from kvp.strategies.numerical import Numerical
 from kvp.strategies.random import Random
+from kvp.strategies.regrow import Regrow
 from kvp.strategies.search_llm import SearchLLM
+from kvp.strategies.sequential import Sequential
 from kvp.strategies.shortened_llm import ShortenedLLM
 from kvp.strategies.shortgpt import ShortGPT
 from kvp.strategies.signals import scoring_bytes
@@ -50,6 +53,13 @@ STRATEGIES = {
     "kvpruner_model": KVPruner(allocator=Uniform(multiple_of=2), scope="model", importance="second_order"),
     "kvpruner_groups": KVPruner(allocator=Sensitivity(), grouping="kv_group", importance="mixed"),
     "kvpruner_vo": KVPruner(allocator=Uniform(multiple_of=2), grouping="vo", importance="activation"),
+    "kvpruner_plus": KVPrunerPlus(
+        allocator=Global(multiple_of=2), grouping="apart", context=40, angle=0.9, compensation=Sequential()
+    ),
+    "kvpruner_plus_stock": KVPrunerPlus(
+        allocator=Uniform(multiple_of=2), scope="model", context=40, angle=0.9, importance="taylor_gate"
+    ),
+    "kvpruner_plus_vo": KVPrunerPlus(allocator=Uniform(multiple_of=2), grouping="vo"),
     "random": Random(allocator=Uniform(multiple_of=2)),
     "magnitude": Magnitude(allocator=Uniform(multiple_of=2), norm="l1"),
     "shortened_llm": ShortenedLLM(protect_first=0, protect_last=0),
@@ -77,6 +87,7 @@ STRATEGIES = {
     "think": ThinK(allocator=Uniform(multiple_of=2, max_ratio=1.0), window=8),
     "llm_bip": LLMBIP(allocator=Uniform(multiple_of=1, max_ratio=1.0)),
     "nirvana": NIRVANA(allocator=Tied(multiple_of=1, max_ratio=1.0), draws=2),
+    "regrow": Regrow(first=Magnitude(allocator=Uniform(multiple_of=2), norm="l1"), growth=0.3),
     "search_llm": SearchLLM(
         allocator=Uniform(multiple_of=2),
         evolution=Evolution(generations=2, population=5, parents=2, mutated=2, crossed=2),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from kvp.models.linears import all_linears
 from kvp.strategies.moments import Moments
@@ -71,7 +72,7 @@ def test_targets_have_the_asked_mean_over_all_weights_and_stay_in_bounds(ratio):
 def test_each_projection_is_pruned_to_its_target_as_sparsegpt_does(tmp_path):
     model = tiny_model(dtype=torch.float64)
     plan = sparse_plan(METHOD, model, 0.6, tmp_path / "a")
-    found = json.loads((tmp_path / "a" / "outliers.json").read_text())
+    found = {name: part.item() for name, part in load_file(tmp_path / "a" / "outliers.safetensors").items()}
     assert len(set(found.values())) > 3
     made = targets(model.config, found, 0.6, METHOD.spread)
     zeros = 0
@@ -89,6 +90,22 @@ def test_each_projection_is_pruned_to_its_target_as_sparsegpt_does(tmp_path):
     )
     again = sparse_plan(METHOD, model, 0.6, tmp_path / "d")
     assert all(torch.equal(edit, again.edits[name]) for name, edit in plan.edits.items())
+
+
+def test_a_search_goes_on_from_the_files_of_a_killed_one(tmp_path):
+    """The dense model's outliers and the first layer are those on the disk, even if another run left them."""
+    model, killed = tiny_model(dtype=torch.float64), tmp_path / "killed"
+    other = sparse_plan(METHOD, model, 0.3, tmp_path / "other").edits
+    (killed / "edits").mkdir(parents=True)
+    shutil.copy(tmp_path / "other/edits/0.safetensors", killed / "edits/0.safetensors")
+    shutil.copy(tmp_path / "other/outliers.safetensors", killed / "outliers.safetensors")
+    (killed / "edits/1.partial").write_text("half a file")
+    written = (killed / "outliers.safetensors").stat().st_mtime_ns
+    edits = sparse_plan(METHOD, model, 0.6, killed).edits
+    assert (killed / "outliers.safetensors").stat().st_mtime_ns == written
+    zeros = {name: (edit == 0).double().mean() for name, edit in edits.items()}
+    assert all(torch.equal(edits[name], other[name]) for name in edits if ".0." in name)
+    assert all(zeros[name] > 0.45 for name in edits if ".0." not in name)
 
 
 def test_options_out_of_range():

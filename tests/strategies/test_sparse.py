@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -26,12 +27,14 @@ from kvp.strategies.compensate import Bias
 from kvp.strategies.magnitude_sparse import MagnitudeSparse
 from kvp.strategies.memory import layerwise_bytes
 from kvp.strategies.moments import input_moments
+from kvp.strategies.mosaic import Mosaic
 from kvp.strategies.selection import Pattern, lowest, share
 from kvp.strategies.sparsegpt import SparseGPT
 from kvp.strategies.walk import walk
 from kvp.strategies.wanda import Wanda
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
+from tests.process import start_kvp
 from tests.strategies.sparse import sparse_plan
 from tests.strategies.test_contract import STRATEGIES
 from tests.test_run import ROOT, overrides, run_here
@@ -116,7 +119,7 @@ def test_a_layer_is_pruned_on_the_states_of_the_pruned_layers_before_it(name, tm
 def test_golden_masks(tmp_path):
     """Of fixed models under fixed seeds; delete golden_sparse.json to write it anew after a reasoned change."""
     found = {}
-    for name, method in {**METHODS, **IN_N_OF_M}.items():
+    for name, method in {**METHODS, **IN_N_OF_M, "mosaic": Mosaic(block_size=16, outlier=2.0)}.items():
         plan = sparse_plan(
             method,
             tiny_model(dtype=torch.float64, num_hidden_layers=2),
@@ -167,18 +170,14 @@ def test_kill_in_the_middle_resumes_at_the_layer_with_the_same_weights(tmp_path)
         "strategy.max_steps=60",
         "ratio.value=0.7",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvp", *overrides(tmp_path / "killed", *options)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start_kvp(*overrides(tmp_path / "killed", *options))
     deadline, found = time.time() + 120, []
-    while len(found) < 3 and process.poll() is None and time.time() < deadline:
+    while len(found) < 3 and process.is_alive() and time.time() < deadline:
         found = list((tmp_path / "killed" / "store" / "search").glob(".*.partial/edits/*.safetensors"))
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it was over before it could be killed"
     finished = {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in found}
     resumed, undisturbed = run_here(tmp_path / "killed", *options), run_here(tmp_path / "whole", *options)
 
@@ -203,6 +202,22 @@ def test_kill_in_the_middle_resumes_at_the_layer_with_the_same_weights(tmp_path)
         assert sparsity["zeros"] == sum(int((state[name] == 0).sum()) for name in sparsity["matrices"])
     again = run_here(tmp_path / "whole", *options)
     assert all(s["found"] for s in again["stages"])
+
+
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt"])
+def test_the_estimate_is_told_before_the_first_layer(name, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="kvp.strategies.sparse")
+    method, model = METHODS[name], tiny_model(num_hidden_layers=1)
+    sparse_plan(method, model, 0.5, tmp_path)
+    estimate = layerwise_bytes(
+        model.config,
+        tokens=4 * 24,
+        batch=2 * 24,
+        covariance=method.needs_covariance,
+        workspace=method.workspace,
+        on_cpu=True,
+    )
+    assert f"total {estimate['total'] / 2**30:.2f}" in caplog.messages[0]
 
 
 @pytest.mark.parametrize("name", METHODS)
