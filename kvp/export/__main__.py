@@ -1,4 +1,4 @@
-"""`python -m kvp.export CHECKPOINT --out DIR`: a directory that stock engines open."""
+"""`python -m kvp.export CHECKPOINT --out DIR`: a directory that other engines open."""
 
 from __future__ import annotations
 
@@ -8,21 +8,29 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from kvp.export.stock import Form
-from kvp.export.write import export
+from kvp.export.write import Target, export
+
+FORMS = """
+stock             any shared set of rope pairs, as longrope factors: transformers, vLLM, SGLang
+stock_arithmetic  rope of another theta, for pairs in arithmetic progression
+gguf              model.gguf for llama.cpp, whatever the shared set of rope pairs is
+custom            any shape, as it is: opens in transformers after `import kvp`, elsewhere with an error
+padded            the dense shapes, zeros where channels were cut: saves nothing, for checks
+"""
 
 
 def main() -> None:
     """The command; exit code 1 and one clear error for whatever a user can mend."""
-    parser = argparse.ArgumentParser(prog="python -m kvp.export", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m kvp.export",
+        description=__doc__,
+        epilog=f"forms:{FORMS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("checkpoint", type=Path, help="a pruned (or dense) checkpoint, as run.json names it")
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
     parser.add_argument(
-        "--to",
-        choices=get_args(Form),
-        default="stock",
-        help="stock: any shared set of rope pairs, as longrope factors; stock_arithmetic: rope of another theta, "
-        "for pairs in arithmetic progression; padded: the dense shapes, zeros where channels were cut (for checks)",
+        "--to", choices=get_args(Target), default="stock", help="the form (default: %(default)s)"
     )
     arguments = parser.parse_args()
     try:
@@ -30,6 +38,7 @@ def main() -> None:
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         print(f"kvp.export: error: {error}", file=sys.stderr)
         sys.exit(1)
+    del serving["sample"]
     print(json.dumps(serving, indent=2))
     print(f"written: {arguments.out}")
 

@@ -43,7 +43,7 @@ class Layout:
     @property
     def keeps_rope(self) -> bool:
         """Whether the rotary frequencies are the dense model's."""
-        return self.head_dim == self.dense_head_dim
+        return self.pairs == tuple(range(self.dense_head_dim // CHANNELS_PER_PAIR))
 
 
 def stock_layout(config: PretrainedConfig) -> Layout:

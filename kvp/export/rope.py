@@ -61,7 +61,7 @@ def _step(pairs: Sequence[int]) -> int | None:
     if len(pairs) < 2:
         return 1
     steps = {after - before for before, after in pairwise(pairs)}
-    return steps.pop() if len(steps) == 1 else None
+    return steps.pop() if len(steps) == 1 and min(steps) > 0 else None
 
 
 def query_scale(layout: Layout, attention_scaling: float) -> float:

@@ -17,7 +17,7 @@ from kvp.types import LayerShape
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Form = Literal["stock", "stock_arithmetic", "padded"]
+Form = Literal["stock", "stock_arithmetic", "padded"]  # of an ordinary model
 OURS = ("kvp_layers", "model_type", "architectures", "transformers_version")
 
 
@@ -102,6 +102,11 @@ def _padded_layer(config: PretrainedConfig) -> LayerShape:
     dense = dense_shapes(config)[0]
     if any(shape.o_bias or shape.down_bias for shape in layer_shapes(config)):
         raise ValueError("a compensation added biases that no stock class of the family has: no padded form")
+    if any(len(set(row)) < len(row) for shape in layer_shapes(config) for row in shape.rope_pairs or ()):
+        raise ValueError(
+            "folded rope pairs share one frequency, which the dense shape has once: no padded form; set "
+            "strategy.context=null"
+        )
     return replace(dense, rope_pairs=None)
 
 

@@ -1,85 +1,125 @@
-"""The proof of an export: the same logits in a process that never imports kvp."""
+"""The proof of an export: an engine that never imports kvp gives the same answer to a text, in a process of its own."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from kvp.models.load import load_model
+from kvp.export.sample import NEW_TOKENS, Sample, token_logprobs
 
-TEXT_LENGTH, NEW_TOKENS = 64, 16
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the norm of the logits
-ROUNDED = 3e-2  # where a weight was rounded again, to 16 bits, by the folded scale
-
-STRANGER = f"""
-import sys
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-directory, work = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
-ids = load_file(work + "/ids.safetensors")["ids"]
-with torch.no_grad():
-    logits = model(ids).logits
-    greedy = model.generate(ids[:1], max_new_tokens={NEW_TOKENS}, do_sample=False)
-assert "kvp" not in sys.modules
-save_file(dict(logits=logits.contiguous(), greedy=greedy), work + "/answer.safetensors")
-"""
+Engine = Literal["transformers", "llama_cpp", "vllm"]
+EXACT = 1e-4  # nats, root mean square over the tokens: float32 throughout
+ROUNDED = 5e-2  # the same where weights, activations or the cache have 16 bits
+SLACK = 4.0  # in the largest difference: the margin below which another greedy token is no error
 
 
-def verify(checkpoint: Path, exported: Path, python: str = sys.executable) -> dict[str, Any]:
-    """Compare logits on random tokens and greedy continuations, both computed in float32.
+def ask(
+    directory: Path,
+    sample: Sample,
+    engine: Engine,
+    *,
+    imports: Sequence[str] = (),
+    python: str = sys.executable,
+) -> dict[str, torch.Tensor]:
+    """What `engine` says to the sample.
 
     Args:
-        checkpoint: What was exported.
-        exported: Directory of the export.
-        python: Interpreter with transformers to open the export; kvp is not imported there.
+        directory: Of the export.
+        sample: The text and its tokens.
+        engine: Whose process it is.
+        imports: Modules that transformers needs to open the checkpoint; none for a stock one.
+        python: Interpreter that has the engine.
+
+    Returns:
+        "logits" (tokens, vocabulary) or "logprobs" (tokens - 1,), "greedy", and "ids" if it read the text itself.
 
     Raises:
-        ArithmeticError: The logits differ by more than rounding explains.
-        RuntimeError: The export cannot be opened; the end of what was said is in the message.
+        ModuleNotFoundError: The interpreter does not have the engine.
+        RuntimeError: It cannot open the export; the end of what it said is in the message.
     """
-    model = load_model(checkpoint, dtype=torch.float32, device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    length = min(TEXT_LENGTH, model.config.max_position_embeddings - NEW_TOKENS)
-    ids = torch.randint(model.config.vocab_size, (2, length), generator=generator)
-    with torch.no_grad():
-        expected = model(ids).logits
-        greedy = model.generate(  # type: ignore[operator]
-            ids[:1], max_new_tokens=NEW_TOKENS, do_sample=False
-        )
-    answer = _ask(exported, ids, python)
-    relative = ((answer["logits"] - expected).norm() / expected.norm()).item()
-    stored = json.loads((exported / "config.json").read_text())["dtype"]
-    tolerance = TOLERANCE.get(getattr(torch, stored), ROUNDED)
-    if not relative <= tolerance:
-        raise ArithmeticError(
-            f"the export's logits differ from the checkpoint's by {relative:.2%} of their norm, rounding to "
-            f"{stored} explains {tolerance:.2%}: the export was removed; please report the checkpoint's config.json"
-        )
-    same = answer["greedy"].shape == greedy.shape and bool((answer["greedy"] == greedy).all())
-    return {
-        "logits_relative_difference": relative,
-        "logits_max_difference": (answer["logits"] - expected).abs().max().item(),
-        "greedy_tokens_equal": same,
-        "dtype": stored,
-        "tokens": ids.numel(),
-    }
-
-
-def _ask(exported: Path, ids: torch.Tensor, python: str) -> dict[str, torch.Tensor]:
+    script = Path(__file__).with_name(f"engine_{engine}.py")
     with tempfile.TemporaryDirectory() as work:
-        save_file({"ids": ids}, f"{work}/ids.safetensors")
-        command = [python, "-I", "-c", STRANGER, str(exported.absolute()), work]
-        stranger = subprocess.run(command, capture_output=True, text=True, cwd=work)
-        if stranger.returncode:
-            tail = "\n".join(stranger.stderr.splitlines()[-5:])
-            raise RuntimeError(f"a stock transformers cannot open {exported}:\n{tail}")
+        question = {
+            "text": sample.text,
+            "ids": sample.ids,
+            "new_tokens": NEW_TOKENS,
+            "imports": list(imports),
+        }
+        Path(work, "ask.json").write_text(json.dumps(question))
+        alone, environment = ("-I", None) if not imports else ("-P", _that_finds_kvp())
+        command = [python, alone, str(script), str(directory.absolute()), work]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=work, env=environment)
+        if f"No module named '{engine}'" in done.stderr:
+            raise ModuleNotFoundError(
+                f"{engine} is not installed in {python}: install it there, or name an interpreter that has it "
+                "by --python"
+            )
+        if done.returncode:
+            tail = "\n".join(done.stderr.splitlines()[-5:])
+            raise RuntimeError(f"{engine} cannot open {directory}:\n{tail}")
         return load_file(f"{work}/answer.safetensors")
+
+
+def _that_finds_kvp() -> dict[str, str]:
+    here = str(Path(__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+
+
+def has(engine: Engine) -> bool:
+    """Whether this interpreter has the engine."""
+    return find_spec(engine) is not None
+
+
+def compare(
+    sample: Sample, answer: dict[str, torch.Tensor], *, exact: bool, logits: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """How far an answer lies from the sample.
+
+    Args:
+        sample: What is expected.
+        answer: As `ask` gives it.
+        exact: Both were computed in float32 from the same numbers.
+        logits: Those that the sample was made of, for two more figures.
+
+    Returns:
+        Differences; "passed", and if it did not, "why".
+    """
+    said = answer["logprobs"] if "logprobs" in answer else token_logprobs(answer["logits"], sample.ids)
+    difference = torch.as_tensor(said, dtype=torch.float64) - torch.tensor(sample.logprobs).double()
+    rms, largest = difference.square().mean().sqrt().item(), difference.abs().max().item()
+    tolerance = EXACT if exact else ROUNDED
+    report = {
+        "tokens": len(sample.ids),
+        "logprobs_rms_difference": rms,
+        "logprobs_max_difference": largest,
+        "tolerance": tolerance,
+    }
+    if logits is not None and "logits" in answer:
+        apart = answer["logits"] - logits
+        report["logits_relative_difference"] = (apart.norm() / logits.norm()).item()
+        report["logits_max_difference"] = largest = apart.abs().max().item()
+    greedy = answer["greedy"].tolist()
+    pairs = enumerate(zip(greedy, sample.greedy, strict=True))
+    first = next((place for place, (one, other) in pairs if one != other), None)
+    report |= {"greedy_tokens_equal": first is None, "greedy_tokens": len(greedy) if first is None else first}
+    faults = []
+    if not rms <= tolerance:
+        faults.append(f"log-probabilities differ by {rms:.4f} nats, rounding explains {tolerance}")
+    if first is not None and sample.margins[first] > SLACK * largest:
+        faults.append(
+            f"greedy token {first} is {greedy[first]} instead of {sample.greedy[first]}, which was no near tie "
+            f"(margin {sample.margins[first]:.3f})"
+        )
+    if "ids" in answer and answer["ids"].tolist() != sample.ids:
+        faults.append("its tokenizer reads the text differently")
+    return {**report, "passed": not faults, **({"why": "; ".join(faults)} if faults else {})}

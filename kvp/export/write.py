@@ -1,29 +1,37 @@
-"""An export on disk: an ordinary checkpoint, a config for old and new engines, and `serving.json`."""
+"""An export on disk: a checkpoint or a GGUF, and `serving.json`: what it is, who opens it, and what it must answer."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from kvp.export.layout import stock_layout
-from kvp.export.stock import Form, to_stock
-from kvp.export.verify import verify
+from kvp.export.sample import Sample, make_sample
+from kvp.export.stock import to_stock
+from kvp.export.verify import Engine, ask, compare, has
+from kvp.models.family import PRUNED_PREFIX, family_of
 from kvp.models.load import load_config, load_model, load_tokenizer, save
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
+Target = Literal["stock", "stock_arithmetic", "custom", "padded", "gguf"]
+DISTRIBUTIONS = {"transformers": "transformers", "llama_cpp": "llama-cpp-python"}
 FLASH_STEP = 8  # head sizes that flash-attention kernels take
+GGML_STEP = 32  # channels that llama.cpp's 16-bit dot product takes at a time on x86; the rest go one by one
+NOT_RUN = (
+    "not verified: llama-cpp-python is not installed here; pip install 'kvp[gguf]', python -m kvp.check DIR"
+)
 
 
-def export(checkpoint: Path, out: Path, form: Form) -> dict[str, Any]:
-    """Write `checkpoint` in a stock form, and check it in a process that does not know kvp.
+def export(checkpoint: Path, out: Path, to: Target) -> dict[str, Any]:
+    """Write `checkpoint` for other engines, and check it in a process that does not know kvp (custom: does).
 
     Returns:
         What `serving.json` says.
@@ -32,38 +40,24 @@ def export(checkpoint: Path, out: Path, form: Form) -> dict[str, Any]:
         FileNotFoundError: `checkpoint` is not one.
         FileExistsError: `out` is there already.
         ValueError: Its shapes have no such form; nothing was written.
-        ArithmeticError: The export does not give the logits of the checkpoint; it was removed.
+        ArithmeticError: The export does not give the answer of the checkpoint; it was removed.
+        RuntimeError: The engine cannot open it; it was removed.
     """
-    if not (checkpoint / "config.json").exists():
-        raise FileNotFoundError(
-            f"{checkpoint} has no config.json: not a checkpoint. A run's table and run.json name its checkpoints"
-        )
-    if out.exists():
-        raise FileExistsError(f"{out} is there already: choose another --out")
-    config = load_config(checkpoint)
-    require_whole_stream(
-        config, "no stock class has its shortcut matrices: serve it by transformers and import kvp"
-    )
-    if getattr(config, "kvp_cache", None) is not None:
-        raise ValueError(
-            f"{checkpoint} decodes with a sparse cache, which no stock engine has: export the checkpoint of the "
-            "same run with cache=none"
-        )
-    if form != "padded":
-        stock_layout(config)  # refuse before weights are read
-    model = load_model(checkpoint, dtype=_stored_dtype(config), device="cpu")
+    config = _checked(checkpoint, out, to)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        stock = to_stock(model, form)
-        save(stock, load_tokenizer(checkpoint), partial)
-        _add_old_keys(partial / "config.json")
-        check = verify(checkpoint, partial)
+        model = load_model(checkpoint, dtype=_stored_dtype(config), device="cpu")
+        exported = _write(model, checkpoint, partial, to)
+        del model
+        sample, check = _proof(checkpoint, partial, to, exported)
         serving = {
-            "form": form,
-            **_facts(config, stock.config),
-            "engines": _engines(stock.config),
+            "form": to,
+            "dtype": _name(exported),
+            **_facts(config, exported),
+            "engines": _engines(exported, to, check),
             "check": check,
+            "sample": sample.stored(),
         }
         (partial / "serving.json").write_text(json.dumps(serving, indent=2))
         partial.rename(out)
@@ -73,10 +67,82 @@ def export(checkpoint: Path, out: Path, form: Form) -> dict[str, Any]:
     return serving
 
 
-def _stored_dtype(config: PretrainedConfig) -> torch.dtype:
-    return (
-        config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype or "float32")
+def _checked(checkpoint: Path, out: Path, to: Target) -> PretrainedConfig:
+    """The checkpoint's config, once everything that it can tell allows the export."""
+    if not (checkpoint / "config.json").exists():
+        raise FileNotFoundError(
+            f"{checkpoint} has no config.json: not a checkpoint. A run's table and run.json name its checkpoints"
+        )
+    if out.exists():
+        raise FileExistsError(f"{out} is there already: choose another --out")
+    config = load_config(checkpoint)
+    family_of(config)
+    if to == "custom":
+        if not config.model_type.startswith(PRUNED_PREFIX):
+            raise ValueError(
+                f"{checkpoint} is an ordinary {config.model_type} checkpoint: export it --to stock"
+            )
+        return config
+    require_whole_stream(
+        config,
+        "no stock class has its shortcut matrices: --to custom, opened by transformers and `import kvp`",
     )
+    if getattr(config, "kvp_cache", None) is not None:
+        raise ValueError(
+            f"{checkpoint} decodes with a sparse cache, which no stock engine has: export the checkpoint of the "
+            "same run with cache=none, or --to custom"
+        )
+    if to != "padded":
+        stock_layout(config)
+    return config
+
+
+def _write(model: PreTrainedModel, checkpoint: Path, directory: Path, to: Target) -> PretrainedConfig:
+    """Write everything but serving.json; the config of what was written."""
+    tokenizer = load_tokenizer(checkpoint)
+    if to == "custom":
+        save(model, tokenizer, directory)
+        return model.config
+    if to == "gguf":
+        from kvp.export.gguf_file import write_gguf
+
+        stock = to_stock(model, "stock")
+        directory.mkdir(parents=True)
+        write_gguf(stock, checkpoint, directory)
+        return stock.config
+    stock = to_stock(model, to)
+    save(stock, tokenizer, directory)
+    _add_old_keys(directory / "config.json")
+    return stock.config
+
+
+def _proof(
+    checkpoint: Path, exported: Path, to: Target, config: PretrainedConfig
+) -> tuple[Sample, dict[str, Any] | None]:
+    """The checkpoint's sample in float32, and how near the export comes; None if its engine is not here."""
+    model = load_model(checkpoint, dtype=torch.float32, device="cpu")
+    sample, logits = make_sample(model, load_tokenizer(checkpoint))
+    del model
+    engine: Engine = "llama_cpp" if to == "gguf" else "transformers"
+    if engine == "llama_cpp" and not has(engine):
+        return sample, None
+    answer = ask(exported, sample, engine, imports=("kvp",) if to == "custom" else ())
+    exact = _stored_dtype(config) == torch.float32
+    check = compare(sample, answer, exact=exact, logits=logits)
+    if not check["passed"]:
+        raise ArithmeticError(
+            f"in {engine} the export is not the checkpoint: {check['why']}. The export was removed; please "
+            "report the checkpoint's config.json"
+        )
+    return sample, {"engine": engine, "version": version(DISTRIBUTIONS[engine]), **check}
+
+
+def _stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    return getattr(torch, _name(config))
+
+
+def _name(config: PretrainedConfig) -> str:
+    return str(config.dtype or "float32").removeprefix("torch.")
 
 
 def _add_old_keys(path: Path) -> None:
@@ -93,32 +159,45 @@ def _add_old_keys(path: Path) -> None:
     path.write_text(json.dumps(config, indent=2))
 
 
-def _facts(pruned: PretrainedConfig, stock: PretrainedConfig) -> dict[str, Any]:
-    before, after = (size(config, layer_shapes(config)) for config in (pruned, stock))
+def _facts(before: PretrainedConfig, after: PretrainedConfig) -> dict[str, Any]:
+    sizes = {
+        name: size(config, layer_shapes(config))
+        for name, config in {"checkpoint": before, "export": after}.items()
+    }
+    shapes = layer_shapes(after)
     return {
-        "architecture": type(stock).__name__.removesuffix("Config") + "ForCausalLM",
-        "head_dim": stock.head_dim,
-        "num_key_value_heads": stock.num_key_value_heads,
-        "kv_bytes_per_token": {"checkpoint": before.kv_bytes_per_token, "export": after.kv_bytes_per_token},
-        "params": {"checkpoint": before.params, "export": after.params},
+        "architecture": type(after).__name__.removesuffix("Config") + "ForCausalLM",
+        "head_dim": _one({shape.qk_head_dim for shape in shapes}),
+        "num_key_value_heads": _one({shape.num_key_value_heads for shape in shapes}),
+        "kv_bytes_per_token": {name: it.kv_bytes_per_token for name, it in sizes.items()},
+        "params": {name: it.params for name, it in sizes.items()},
     }
 
 
-def _engines(config: PretrainedConfig) -> Mapping[str, str]:
-    """Which engine is expected to load it, and why; only transformers has been run."""
-    longrope = config.rope_parameters.get("rope_type") == "longrope"
-    odd = config.head_dim % FLASH_STEP != 0
-    kernels = (
-        f"head_dim={config.head_dim} is no multiple of {FLASH_STEP}: flash kernels refuse it"
-        if odd
-        else "yes"
-    )
-    gguf = (
-        "python -m kvp.gguf appends the factors as rope_freqs.weight; the stock converter drops them silently"
-    )
+def _one(values: set[int]) -> int | None:
+    """The value, if it is the same in all layers."""
+    return next(iter(values)) if len(values) == 1 else None
+
+
+def _engines(config: PretrainedConfig, to: Target, check: dict[str, Any] | None) -> dict[str, str]:
+    """Which engine opens it, or why not; only transformers and llama.cpp have ever been run."""
+    if to == "custom":
+        only = "no: its shapes or RoPE are kvp's own"
+        return {
+            "transformers": "yes, after `import kvp`: verified, see check",
+            **dict.fromkeys(("vllm", "sglang", "llama.cpp"), only),
+        }
+    if to == "gguf":
+        slow = f"; head_dim={config.head_dim} is no multiple of {GGML_STEP}: slower than the dense model on a CPU"
+        return {
+            "llama.cpp": ("yes: verified, see check" if check else NOT_RUN)
+            + (slow if config.head_dim % GGML_STEP else "")
+        }
+    odd = f"head_dim={config.head_dim} is no multiple of {FLASH_STEP}: flash kernels refuse it"
+    flash = config.head_dim % FLASH_STEP == 0
     return {
         "transformers": "yes: verified, see check",
-        "vllm": kernels if odd else "expected (not run): vllm serve DIR",
-        "sglang": kernels if odd else "expected (not run)",
-        "llama.cpp": gguf if longrope else "expected: convert_hf_to_gguf.py reads theta and head_dim",
+        "vllm": "expected (not run): vllm serve DIR; python -m kvp.check DIR --engine vllm" if flash else odd,
+        "sglang": "expected (not run)" if flash else odd,
+        "llama.cpp": "export --to gguf: the stock converter drops rope factors silently",
     }

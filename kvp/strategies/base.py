@@ -102,6 +102,11 @@ class Strategy(ABC):
         return False
 
     @property
+    def slices(self) -> bool:
+        """Whether its plan cuts the residual stream, after which nothing else can be pruned."""
+        return False
+
+    @property
     def then(self) -> tuple[Budget, ...]:
         """The budgets of what it does after the first, if it does several things."""
         return ()

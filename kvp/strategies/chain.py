@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvp.models.family import family_of
 from kvp.models.plans import edits_file
-from kvp.models.shapes import layer_shapes, require_whole_stream
+from kvp.models.shapes import layer_shapes
 from kvp.models.uncut import uncut
 from kvp.strategies.base import Scores, Strategy, Target
 from kvp.strategies.walk import move, on_cpu
@@ -49,6 +49,11 @@ class Chain(Strategy):
                 "strategy.first must cut and strategy.second zero single weights (magnitude_sparse, wanda, sparsegpt, "
                 f"alps, mosaic), got {type(self.first).__name__} and {type(self.second).__name__}: zeros that are "
                 "cut afterwards are no longer those that were asked for"
+            )
+        if self.first.slices:
+            raise ValueError(
+                f"strategy.first={type(self.first).__name__} slices the residual stream, after which nothing else can "
+                "be pruned: choose another first"
             )
         if self.compensation is not None:
             raise ValueError("strategy.compensation belongs to what cuts: set strategy.first.compensation")
@@ -112,7 +117,6 @@ class Chain(Strategy):
         plan = self._cut(target, scores, budget, profile, places[0])
         with on_cpu(target.model) as device:
             cut = apply(target.model, plan)
-            require_whole_stream(cut.config)
             self.second.check(cut.config, self.ratio)
             move(cut, device)
             none = torch.zeros(len(layer_shapes(cut.config)))

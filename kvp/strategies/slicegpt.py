@@ -77,6 +77,11 @@ class SliceGPT(Strategy):
         """Every basis depends on those before it."""
         return True
 
+    @property
+    def slices(self) -> bool:
+        """It does nothing else."""
+        return True
+
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
         """Find the width."""
         self.width(config, budget)

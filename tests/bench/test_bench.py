@@ -68,7 +68,7 @@ def test_record_says_what_was_run(record):
     assert {"commit", "versions", "command", "started", "seconds", "seed"} <= record["provenance"].keys()
     dense, cut = record["models"]
     assert [dense["removed"]["kv_cache"], cut["removed"]["kv_cache"]] == [0, 0.5]
-    assert cut["aligned"] and len(cut["layers"]) == 8 and cut["checkpoint"] is None
+    assert cut["aligned"] and len(cut["layers"]) == 10 and cut["checkpoint"] is None
     assert cut["kv_bytes_per_token"] == 4 * sum(
         layer["num_key_value_heads"] * (layer["qk_head_dim"] + layer["v_head_dim"]) for layer in cut["layers"]
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from kvp.export.layout import stock_layout
@@ -33,6 +36,18 @@ ROPES = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
 }
+
+
+WITHOUT_KVP = """
+import sys
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+for cls in AutoModelForCausalLM, LlamaForCausalLM:
+    try:
+        cls.from_pretrained(sys.argv[1])
+        print("opened")
+    except (ValueError, RuntimeError) as error:
+        print(" ".join(str(error).split()))
+"""
 
 
 def shared_plan(model, pairs):
@@ -68,14 +83,20 @@ def stock_model(family, heads, rope="default", pairs=(0, 2, 3), **changes):
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
-def test_stock_gives_the_same_logits(family, rope, heads, tokens):
-    pruned = stock_model(family, heads, rope)
+def test_any_shared_set_of_pairs_gives_the_same_logits_from_disk(family, rope, heads, tmp_path, tokens):
+    """Sets of 1 to 4 of the 4 pairs; all 4 keep the rope, and the scale, as they are."""
+    draw = torch.Generator().manual_seed(sum(map(ord, family + rope + heads)))
+    kept = 1 + int(torch.randint(4, (1,), generator=draw))
+    pairs = torch.randperm(4, generator=draw)[:kept].sort().values.tolist()
+    pruned = stock_model(family, heads, rope, pairs, tie_word_embeddings=heads == "mqa")
     stock = to_stock(pruned, "stock")
     assert type(stock).__module__.startswith("transformers.")
+    stock.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.head_dim == 2 * kept
     with torch.no_grad():
-        difference = stock(tokens).logits - pruned(tokens).logits
+        difference = loaded(tokens).logits - pruned(tokens).logits
     assert difference.abs().max() < 2e-4
-    assert stock.config.head_dim == 6
 
 
 @pytest.mark.parametrize("pairs", [(0, 1, 2), (0, 2), (1, 2, 3)])
@@ -139,6 +160,19 @@ def test_free_rope_pairs_are_refused():
         stock_layout(apply(model, plan).config)
 
 
+@pytest.mark.parametrize("pairs", [(1, 5, 6, 7), tuple(range(8))])
+def test_folded_pairs_are_stock_but_have_no_other_form(pairs, tokens):
+    model = tiny_model("mistral", "gqa", head_dim=16, dtype=torch.float64)
+    pruned = apply(model, replace(shared_plan(model, pairs), folded=5))
+    stock = to_stock(pruned, "stock")
+    with torch.no_grad():
+        torch.testing.assert_close(stock(tokens).logits, pruned(tokens).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="no arithmetic progression"):
+        to_stock(pruned, "stock_arithmetic")
+    with pytest.raises(ValueError, match=r"strategy\.context=null"):
+        to_stock(pruned, "padded")
+
+
 def test_scope_model_is_stock(tokens):
     model = tiny_model()
     pruned = apply(model, channel_plan(model, "model"))
@@ -161,6 +195,7 @@ def test_the_command_writes_what_a_stranger_opens(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr
     serving = json.loads((out / "serving.json").read_text())
     assert serving["check"]["logits_relative_difference"] < 1e-4
+    assert serving["check"]["logprobs_rms_difference"] < 1e-4
     assert serving["check"]["greedy_tokens_equal"]
     assert serving["kv_bytes_per_token"]["checkpoint"] == serving["kv_bytes_per_token"]["export"]
     config = json.loads((out / "config.json").read_text())
@@ -178,20 +213,45 @@ def test_bad_input_writes_nothing(tmp_path):
         export(tmp_path, tmp_path / "out", "stock")
     model = tiny_model(vocab_size=259)
     save(apply(model, random_plan(model, ["vo"])), byte_tokenizer(), tmp_path / "pruned")
-    with pytest.raises(ValueError, match="different v_head_dim"):
-        export(tmp_path / "pruned", tmp_path / "out", "stock")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruned"]
+    for to in ("stock", "stock_arithmetic", "gguf"):
+        with pytest.raises(ValueError, match="different v_head_dim"):
+            export(tmp_path / "pruned", tmp_path / "out", to)
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="'bert' is not supported; known families"):
+        export(tmp_path / "bert", tmp_path / "out", "stock")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bert", "pruned"]
+
+
+def test_weights_of_another_plan_write_nothing(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "mixed")
+    other = stock_model("llama", "gqa", pairs=(0, 1), vocab_size=259).state_dict()
+    save_file(other, tmp_path / "mixed" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RuntimeError, match="mismatched"):
+        export(tmp_path / "mixed", tmp_path / "out", "stock")
+    assert [path.name for path in tmp_path.iterdir()] == ["mixed"]
 
 
 def test_an_export_that_differs_is_removed(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("kvp.export.stock.query_scale", lambda layout, scaling: 1.0)
-    with pytest.raises(ArithmeticError, match="the export was removed"):
+    with pytest.raises(ArithmeticError, match="The export was removed"):
         export(checkpoint, tmp_path / "out", "stock")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pruned_checkpoint_without_kvp_is_a_clear_message(checkpoint):
-    program = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(checkpoint)!r})"
-    stranger = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True)
-    assert stranger.returncode == 1
-    assert "kvp_llama" in stranger.stderr
+def test_custom_is_any_shape_and_opens_with_kvp_only(tmp_path):
+    model = tiny_model(vocab_size=259)
+    save(apply(model, random_plan(model, ["qk", "vo", "ffn"])), byte_tokenizer(), tmp_path / "pruned")
+    serving = export(tmp_path / "pruned", tmp_path / "custom", "custom")
+    assert serving["check"]["logits_max_difference"] < 1e-5
+    assert "after `import kvp`" in serving["engines"]["transformers"]
+    assert serving["engines"]["vllm"].startswith("no")
+    stranger = subprocess.run(
+        [sys.executable, "-I", "-c", WITHOUT_KVP, str(tmp_path / "custom")], capture_output=True, text=True
+    )
+    auto, llama = stranger.stdout.splitlines()
+    assert "kvp_llama" in auto
+    assert "mismatched" in llama
+    save(model, byte_tokenizer(), tmp_path / "dense")
+    with pytest.raises(ValueError, match="an ordinary llama checkpoint: export it --to stock"):
+        export(tmp_path / "dense", tmp_path / "out", "custom")

@@ -1,0 +1,42 @@
+"""A process with llama.cpp and without kvp answers for a GGUF; a file to run, not to import.
+
+python -I engine_llama_cpp.py DIRECTORY WORK: reads WORK/ask.json and writes WORK/answer.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import llama_cpp
+import numpy as np
+from safetensors.numpy import save_file
+
+
+def main() -> None:
+    """Logits of the asked tokens, the greedy tokens after them, and the text as its tokenizer reads it."""
+    directory, work = sys.argv[1:]
+    with open(f"{work}/ask.json") as file:
+        ask = json.load(file)
+    ids = ask["ids"]
+    model = llama_cpp.Llama(
+        model_path=f"{directory}/model.gguf",
+        n_ctx=len(ids) + ask["new_tokens"],
+        logits_all=True,
+        type_k=llama_cpp.GGML_TYPE_F32,  # the cache is 16 bits otherwise
+        type_v=llama_cpp.GGML_TYPE_F32,
+        flash_attn=False,
+        verbose=False,
+    )
+    model.eval(ids)
+    logits, greedy = model.scores[: len(ids)].copy(), []
+    for _ in range(ask["new_tokens"]):
+        greedy.append(int(model.scores[model.n_tokens - 1].argmax()))
+        model.eval(greedy[-1:])
+    read = model.tokenize(ask["text"].encode(), add_bos=True, special=False)
+    answer = {"logits": logits, "greedy": np.array(greedy), "ids": np.array(read[: len(ids)])}
+    save_file(answer, f"{work}/answer.safetensors")
+
+
+if __name__ == "__main__":
+    main()
