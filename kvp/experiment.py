@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from hashlib import sha256
@@ -61,6 +62,7 @@ VERSIONS = {  # raised in the commit that changes a stage's numbers
 }
 # Where results go and when they are made, not what they are.
 NOT_INPUTS = ("store", "runs", "tracker", "hydra", "rows", "force", "since")
+OPTIONAL = ("cache", "recovery", "measure", "evaluation.perplexity", "evaluation.zero_shot")  # may be none
 
 Record = dict[str, Any]
 
@@ -86,6 +88,17 @@ def _kinds(force: Any) -> tuple[str, ...]:
             f"{', '.join(unknown)}"
         )
     return tuple(force)
+
+
+def _without_presets(config: DictConfig) -> DictConfig:
+    """The configuration without what presets add to a choice of none: recovery=none is null, whatever debug= says."""
+    chosen = deepcopy(config)
+    OmegaConf.set_readonly(chosen, False)
+    OmegaConf.set_struct(chosen, False)
+    for name in OPTIONAL:
+        if "_target_" not in (OmegaConf.select(chosen, name) or {}):
+            OmegaConf.update(chosen, name, None)
+    return chosen
 
 
 @lru_cache(maxsize=1)
@@ -142,8 +155,7 @@ class Experiment:
             )
 
         def build(name: str) -> Any:
-            node = OmegaConf.select(config, name)
-            if node is None or "_target_" not in node:  # measure=none, or what a preset adds to it
+            if (node := OmegaConf.select(chosen, name)) is None:
                 return None
             try:
                 return instantiate(node, _convert_="all")
@@ -152,7 +164,8 @@ class Experiment:
                     raise ValueError(f"{name} has a value of the wrong type: {error.__cause__}") from error
                 raise
 
-        node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        chosen = _without_presets(config)
+        node = OmegaConf.to_container(chosen, resolve=True, throw_on_missing=True)
         assert isinstance(node, dict)
         source, device = build("model"), resolve_device(config.device)
         return cls(
@@ -193,8 +206,9 @@ class Experiment:
 
     @property
     def group(self) -> str:
-        """Runs of one model and strategy belong together in a tracker."""
-        return f"{self.source.name}-{type(self.strategy).__name__.lower()}"
+        """The tracker's; if it names none, runs of one model and strategy belong together."""
+        own = f"{self.source.name}-{type(self.strategy).__name__.lower()}"
+        return getattr(self.tracker, "group", None) or own
 
     @property
     def unpruned(self) -> bool:
@@ -232,6 +246,12 @@ class Experiment:
             raise ValueError(
                 "LoRA's update is dense: merged into the weights, it leaves none of this strategy's zeros. Choose "
                 "recovery=none, or recovery.keep_zeros=true to drop the update where the weight is zero"
+            )
+        distillation = self.recovery and self.recovery.distillation
+        if self.unpruned and distillation and not distillation.text_weight:
+            raise ValueError(
+                "the dense model has nothing to learn from itself alone: set recovery.distillation.text_weight above "
+                "0, or choose recovery/distillation=none for the control"
             )
         if self.protocol is not None:
             self.protocol.check_positions(config.max_position_embeddings)

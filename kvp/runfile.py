@@ -73,7 +73,7 @@ def finished_before(directory: Path) -> Record | None:
         return None
     try:
         record = json.loads(path.read_text())
-    except ValueError:
-        return None  # written anew
-    finished = record.get("schema") == SCHEMA and record["status"] == "finished"
-    return record if finished and all(Path(s["path"]).exists() for s in record["stages"]) else None
+        finished = record["schema"] == SCHEMA and record["status"] == "finished"
+        return record if finished and all(Path(s["path"]).exists() for s in record["stages"]) else None
+    except (ValueError, LookupError, TypeError):
+        return None  # corrupt: written anew

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import wandb
 
 
+LONGEST = 128  # characters of a group in W&B
+
+
 class RunInfo(TypedDict):
     """What a tracker is told when a run begins; `run_id` is one per configuration (its hash)."""
 
@@ -121,7 +124,7 @@ class Wandb(Tracker):
             name=info["name"],
             dir=info["directory"],
             config=dict(info["config"]),
-            group=self.group or info.get("group"),
+            group=(self.group or info.get("group") or "")[:LONGEST] or None,
             job_type=info.get("job_type"),
             tags=info.get("tags"),
             resume="allow" if self.mode == "online" else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,12 @@ def test_imports_go_one_way(path):
         if package in {module.partition(".")[0] for module in imported}:
             assert name in owners, f"only {owners} may import {package}"
     assert "utils" not in name
+
+
+def test_every_package_is_in_the_wheel():
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    files = [file for top in ("kvp", "hydra_plugins") for file in (ROOT / top).rglob("*.py")]
+    assert {".".join(file.parent.relative_to(ROOT).parts) for file in files} <= {*named}
 
 
 def test_one_strategy_never_imports_another():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from kvp.experiment import Experiment
 from kvp.models.load import load_config, load_tokenizer
 from kvp.run import run
 from kvp.sweep.foretell import foretell
+from tests.process import start_kvp
 from tests.test_tracking import records
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +102,7 @@ def test_record_holds_what_the_readme_promises(finished):
         model = written[name]
         assert Path(model["checkpoint"], "config.json").exists()
         assert model["size"]["params"] > 0
-        assert len(model["size"]["layers"]) == 8
+        assert len(model["size"]["layers"]) == 10
         for result in model["evaluation"]["perplexity"].values():
             assert result["value"] > 1
             assert result["protocol"]["window"] == 64
@@ -202,7 +202,7 @@ def test_a_sparse_cache_is_carried_by_the_checkpoint(finished):
     ]
     alone = run_here(tmp_path, *sparse, "strategy=none", "recovery=none")
     dense, packed = (alone[model]["measure"]["kv_bytes_per_token"] for model in ("dense", "pruned"))
-    assert (dense, packed) == (4096, 4096 // 2 + 4096 // 32)  # half of the float32 values, one bit for each
+    assert (dense, packed) == (5120, 5120 // 2 + 5120 // 32)  # half of the float32 values, one bit for each
     held = alone["pruned"]["measure"]["memory"]["cache_bytes"]
     assert held == 2 * (8 * dense + (32 + 8 - 8) * packed)
     squad = alone["pruned"]["evaluation"]["perplexity"]["squad"]
@@ -221,18 +221,13 @@ def test_a_sparse_cache_is_carried_by_the_checkpoint(finished):
 def test_kill_in_every_stage_then_rerun_gives_the_same(finished, tmp_path):
     undisturbed = run_here(finished[0], *LIGHT)
     for stage in ("score", "prune", "recover", "evaluate/perplexity/lambada"):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "kvp", *overrides(tmp_path, *LIGHT)],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start_kvp(*overrides(tmp_path, *LIGHT))
         folder, deadline = tmp_path / "store" / stage, time.time() + 120
-        while not list(folder.glob(".*.partial")) and process.poll() is None and time.time() < deadline:
+        while not list(folder.glob(".*.partial")) and process.is_alive() and time.time() < deadline:
             time.sleep(0.0005)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL, f"{stage} was over before it could be killed"
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"{stage} was over before it could be killed"
     rerun = run_here(tmp_path, *LIGHT)
     assert numbers(rerun) == numbers(undisturbed)
     weights = [

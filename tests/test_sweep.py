@@ -23,10 +23,14 @@ from transformers import AutoModelForCausalLM
 from kvp.__main__ import CONF, main
 from kvp.experiment import Experiment
 from kvp.models.load import byte_tokenizer
+from kvp.runfile import finished_before
 from kvp.status import look
 from kvp.sweep.foretell import foretell
 from kvp.sweep.jobs import expand
+from kvp.sweep.sweep import SweepFailed, sweep
+from kvp.sweep.words import read
 from kvp.sweep.worker import gpu_of
+from tests.process import start_kvp
 
 ROOT = Path(__file__).parent.parent
 LIGHT = ("tracker=none", "measure=none", "evaluation.zero_shot=null", "evaluation.perplexity.corpora=[squad]")
@@ -47,10 +51,6 @@ def kvp_here(monkeypatch, capsys, *words):
     except SystemExit as exit_:
         code = exit_.code
     return code, *capsys.readouterr()
-
-
-def kvp_process(*words, **options):
-    return subprocess.Popen([sys.executable, "-m", "kvp", *words], cwd=ROOT, text=True, **options)
 
 
 def composed(*words):
@@ -99,9 +99,9 @@ def swept(tmp_path_factory):
     """Where a sweep of three jobs ran of which the second fails, its command, stdout, stderr, exit code."""
     tmp_path = tmp_path_factory.mktemp("sweep")
     words = ["-m", *places(tmp_path), "ratio.value=0.25,0.9,0.5", "ratio.tolerance=0.05", "recovery=none"]
-    process = kvp_process(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    stdout, stderr = process.communicate()
-    return tmp_path, words, stdout, stderr, process.returncode
+    command = [sys.executable, "-m", "kvp", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return tmp_path, words, done.stdout, done.stderr, done.returncode
 
 
 def test_a_sweep_has_a_header_lines_a_table_and_an_exit_code(swept):
@@ -112,6 +112,7 @@ def test_a_sweep_has_a_header_lines_a_table_and_an_exit_code(swept):
     assert lines[2] == (
         "10 stages: 0 stand, 10 to compute (1 model, 1 score, 1 sensitivity, 3 prune, 4 perplexity)"
     )
+    assert lines[3].startswith("memory: about ")  # the model is not written yet
     told = [line for line in lines if line.startswith("[")]
     assert [line.split()[:2] for line in told] == [
         ["[1/3]", "finished"],
@@ -211,6 +212,33 @@ def test_rows_of_an_experiment_times_the_command_line(swept, tmp_path, monkeypat
     assert len(asked) == 6
 
 
+def test_the_runs_of_a_sweep_share_a_group_in_wandb(tmp_path):
+    words = [*places(tmp_path), "tracker=wandb"]
+    jobs = [[*words, "strategy=random"], [*words, "strategy=none"], [*words, "tracker.group=mine"]]
+    launched = []
+
+    def launch(jobs, initial_job_idx):
+        launched.extend(jobs)
+        return [None] * len(jobs)
+
+    with pytest.raises(SweepFailed, match="3 of 3 jobs failed"):
+        sweep(jobs, [composed(*job) for job in jobs], launch)
+    together = "tiny-kvpruner+nopruning+random"
+    assert [composed(*job).group for job in launched] == [together, together, "mine"]
+
+
+def test_what_a_preset_says_of_a_recovery_is_nothing_without_one(tmp_path):
+    node = composed(*places(tmp_path), "recovery=none", "measure=none").node
+    assert (node["recovery"], node["measure"], node["evaluation"]["zero_shot"]) == (None, None, None)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 2}', '{"schema": 2, "status": "finished"}'])
+def test_a_corrupt_record_is_written_anew(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    assert finished_before(tmp_path) is None
+    assert isinstance(read(tmp_path), dict)
+
+
 def test_nan_in_one_job_leaves_the_other(swept, tmp_path, monkeypatch, capsys):
     model = AutoModelForCausalLM.from_pretrained(records(swept[0])[0]["dense"]["checkpoint"])
     for name, value in (("good", None), ("broken", float("nan"))):
@@ -242,12 +270,12 @@ def looks(tmp_path):
 def test_a_sweep_killed_twice_and_interrupted_once_ends_with_the_same_table(
     swept, tmp_path, monkeypatch, capsys
 ):
-    longer = "recovery.max_steps=60"  # long enough to be met in it
+    longer = "recovery.max_steps=20"  # long enough to be met in it
     words = ["-m", "ratio.value=0.25,0.5", "ratio.tolerance=0.05", longer, *places(tmp_path)]
     for finished in (0, 1):
-        process = kvp_process(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start_kvp(*words)
         stop_in_recovery(process.pid, signal.SIGKILL, tmp_path, finished)
-        process.wait()
+        process.join()
         assert looks(tmp_path) == Counter(finished=finished, died=1)
     Thread(target=stop_in_recovery, args=(os.getpid(), signal.SIGINT, tmp_path, 1)).start()
     code, stdout, _ = kvp_here(monkeypatch, capsys, *words)
@@ -262,9 +290,10 @@ def test_a_sweep_killed_twice_and_interrupted_once_ends_with_the_same_table(
 
 def test_two_sweeps_over_one_store_at_once_compute_every_stage_once(tmp_path):
     words = ["-m", "ratio.value=0.25,0.5,0.75", *places(tmp_path), "tracker=wandb", "recovery=none"]
-    processes = [kvp_process(*words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for _ in range(2)]
-    errors = [process.communicate()[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    processes = [start_kvp(*words, log=tmp_path / "printed") for _ in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "printed").read_text()
     logs = "".join(path.read_text() for path in tmp_path.glob("runs/*/run.log"))
     done = Counter(re.findall(r"^([\w/]+) computed", logs, re.MULTILINE))
     there = Counter(
@@ -283,24 +312,18 @@ def test_two_sweeps_over_one_store_at_once_compute_every_stage_once(tmp_path):
         pytest.param("ray", "ray", marks=pytest.mark.slow),
     ],
 )
-def test_launchers_run_the_jobs_in_other_processes(swept, tmp_path, launcher, package):
+def test_launchers_run_the_jobs_in_other_processes(swept, tmp_path, monkeypatch, capsys, launcher, package):
     pytest.importorskip(package)
     first, words, *_ = swept
     options = [word.replace("0.25,0.9,0.5", "0.25,0.9") for word in words if not word.startswith("runs=")]
     stages = set(first.glob("store/**/manifest.json"))
-    done = kvp_process(
-        *options,
-        f"launcher={launcher}",
-        f"runs={tmp_path}/runs",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    stdout, stderr = done.communicate()
-    assert done.returncode == 1, stderr
+    options += [f"launcher={launcher}", f"runs={tmp_path}/runs"]
+    code, stdout, stderr = kvp_here(monkeypatch, capsys, *options)
+    assert code == 1, stderr
     assert "1 of 2 jobs finished" in stdout
     assert "the nearest is" in stdout
     pids = {record.get("pid") for record in records(tmp_path)} - {None}
-    assert done.pid not in pids
+    assert os.getpid() not in pids
     assert set(first.glob("store/**/manifest.json")) == stages
 
 
@@ -334,9 +357,8 @@ def test_every_experiment_composes(experiment, tmp_path):
 def test_every_experiment_runs_on_the_tiny_model(experiment, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = ["-m", f"experiment={experiment}", *places(tmp_path)]
-    process = kvp_process(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    stdout, _ = process.communicate()
-    assert process.returncode == 0, stdout
+    done = subprocess.run([sys.executable, "-m", "kvp", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     for record in records(tmp_path):
         chain, _ = foretell(composed(*record["overrides"]))
         assert {stage.fingerprint for stage in chain} == {stage["fingerprint"] for stage in record["stages"]}

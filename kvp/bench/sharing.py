@@ -1,32 +1,37 @@
-"""Seconds of a sweep over 3 ratios x 2 recoveries in one store, against its six jobs in a store each.
+"""Cost of a sweep over 3 ratios x 2 recoveries in one store, against its six jobs in a store each.
 
     python -m kvp.bench.sharing [--debug] [--work DIR] [option=value ...]
 
-Both run the same commands as a person would, start-up included; --debug takes the tiny model and a reduced
-protocol, whose start-up outweighs the rest.
+Both run the same commands as a person would, start-up included. Other processes lengthen the wall time of whatever
+runs beside them; CPU time suffers less. --debug takes the tiny model and a reduced protocol, whose start-up
+outweighs the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 RATIOS = ("0.2", "0.35", "0.5")
 RECOVERIES = ("none", "lora_text")
 DEBUG = ("debug=smoke", "measure=none", "evaluation.zero_shot=null")
 
 
-def seconds(*options: str) -> float:
-    """Wall time of one command."""
-    started = time.perf_counter()
+def cost(*options: str) -> tuple[float, float]:
+    """Wall and CPU seconds of one command, its children included."""
+    started, before = time.perf_counter(), os.times()
     subprocess.run([sys.executable, "-m", "kvp", *options], check=True, stdout=sys.stderr)
-    return time.perf_counter() - started
+    after = os.times()
+    cpu = sum(getattr(after, kind) - getattr(before, kind) for kind in ("children_user", "children_system"))
+    return time.perf_counter() - started, cpu
 
 
 def kept_in(place: str) -> tuple[str, str]:
@@ -45,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     common = ["tracker=none", *(DEBUG if args.debug else ()), *args.options]
     with tempfile.TemporaryDirectory(dir=args.work) as place:
-        shared = seconds(
+        shared = cost(
             "-m",
             f"ratio.value={','.join(RATIOS)}",
             f"recovery={','.join(RECOVERIES)}",
@@ -53,7 +58,7 @@ def main() -> None:
             *common,
         )
         alone = [
-            seconds(
+            cost(
                 f"ratio.value={ratio}",
                 f"recovery={recovery}",
                 *kept_in(f"{place}/{n}"),
@@ -61,12 +66,11 @@ def main() -> None:
             )
             for n, (ratio, recovery) in enumerate(product(RATIOS, RECOVERIES))
         ]
-    result = {
-        "one_store_seconds": shared,
-        "own_stores_seconds": alone,
-        "ratio": shared / sum(alone),
-        "command": " ".join(["python -m kvp.bench.sharing", *sys.argv[1:]]),
+    result: dict[str, Any] = {
+        name: {"one_store": one, "own_stores": own, "ratio": one / sum(own)}
+        for name, one, own in zip(("seconds", "cpu_seconds"), shared, zip(*alone, strict=True), strict=True)
     }
+    result["command"] = " ".join(["python -m kvp.bench.sharing", *sys.argv[1:]])
     print(json.dumps(result))
 
 

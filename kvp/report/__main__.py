@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("offline", "online"),
         help="log tables and plots to a summary run of the group in Weights & Biases",
     )
-    add("--group", help="that group (default: model and strategy of the runs)")
+    add("--group", help="that group (default: the runs')")
     return parser
 
 

@@ -27,7 +27,8 @@ def build(
     """
     used = where([run for run in runs if run.status != "running"], spec.where)
     for heading, key in spec.rows.items():
-        check_key(used, key, f"spec {spec.name}, row {heading!r}")
+        if heading not in spec.optional:
+            check_key(used, key, f"spec {spec.name}, row {heading!r}")
     columns = expand(spec.columns, used)
     across = _across(spec, used)
     split = [spec.across] if spec.across else []

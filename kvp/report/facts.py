@@ -38,7 +38,10 @@ WITHOUT = {"max_tokens": "all tokens", "limit": "all documents", "add_bos_token"
 def facts(record: Mapping[str, Any], metric: str) -> Facts:
     """What a number of a record was measured under."""
     model, *path = metric.split(" - ")[0].split(".")
-    device = {"device": record.get("provenance", {}).get("device")}
+    origin = record.get("provenance", {})
+    device = {"device": origin.get("device")}
+    if model == "pruning":
+        return {"dtype": record["config"].get("dtype"), **device, "threads": origin.get("threads")}
     match path:
         case ["evaluation", "perplexity", corpus, *_]:
             result = record[model]["evaluation"]["perplexity"][corpus]

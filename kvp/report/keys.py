@@ -7,6 +7,7 @@ are the protocols of evaluation and measurement, which `compare` looks after.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -163,7 +164,7 @@ def _option(target: str) -> str:
     """What conf/ calls a class: its module if that is named like it (llm_pruner), else the class."""
     module, name = ("", *target.split("."))[-2:]
     alike = module.replace("_", "") == name.lower() or name == "NoPruning"
-    return module if alike else name.lower()
+    return module if alike else re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def _paths(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -42,6 +42,8 @@ def make_notes(drafts: Sequence[Draft], lines: Sequence[Line], extra: Sequence[s
 
 
 def _subject(metric: str) -> str:
+    if metric.startswith("pruning."):
+        return "pruning"
     return "zero-shot" if ".evaluation." in metric else "speed and memory"
 
 

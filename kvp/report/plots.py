@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from kvp.report import layers, losses, panels, quality, speed
+from kvp.report import choices, layers, losses, panels, quality, speed
 from kvp.report.points import find_points
 from kvp.report.runs import Run
 from kvp.report.style import save, style
@@ -29,15 +29,18 @@ def write_plots(runs: Sequence[Run], out: Path) -> list[Path]:
     """
     out.mkdir(parents=True, exist_ok=True)
     with style():
-        return [path for name, figure in _figures(runs) if figure for path in save(figure, out, name)]
+        return [path for name, figure in figures(runs) if figure for path in save(figure, out, name)]
 
 
-def _figures(runs: Sequence[Run]) -> Iterator[tuple[str, Figure | None]]:
+def figures(runs: Sequence[Run]) -> Iterator[tuple[str, Figure | None]]:
+    """Every plot by name, None without data for it."""
     points = find_points(runs)
     denominators = sorted({point.ratio[1] for point in points if point.ratio})
     for of in denominators:
+        several = len({point.ratio for point in points if point.ratio and point.ratio[1] == of}) > 1
+        draw = quality.against_ratio if several else choices.at_one_ratio
         for name, (read, label) in AXES.items():
-            yield f"{name}_by_{of}", quality.against_ratio(points, of, read, label)
+            yield f"{name}_by_{of}", draw(points, of, read, label)
     for cost in quality.COSTS:
         yield f"pareto_{cost}", quality.pareto(points, cost, *AXES["perplexity"])
     yield "speed_and_memory", speed.speed_and_memory(points)

@@ -77,7 +77,7 @@ class Mean:
 
 
 def find_points(runs: Sequence[Run]) -> list[Point]:
-    """Every model of every finished run; dense, the controls, then the rest in the order of the runs."""
+    """Every model of every finished run: dense, the controls, then the rest by strategy and ratio."""
     finished = [run for run in runs if run.status == "finished"]
     strategies, recoveries = strategy_labels(finished), recovery_labels(finished)
     mixed = len({run.record["config"]["ratio"]["of"] for run in finished if not unpruned(run)}) > 1
@@ -108,7 +108,7 @@ def find_points(runs: Sequence[Run]) -> list[Point]:
                         seed=record["config"]["seed"],
                     )
                 )
-    return sorted(found, key=lambda point: STATES.index(point.state))
+    return sorted(found, key=lambda p: (STATES.index(p.state), p.strategy, p.ratio or (), p.recovery, p.seed))
 
 
 def means(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,6 +17,7 @@ from kvp.report.runs import EXPERIMENTS
 from kvp.report.spec import UNITS
 from kvp.report.table import MISSING, Cell
 
+PACKAGED = Path(__file__).parent / "references"  # of an installed wheel
 AVERAGE = "evaluation.zero_shot.average.value"
 
 
@@ -53,9 +55,8 @@ def load_published(models: Iterable[str]) -> list[Published]:
     """
     found = []
     for model in sorted(set(models)):
-        path = next(
-            (p for root in EXPERIMENTS if (p := root / "references" / f"{model}.yaml").exists()), None
-        )
+        places = [*(root / "references" for root in EXPERIMENTS), PACKAGED]
+        path = next((p for place in places if (p := place / f"{model}.yaml").exists()), None)
         try:
             papers = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
             for name, paper in papers.items():

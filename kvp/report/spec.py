@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from kvp.report.keys import MODELS, near, recovers
+from kvp.report.pruning import pruning
 from kvp.report.runs import Run
 from kvp.report.table import Better
 
@@ -23,7 +24,8 @@ class ColumnSpec:
     """A column, or with a pattern in its metric (`*`, `a|b`) one per match, {} in the title being the match.
 
     Attributes:
-        metric: Path in the record, or the difference "a - b" of two. In the dense row, `pruned.` is `dense.`.
+        metric: Path in the record, or the difference "a - b" of two; `pruning.seconds` and `pruning.peak_bytes` are
+            those of its stages. In the dense row, `pruned.` is `dense.`.
         unit: One of `UNITS`, what the number is shown in.
         delta: Show the distance to the unpruned model treated alike: to dense, or for a recovered number to
             the dense model tuned alike.
@@ -56,6 +58,7 @@ class Spec:
     Attributes:
         rows: Heading of a label -> key of the configuration; a row per combination of their values.
         columns: The numbers.
+        optional: The headings that are left out where no run has their key.
         group: The headings whose values part the rows into sections; the best is marked within each.
         across: A key whose every value gets its own set of columns.
         where: Filters, as --where takes them.
@@ -66,15 +69,19 @@ class Spec:
     title: str
     rows: Mapping[str, str]
     columns: Sequence[ColumnSpec]
+    optional: Sequence[str] = ()
     group: Sequence[str] = ()
     across: str | None = None
     where: Sequence[str] = ()
     published: bool = False
 
     def __post_init__(self) -> None:
-        for heading in self.group:
-            if heading not in self.rows:
-                raise ValueError(f"group names {heading!r}, which is no row{near(heading, list(self.rows))}")
+        for option in ("group", "optional"):
+            for heading in getattr(self, option):
+                if heading not in self.rows:
+                    raise ValueError(
+                        f"{option} names {heading!r}, which is no row{near(heading, list(self.rows))}"
+                    )
 
 
 def load_spec(name: str) -> Spec:
@@ -169,6 +176,8 @@ def _check(column: ColumnSpec, runs: Sequence[Run]) -> None:
 
 def _walk(node: Any, path: Sequence[str]) -> Any:
     """What lies at a path: None where it ends in a null, `_NOWHERE` where it leaves the record."""
+    if path[0] == "pruning":
+        node = {"pruning": pruning(node)}
     for part in path:
         if not isinstance(node, Mapping):
             return None if node is None else _NOWHERE

@@ -113,22 +113,23 @@ def deviations(stds: Iterable[float]) -> list[float]:
     return [std or math.nan for std in stds]
 
 
-def set_scale(ax: Axes, values: Iterable[float]) -> None:
-    """A logarithmic y axis where the range of the values demands it, with ticks written out (30, 100, 3,000).
+def set_scale(ax: Axes, values: Iterable[float], axis: Literal["x", "y"] = "y") -> None:
+    """A logarithmic axis where the range of the values demands it, with ticks written out (30, 100, 3,000).
 
     Where some values are not positive it is linear around zero, below a hundredth of the largest.
     """
     values = list(values)
     low, high = min(values), max(values)
+    scale, line = (ax.set_yscale, ax.yaxis) if axis == "y" else (ax.set_xscale, ax.xaxis)
     if low > 0 and high >= LOG_FROM * low:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high > 30 * low else (1, 2, 3, 5)))
+        scale("log")
+        line.set_major_locator(LogLocator(subs=(1, 3) if high > 30 * low else (1, 2, 3, 5)))
     elif low <= 0 < high and high >= LOG_FROM**2 * abs(median(values)):
-        ax.set_yscale("symlog", linthresh=10 ** math.floor(math.log10(high / 100)))
+        scale("symlog", linthresh=10 ** math.floor(math.log10(high / 100)))
     else:
         return
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    line.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    line.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, out: Path, name: str) -> list[Path]:

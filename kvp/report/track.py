@@ -23,16 +23,13 @@ def track(
     group: str | None,
 ) -> str:
     """Log a report, one run per group; where it lies."""
-    group = group or "-".join(_all(runs, key) for key in ("model", "strategy"))
+    group = group or "+".join(sorted({_group(run) for run in runs}))
     run_id = sha256(f"report {group}".encode()).hexdigest()[:12]
     config = {"runs": [run.hash for run in runs]}
     about = {"name": f"report-{group}", "run_id": run_id, "group": group, "job_type": "report"}
     with Wandb(mode=mode).run(directory=out, config=config, **about) as log:
         for table in tables:
-            rows = [
-                [*row.labels, *(cell.value if cell.value is not None else cell.text for cell in row.cells)]
-                for row in table.rows
-            ]
+            rows = [[*row.labels, *map(_value, row.cells)] for row in table.rows]
             log.table(table.name, [*table.keys, *(column.title for column in table.columns)], rows)
         for plot in plots:
             if plot.suffix == ".png":
@@ -44,5 +41,6 @@ def _value(cell: Cell) -> float | str:
     return cell.text if cell.value is None else cell.value
 
 
-def _all(runs: Sequence[Run], key: str) -> str:
-    return "+".join(sorted({label(run, key) for run in runs}))
+def _group(run: Run) -> str:
+    """The run's in the tracker."""
+    return run.record.get("group") or f"{label(run, 'model')}-{label(run, 'strategy')}"

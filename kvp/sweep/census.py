@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from copy import copy
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvp.experiment import VERSIONS, Experiment
@@ -26,17 +28,21 @@ def census(experiments: Sequence[Experiment]) -> Iterator[str]:
         yield f"runs in {runs}, stages in {store}"
 
     stages: dict[str, Foretold] = {}
+    configs: dict[Path, PretrainedConfig] = {}
     checkpoints: dict[str, int] = {}
     memory, unknown = 0, 0
     for x in experiments:
         try:
             chain, dense = foretell(x)
             missing = [stage for stage in chain if not stage.stands]
-            if missing and (dense / "config.json").exists():
-                config = load_config(dense)
+            if missing:
+                if dense not in configs:
+                    there = (dense / "config.json").exists()
+                    configs[dense] = load_config(dense) if there else x.source.expected()
+                config = configs[dense]
                 weights = size(config, layer_shapes(config)).params * itemsize(config)
-                written = [stage for stage in missing if stage.kind in ("prune", "recover")]
-                checkpoints |= {stage.fingerprint: weights for stage in written}
+                made = [stage for stage in missing if stage.kind in ("model", "prune", "recover")]
+                checkpoints |= {stage.fingerprint: weights for stage in made}
                 memory = max(memory, _memory(x, missing, config))
         except (OSError, ValueError):
             unknown += 1  # the job itself will say why
@@ -50,8 +56,6 @@ def census(experiments: Sequence[Experiment]) -> Iterator[str]:
             f"their batches. Disk: at most {_bytes(sum(checkpoints.values()))} for {len(checkpoints)} "
             f"checkpoints, {_bytes(free)} are free"
         )
-    elif any(stage.kind == "model" and not stage.stands for stage in stages.values()):
-        yield "memory and disk: known once the model is written, the next time"
 
 
 def _stages(stages: Sequence[Foretold], unknown: int) -> Iterator[str]:
@@ -69,6 +73,7 @@ def _bytes(count: int) -> str:
 
 def _memory(x: Experiment, missing: Sequence[Foretold], config: PretrainedConfig) -> int:
     """Bytes of the weights as they are computed with, or of scoring them."""
+    config = copy(config)
     config.dtype = x.dtype
     if not x.strategy.needs_calibration or all(stage.kind != "score" for stage in missing):
         return size(config, layer_shapes(config)).params * itemsize(config)

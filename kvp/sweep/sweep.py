@@ -15,6 +15,7 @@ from rich.table import Table
 
 from kvp.experiment import Experiment
 from kvp.sweep.words import JOBS, Record, corpora, perplexities, read, reason, removed, stages
+from kvp.tracking import Wandb
 
 WIDTH = 160  # of the table in a file or pipe
 
@@ -62,7 +63,10 @@ def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: 
     from kvp.sweep.census import census  # modelling code, which a wrong option need not wait for
 
     began, console = time.time(), Console(width=None if sys.stdout.isatty() else WIDTH)
+    group = _group(experiments)
     for job, x in zip(jobs, experiments, strict=True):
+        if isinstance(x.tracker, Wandb) and x.tracker.group is None and x.group != group:
+            job.append(f"tracker.group={group}")
         if x.force and not any(word.startswith("since=") for word in job):
             x.since = began
             job.append(f"since={began}")  # what one job has made again, the others find
@@ -81,6 +85,13 @@ def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: 
             f"{failed} of {len(jobs)} jobs failed: their run.json holds the traceback, run.log beside it what "
             "they printed; the same command finds what is finished and tries these again"
         )
+
+
+def _group(experiments: Sequence[Experiment]) -> str:
+    """Of all jobs in a tracker: "smollm2_135m-kvpruner+random"."""
+    models = {x.source.name for x in experiments}
+    strategies = {type(x.strategy).__name__.lower() for x in experiments}
+    return "-".join("+".join(sorted(names)) for names in (models, strategies))
 
 
 def _print(console: Console, outcomes: Sequence[Outcome], seconds: float) -> None:

@@ -14,9 +14,11 @@ Record = Mapping[str, Any]
 
 
 def read(directory: Path) -> Record:
-    """The run.json of a run; empty if there is none."""
-    path = directory / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The run.json of a run; empty if there is none to be read."""
+    try:
+        return dict(json.loads((directory / "run.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def line(number: int, status: str, name: str, told: str) -> str:

@@ -9,10 +9,11 @@ from statistics import mean, stdev
 
 import pytest
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from kvp.report import layers, losses, panels, quality, speed
-from kvp.report.plots import write_plots
+from kvp.report import choices, layers, losses, panels, quality, speed
+from kvp.report.plots import figures, write_plots
 from kvp.report.points import find_points, means
 from kvp.report.runs import Run, read_runs
 from kvp.report.style import INK, looks, style
@@ -89,14 +90,20 @@ def test_a_full_study_has_every_plot_and_the_same_bytes_in_another_process(tmp_p
         assert path.read_bytes() == (tmp_path / "there" / path.name).read_bytes(), path.name
 
 
-def test_what_the_records_do_not_hold_is_not_drawn(tmp_path):
+def drawn(runs: list[Run]) -> dict[str, Figure]:
+    """The plots, not rendered."""
+    with style():
+        return {name: figure for name, figure in figures(runs) if figure}
+
+
+def test_what_the_records_do_not_hold_is_not_drawn():
     bare = make_record("random", steps=60)
     for name in ("dense", "pruned", "recovered"):
         bare[name]["measure"] = None
         bare[name]["evaluation"]["zero_shot"] = {"average": None}
         bare[name]["size"]["layers"] = LAYERS
-    drawn = {path.stem for path in write_plots(as_runs(bare, make_failed("E", "x", ratio=0.5)), tmp_path)}
-    assert drawn == {"perplexity_by_kv_cache", "pareto_kv_bytes", "pareto_params"}
+    found = drawn(as_runs(bare, make_failed("E", "x", ratio=0.5)))
+    assert found.keys() == {"perplexity_by_kv_cache", "pareto_kv_bytes", "pareto_params"}
 
 
 def test_only_dense_or_only_failed_runs_draw_nothing(tmp_path):
@@ -133,9 +140,9 @@ def labels(*records: dict) -> list[str]:
 def test_labels_state_the_one_setting_that_differs():
     coupled = [full_record(ratio=ratio, config__strategy__grouping="coupled") for ratio in (0.25, 0.5)]
     assert labels(full_record(), *coupled, full_record("magnitude", seed=1)) == [
-        "kvpruner grouping=separate 25 %",
         "kvpruner grouping=coupled 25 %",
         "kvpruner grouping=coupled 50 %",
+        "kvpruner grouping=separate 25 %",
         "magnitude 25 %",
     ]
 
@@ -166,6 +173,25 @@ def test_ratio_plot_shows_pruned_dashed_recovered_solid_and_both_controls():
     black = {line.get_ydata()[0]: line.is_dashed() for line in ax.lines if line.get_color() == INK}
     assert black == {20.0: True, 17.5: False}
     assert list(pruned.get_xdata()) == [25.0, 50.0]
+
+
+def test_one_ratio_has_a_row_per_strategy_and_the_dense_models_as_lines():
+    runs = as_runs(
+        full_record(steps=60),
+        full_record("magnitude", ppl=60.0),
+        full_record("random", ppl=200_000.0),
+        full_record("none", steps=60, recovered=17.0),
+    )
+    figure = drawn(runs)["perplexity_by_kv_cache"]
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["kvpruner", "magnitude", "random"]
+    spots = {(line.get_xdata()[0], line.get_ydata()[0]) for line in ax.lines if line.get_marker() != "None"}
+    assert {(40.0, 0), (30.0, 0), (60.0, 1), (1, 2)} <= spots  # what collapsed stands on the edge
+    lines = {line.get_xdata()[0]: line.is_dashed() for line in ax.lines if line.get_color() == INK}
+    assert lines == {20.0: True, 17.0: False}
+    assert ax.get_xlim()[1] < 100
+    assert ax.get_xlabel() == "perplexity, 25 % of kv_cache removed"
+    assert choices.NOTE in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 @pytest.mark.parametrize(("worst", "scale"), [(60.0, "linear"), (400.0, "log")])
@@ -222,14 +248,12 @@ def test_axes_cut_alike_share_a_heat_map():
     assert bar.get_ylabel() == "kept (%)"
 
 
-def test_two_dense_models_share_no_panel(tmp_path):
+def test_two_dense_models_share_no_panel():
     other = full_record(ratio=0.5, config__model__name="big")
     for name in ("dense", "pruned"):
         other[name]["size"]["layers"] = other[name]["size"]["layers"][:3]
     runs = as_runs(full_record(), other)
-    assert {"kept_widths_big", "kept_widths_smollm2_135m"} <= {
-        path.stem for path in write_plots(runs, tmp_path)
-    }
+    assert {"kept_widths_big", "kept_widths_smollm2_135m"} <= drawn(runs).keys()
     found = panels.titles(means(find_points(runs), panels.perplexity)).values()
     assert sorted(found) == ["squad, window 128, model big", "squad, window 128, model smollm2_135m"]
 
@@ -257,6 +281,7 @@ def test_legends_stay_off_the_data_and_text_is_readable(count, long):
     with style():
         figures = [
             quality.against_ratio(points, "kv_cache", panels.perplexity, "perplexity"),
+            choices.at_one_ratio(points, "kv_cache", panels.perplexity, "perplexity"),
             quality.pareto(points, "params", panels.perplexity, "perplexity"),
             speed.speed_and_memory(points),
             layers.sensitivity(points),

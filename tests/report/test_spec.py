@@ -35,6 +35,19 @@ def test_a_difference_of_two_metrics():
     assert read(RUNS[0].record, metric) == 3 << 20
 
 
+def test_pruning_costs_what_its_stages_cost():
+    stages = [
+        {"name": "score", "seconds": 30.0, "peak_bytes": 3 << 20},
+        {"name": "search", "seconds": 5.0, "peak_bytes": 2 << 20},
+        {"name": "prune", "seconds": 1.5, "peak_bytes": 1 << 20},
+        {"name": "recover", "seconds": 100.0, "peak_bytes": 9 << 20},
+    ]
+    assert read(make_record(stages=stages), "pruning.seconds") == 36.5
+    assert read(make_record(stages=stages), "pruning.peak_bytes") == 3 << 20
+    assert read(make_record(), "pruning.peak_bytes") is None  # a stage that did not say
+    assert read(make_record(stages=stages[3:]), "pruning.seconds") is None
+
+
 def test_an_unknown_metric_is_refused_with_names_near_it():
     with pytest.raises(ValueError, match=r"pruned\.size\.parms; near it: .*pruned\.size\.params"):
         columns("pruned.size.parms")

@@ -115,6 +115,12 @@ def test_what_else_varies_is_shown():
     assert any("strategy.grouping" in note for note in made.notes)
 
 
+def test_options_are_called_as_conf_calls_them():
+    compensation = {"_target_": "kvp.strategies.compensate.LeastSquares"}
+    made = table(make_record(), make_record(ppl=39.0, config__strategy__compensation=compensation))
+    assert row(made, "least_squares").cells[0].value == 39.0
+
+
 def test_a_sparse_cache_is_a_row_of_its_own_and_never_the_dense_one():
     cache = {"_target_": "kvp.models.mustafar.Mustafar", "key_sparsity": 0.5, "window": 32}
     records = [
@@ -263,6 +269,7 @@ def test_other_differences_get_a_footnote_each():
         make_record(
             "random",
             pruned__evaluation__perplexity__squad__protocol__max_tokens=16384,
+            pruned__evaluation__perplexity__squad__dtype="torch.bfloat16",
             pruned__evaluation__zero_shot=zero_shot({"piqa": 0.5, "hellaswag": 0.5}, version=2.0, limit=None),
             provenance__device="NVIDIA H200",
             provenance__dirty=True,
@@ -273,6 +280,7 @@ def test_other_differences_get_a_footnote_each():
     device = "NVIDIA H200, most are cpu (x86_64)"
     assert set(remarks(made, squad)) == {
         "first 16384 tokens, most are first 4096 tokens",
+        "bfloat16, most are float32",
         device,
         "uncommitted code",
     }
@@ -413,7 +421,7 @@ def sweep() -> Table:
     return table(
         make_record(ppl={"squad": 40.0, "a_b": 1234.5}),
         make_record(seed=1, ppl={"squad": 44.0, "a_b": 1234.5}),
-        make_failed("MemoryError", "", strategy="random", ppl={"squad": 0.0, "a_b": 0.0}),
+        make_failed("MemoryError", "", strategy="random", ppl={"squad": 1.0, "a_b": 1.0}),
         make_record("magnitude", ppl={"squad": 50.0, "a_b": 1300.0}, provenance__dirty=True),
     )
 
@@ -512,7 +520,11 @@ def test_wandb_has_the_table_and_the_plots_in_a_summary_run_of_the_group(tmp_pat
         monkeypatch.setenv(name, str(tmp_path / name))
     (tmp_path / "ratio.png").write_bytes(PNG)
     (tmp_path / "ratio.svg").write_text("<svg/>")
-    runs = [run for row in sweep.rows for run in row.cells[0].runs]
+    runs = [
+        Run(run.path, None, {**run.record, "group": "the-sweep"})
+        for row in sweep.rows
+        for run in row.cells[0].runs
+    ]
     plots = [tmp_path / "ratio.png", tmp_path / "ratio.svg"]
     place = Path(track(runs, [sweep], plots, tmp_path, mode="offline", group=None))
     wandb.teardown()  # its service writes the last of the file as it ends
@@ -522,7 +534,7 @@ def test_wandb_has_the_table_and_the_plots_in_a_summary_run_of_the_group(tmp_pat
     assert content["data"][1][1:] == ["kvpruner", 42.0, 1234.5] and content["data"][3][2] == "OOM"
     assert [path.read_bytes() for path in place.glob("files/media/images/*")] == [PNG]
     (about,) = (record.run for record in records(tmp_path) if record.HasField("run"))
-    assert (about.run_group, about.job_type) == ("smollm2_135m-kvpruner+magnitude+random", "report")
+    assert (about.run_group, about.job_type) == ("the-sweep", "report")
 
 
 @pytest.mark.parametrize("committed", sorted((ROOT / "experiments").rglob("sources.json")), ids=str)
