@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -263,6 +263,13 @@ def stop_in_recovery(pid, how, tmp_path, finished):
         time.sleep(0.001)
 
 
+def interrupt_in_recovery(pid, tmp_path, finished, stopped):
+    """Ctrl-C there, and again if it fell into code that swallows it (a finalizer)."""
+    stop_in_recovery(pid, signal.SIGINT, tmp_path, finished)
+    while not stopped.wait(5):
+        os.kill(pid, signal.SIGINT)
+
+
 def looks(tmp_path):
     return Counter(look(path).status for path in tmp_path.glob("runs/*/run.json"))
 
@@ -270,15 +277,17 @@ def looks(tmp_path):
 def test_a_sweep_killed_twice_and_interrupted_once_ends_with_the_same_table(
     swept, tmp_path, monkeypatch, capsys
 ):
-    longer = "recovery.max_steps=20"  # long enough to be met in it
+    longer = "recovery.max_steps=40"  # long enough to be met in it
     words = ["-m", "ratio.value=0.25,0.5", "ratio.tolerance=0.05", longer, *places(tmp_path)]
     for finished in (0, 1):
         process = start_kvp(*words)
         stop_in_recovery(process.pid, signal.SIGKILL, tmp_path, finished)
         process.join()
         assert looks(tmp_path) == Counter(finished=finished, died=1)
-    Thread(target=stop_in_recovery, args=(os.getpid(), signal.SIGINT, tmp_path, 1)).start()
+    stopped = Event()
+    Thread(target=interrupt_in_recovery, args=(os.getpid(), tmp_path, 1, stopped), daemon=True).start()
     code, stdout, _ = kvp_here(monkeypatch, capsys, *words)
+    stopped.set()
     assert code == "interrupted; finished stages stay, the same command goes on from them"
     assert "1 of 2 jobs finished" in stdout
     assert looks(tmp_path) == Counter(finished=1, failed=1)
@@ -324,6 +333,10 @@ def test_launchers_run_the_jobs_in_other_processes(swept, tmp_path, monkeypatch,
     assert "the nearest is" in stdout
     pids = {record.get("pid") for record in records(tmp_path)} - {None}
     assert os.getpid() not in pids
+    if launcher == "joblib":
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor().shutdown(wait=False)  # its workers would wait for more
     assert set(first.glob("store/**/manifest.json")) == stages
 
 

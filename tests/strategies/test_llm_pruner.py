@@ -119,7 +119,9 @@ def test_the_references_alignment_folds_query_heads_the_other_way_round(target, 
 def check_scores(target, expected, strategy):
     found = {space.kind: score for space, score in strategy.score(target).items() if space.layer == 1}
     for kind, values in expected.items():
-        torch.testing.assert_close(found[kind].float(), values, rtol=2e-4, atol=0)
+        torch.testing.assert_close(
+            found[kind].float(), values, rtol=1e-3, atol=0
+        )  # products of four float32 scores
 
 
 def test_query_heads_are_scored_with_their_own_group_unless_the_reference_is_asked_for():
