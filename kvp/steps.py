@@ -7,6 +7,7 @@ found, not computed.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from kvp.experiment import Checkpoint, Experiment, Record
 from kvp.models.load import load_model, load_tokenizer, resolve_dtype
 from kvp.models.load import save as save_checkpoint
 from kvp.models.mustafar import bytes_per_token
-from kvp.models.plans import read_plan, read_scores, write_plan, write_scores
+from kvp.models.plans import REFIT, read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.sparsity import count_zeros
 from kvp.models.surgery import apply
@@ -95,15 +96,16 @@ def prune(x: Experiment, dense: Checkpoint) -> Checkpoint:
         plan = read_plan(found.path) if found else x.strategy.plan(dense.config, scores, x.budget, profile)
         if compensation := x.strategy.compensation:
             target = x.target(dense)
-            plan = compensation.refit(target.model, target.batches, plan)
+            plan = compensation.refit(target.model, target.batches, plan, directory / REFIT)
         write_plan(directory, plan)
         _cut(x, dense, plan, directory / "model")
+        shutil.rmtree(directory / REFIT, ignore_errors=True)
         return {"kept": {space.key: list(keep.shape) for space, keep in plan.keep.items()}}
 
     sensed_by = sensed.fingerprint if sensed else None
     found_by = found.fingerprint if found else None
     decisive = inputs.prune(x, dense.fingerprint, scored.fingerprint, sensed_by, found_by)
-    stage = x.once("prune", "prune", decisive, work)
+    stage = x.once("prune", "prune", decisive, work, resumable=True)
     return Checkpoint(stage.path / "model", stage.fingerprint)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MethodType
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Confi
 import kvp  # noqa: F401
 from kvp.models.family import FAMILIES, family_of
 from kvp.models.spaces import find_spaces
+from kvp.strategies.compensate import Compensation
 from kvp.types import Kind, Plan
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
@@ -80,6 +83,12 @@ def random_plan(model: PreTrainedModel, kinds: list[Kind], *, keep: float = 0.6,
         scores = torch.rand(*rows, n, generator=generator)
         chosen[space] = scores.topk(kept).indices.sort().values
     return Plan(chosen)
+
+
+def refitted(compensation: Compensation, model: PreTrainedModel, batches, plan: Plan) -> Plan:
+    """The plan after a compensation that starts from nothing."""
+    with TemporaryDirectory() as directory:
+        return compensation.refit(model, batches, plan, Path(directory))
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -18,6 +18,7 @@ from kvp.bench.models import Subject, find_subjects
 from kvp.experiment import Experiment
 from kvp.measurement import memory
 from kvp.models.load import RandomModel
+from kvp.models.plans import REFIT
 from kvp.models.shapes import layer_shapes
 from kvp.provenance import provenance
 from kvp.steps import dense
@@ -99,7 +100,9 @@ def _prune(x: Experiment, target: Target, meter: Meter, directory: Path) -> None
     else:
         plan = meter("plan", lambda: strategy.plan(config, scores, budget, profile))
     if compensation := strategy.compensation:
-        meter("compensation", lambda: compensation.refit(target.model, target.batches, plan))
+        meter(
+            "compensation", lambda: compensation.refit(target.model, target.batches, plan, directory / REFIT)
+        )
 
 
 def _subject(x: Experiment) -> Subject:

@@ -225,9 +225,21 @@ def load_config(path: Path) -> PretrainedConfig:
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """A checkpoint in eval mode."""
+    """A checkpoint in eval mode.
+
+    Raises:
+        ValueError: Weights are missing; transformers would draw them at random and only warn.
+    """
     _register()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"{path} lacks {len(missing)} of the weights its config asks for, {missing[0]} among them: "
+            "an incomplete copy, or the config of another model; copy or convert it again"
+        )
     return model.eval().to(torch.device(device))
 
 

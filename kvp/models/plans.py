@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvp.types import Plan, Space
 
-EDITS, BASES = "edits", "bases"
+EDITS, BASES, REFIT = "edits", "bases", "refit"
 SUBLAYERS = ("attention", "mlp")
 
 
@@ -56,7 +56,7 @@ def read_plan(directory: Path) -> Plan:
 
 def edits_file(directory: Path, layer: int) -> Path:
     """Where a search keeps the parameters of a layer that it has rewritten, in safetensors."""
-    (directory / EDITS).mkdir(exist_ok=True)
+    (directory / EDITS).mkdir(parents=True, exist_ok=True)
     return directory / EDITS / f"{layer}.safetensors"
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvp.models.family import family_of
-from kvp.models.plans import edits_file
+from kvp.models.plans import REFIT, edits_file
 from kvp.models.shapes import layer_shapes
 from kvp.models.uncut import uncut
 from kvp.strategies.base import Scores, Strategy, Target
@@ -126,7 +126,8 @@ class Chain(Strategy):
             prefix = f"{family_of(target.config).layers}.{layer}."
             own = {name: edit for name, edit in edits.items() if name.startswith(prefix)}
             save_file(own, edits_file(directory, layer))
-        shutil.rmtree(places[1])
+        for place in places:
+            shutil.rmtree(place)
         return replace(plan, edits=edits)
 
     def _cut(self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path) -> Plan:
@@ -135,4 +136,6 @@ class Chain(Strategy):
         else:
             plan = self.first.plan(target.config, scores, budget, profile)
         compensation = self.first.compensation
-        return compensation.refit(target.model, target.batches, plan) if compensation else plan
+        if compensation is None:
+            return plan
+        return compensation.refit(target.model, target.batches, plan, directory / REFIT)

@@ -21,14 +21,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvp.models.masks import edited, masks_of
+from kvp.models.plans import edits_file, found_or_made
 from kvp.strategies.moments import Moments, input_moments
-from kvp.strategies.walk import walk
+from kvp.strategies.walk import Visit, walk
 from kvp.types import Plan
 
 if TYPE_CHECKING:
@@ -39,10 +42,16 @@ class Compensation(ABC):
     """Rewrites what a plan keeps, from the inputs that calibration data give."""
 
     @abstractmethod
-    def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan) -> Plan:
-        """The plan with the rewritten weights and biases in its edits.
+    def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:
+        """The plan with the rewritten weights and biases in its edits; goes on after the last layer made.
 
         Edits that the plan has already are a change of basis, under which the dense model is the same function.
+
+        Args:
+            model: The dense one.
+            batches: Calibration ids.
+            plan: What is kept.
+            directory: Where the layers that are done are kept, of the same model, batches and plan.
         """
 
 
@@ -62,15 +71,20 @@ class OnDenseInputs(Compensation):
             inputs: Of the dense projection.
         """
 
-    def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan) -> Plan:
+    def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:
         """One layer's statistics at a time."""
         keeps, edits = cut_inputs(model, plan), dict(plan.edits)
         with edited(model, plan.edits):
             for visit in walk(model, batches, "compensation") if keeps else ():
-                names = [name for name in keeps if name.startswith(f"{visit.name}.")]
-                for name, moments in input_moments(visit, names, self.needs_covariance).items():
-                    edits |= self._edit(model, name, keeps[name], moments)
+                edits |= found_or_made(edits_file(directory, visit.layer), partial(self._edits, visit, keeps))
         return replace(plan, edits=edits)
+
+    def _edits(self, visit: Visit, keeps: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = [name for name in keeps if name.startswith(f"{visit.name}.")]
+        edits: dict[str, Tensor] = {}
+        for name, moments in input_moments(visit, names, self.needs_covariance).items():
+            edits |= self._edit(visit.model, name, keeps[name], moments)
+        return edits
 
     def _edit(self, model: PreTrainedModel, name: str, keep: Tensor, inputs: Moments) -> dict[str, Tensor]:
         parameters = dict(model.get_submodule(name).named_parameters())

@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvp.models.masks import edited, masked
+from kvp.models.plans import edits_file, found_or_made
 from kvp.strategies.compensate import Compensation, cut_inputs
 from kvp.strategies.signals import require_finite
 from kvp.strategies.walk import Visit, walk
@@ -44,35 +47,37 @@ class Sequential(Compensation):
             raise ValueError(f"strategy.compensation.ridge must be > 0, got {self.ridge}")
 
     @torch.no_grad()
-    def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan) -> Plan:
-        """The plan with the rewritten weights and biases in its edits; one layer on the device at a time."""
+    def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:
+        """One layer on the device at a time."""
         keeps, edits = cut_inputs(model, plan), dict(plan.edits)
         states: list[Tensor] | None = None  # of the cut model, before the layer
         for visit in walk(model, batches, "compensation", offload=True) if keeps else ():
             arriving = Visit(model, visit.layer, visit.states if states is None else states, ExitStack())
-            for name in keeps:
-                if name.startswith(f"{visit.name}."):
-                    edits |= self._refitted(visit, arriving, name, keeps[name], plan, edits)
-            with cut(visit, plan, edits):
+            make = partial(self._edits, visit, arriving, keeps, replace(plan, edits=edits))
+            edits |= found_or_made(edits_file(directory, visit.layer), make)
+            with cut(visit, replace(plan, edits=edits)):
                 states = arriving.outputs()
         return replace(plan, edits=edits)
 
+    def _edits(
+        self, dense: Visit, arriving: Visit, keeps: dict[str, Tensor], plan: Plan
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name in (name for name in keeps if name.startswith(f"{dense.name}.")):
+            so_far = replace(plan, edits={**plan.edits, **found})
+            found |= self._refitted(dense, arriving, name, keeps[name], so_far)
+        return found
+
     def _refitted(
-        self,
-        dense: Visit,
-        arriving: Visit,
-        name: str,
-        keep: Tensor,
-        plan: Plan,
-        edits: dict[str, Tensor],
+        self, dense: Visit, arriving: Visit, name: str, keep: Tensor, plan: Plan
     ) -> dict[str, Tensor]:
         parameters = dict(dense.model.get_submodule(name).named_parameters())
         weight = parameters["weight"].detach()
         keep = keep.to(weight.device)
-        prior = edits.get(f"{name}.weight", weight).to(weight.device).double()[:, keep]
+        prior = plan.edits.get(f"{name}.weight", weight).to(weight.device).double()[:, keep]
         sums = Products(weight.double(), intercept="bias" in parameters)
         wanted = [inputs[name] for inputs in dense.inputs(name)]
-        with cut(dense, plan, edits):
+        with cut(dense, plan):
             for x, inputs in zip(wanted, arriving.inputs(name), strict=True):
                 sums.add(x, inputs[name][:, keep])
         require_finite(sums.gram.sum(), f"what enters {name}")
@@ -137,8 +142,8 @@ class Products:
 
 
 @contextmanager
-def cut(visit: Visit, plan: Plan, edits: dict[str, Tensor]) -> Iterator[None]:
+def cut(visit: Visit, plan: Plan) -> Iterator[None]:
     """The model with the layer visited as it is after the cut, for the time of a `with`."""
-    own = {name: edit for name, edit in edits.items() if name.startswith(f"{visit.name}.")}
+    own = {name: edit for name, edit in plan.edits.items() if name.startswith(f"{visit.name}.")}
     with edited(visit.model, own), masked(visit.model, plan):
         yield

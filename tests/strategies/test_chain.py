@@ -27,7 +27,7 @@ from kvp.strategies.sparsegpt import SparseGPT
 from kvp.strategies.wanda import Wanda
 from kvp.strategies.wanda_sp import WandaSP
 from kvp.types import Budget
-from tests.conftest import random_plan, tiny_config, tiny_model
+from tests.conftest import random_plan, refitted, tiny_config, tiny_model
 from tests.test_run import run_here
 
 HALF = Budget(value=0.5, of="sparsity")
@@ -93,7 +93,7 @@ def test_a_chain_is_both_by_hand(name, family, tmp_path, tokens):
     else:
         plan = chain.first.plan(model.config, scores, budget, profile)
     if chain.first.compensation:
-        plan = chain.first.compensation.refit(model, target.batches, plan)
+        plan = refitted(chain.first.compensation, model, target.batches, plan)
     cut = apply(model, plan)
     zeroed = chain.second.search(replace(target, model=cut), {}, HALF, profile, tmp_path / "by hand")
     with torch.no_grad(), edited(cut, zeroed.edits):

@@ -17,7 +17,7 @@ from kvp.strategies.moments import Moments
 from kvp.strategies.numerical import Numerical
 from kvp.strategies.walk import caught_inputs
 from kvp.types import Budget
-from tests.conftest import random_plan, tiny_model
+from tests.conftest import random_plan, refitted, tiny_model
 
 
 def batches(count=6):
@@ -68,8 +68,8 @@ def test_error_falls_in_every_layer(family, heads):
     model = tiny_model(family, heads, dtype=torch.float64)
     plan = random_plan(model, ["vo", "ffn"])
     plain = errors(model, plan, plan)
-    bias = errors(model, plan, Bias().refit(model, batches(), plan))
-    squares = errors(model, plan, LeastSquares(ridge=1e-4).refit(model, batches(), plan))
+    bias = errors(model, plan, refitted(Bias(), model, batches(), plan))
+    squares = errors(model, plan, refitted(LeastSquares(ridge=1e-4), model, batches(), plan))
     assert len(plain) == 2 * len(layer_shapes(model.config))
     for name in plain:
         assert squares[name] < bias[name] < plain[name]
@@ -85,7 +85,7 @@ def test_error_falls_wherever_a_methods_own_plan_cuts(method, family, heads):
     )
     plain = {name: error for name, error in errors(model, plan, plan).items() if error > 0}
     bias, refit, columns = (
-        errors(model, plan, compensation.refit(model, batches(), plan))
+        errors(model, plan, refitted(compensation, model, batches(), plan))
         for compensation in (Bias(), LeastSquares(ridge=1e-4), LeastSquares(intercept=False))
     )
     assert {name.split(".")[2] for name in plain} == {"0", "1", "2"}
@@ -97,7 +97,7 @@ def test_error_falls_wherever_a_methods_own_plan_cuts(method, family, heads):
 def test_bias_is_the_mean_of_what_is_removed():
     model = tiny_model("mistral", "gqa", dtype=torch.float64)
     plan = random_plan(model, ["kv_group", "ffn"])
-    edits = Bias().refit(model, batches(), plan).edits
+    edits = refitted(Bias(), model, batches(), plan).edits
     for name, axes in masks_of(model.config, plan).items():
         if 1 in axes:
             mean, weight = naive_inputs(model, [name])[name].mean(0), model.get_submodule(name).weight
@@ -108,7 +108,7 @@ def test_bias_is_the_mean_of_what_is_removed():
 def test_without_intercept_it_is_numerical_prunings_update():
     model = tiny_model("mistral", "gqa", dtype=torch.float64)
     plan = random_plan(model, ["kv_group", "ffn"])
-    edits = LeastSquares(ridge=1e-9, intercept=False).refit(model, batches(), plan).edits
+    edits = refitted(LeastSquares(ridge=1e-9, intercept=False), model, batches(), plan).edits
     name = "model.layers.1.mlp.down_proj"
     gone, weight = ~masks_of(model.config, plan)[name][1], model.get_submodule(name).weight
     x = naive_inputs(model, [name])[name]
@@ -123,7 +123,7 @@ def test_without_intercept_it_is_numerical_prunings_update():
 def test_least_squares_equals_lstsq():
     model = tiny_model("llama", "gqa", dtype=torch.float64)
     plan = random_plan(model, ["kv_group", "ffn"])
-    edits = LeastSquares(ridge=1e-9).refit(model, batches(), plan).edits
+    edits = refitted(LeastSquares(ridge=1e-9), model, batches(), plan).edits
     name = "model.layers.1.mlp.down_proj"
     keep = masks_of(model.config, plan)[name][1]
     x, module = naive_inputs(model, [name])[name], model.get_submodule(name)
@@ -137,7 +137,7 @@ def test_least_squares_equals_lstsq():
 def test_unlimited_ridge_is_the_bias_alone():
     model = tiny_model(dtype=torch.float64)
     plan = random_plan(model, ["vo", "ffn"])
-    far, bias = (c.refit(model, batches(), plan).edits for c in (LeastSquares(ridge=1e9), Bias()))
+    far, bias = (refitted(c, model, batches(), plan).edits for c in (LeastSquares(ridge=1e9), Bias()))
     assert far.keys() == bias.keys()
     for name in far:
         torch.testing.assert_close(far[name], bias[name], atol=1e-6, rtol=1e-6)
@@ -145,14 +145,14 @@ def test_unlimited_ridge_is_the_bias_alone():
 
 def test_masked_equals_sliced(family, heads, tokens):
     model = tiny_model(family, heads, dtype=torch.float64)
-    plan = LeastSquares().refit(model, batches(), random_plan(model, ["kv_group", "vo", "ffn"]))
+    plan = refitted(LeastSquares(), model, batches(), random_plan(model, ["kv_group", "vo", "ffn"]))
     with torch.no_grad():
         assert (apply(model, plan)(tokens).logits - mask(model, plan)(tokens).logits).abs().max() < 1e-6
 
 
 def test_biases_count_and_survive_the_disk(family, tokens, tmp_path):
     model = tiny_model(family)
-    sliced = apply(model, Bias().refit(model, batches(), random_plan(model, ["vo", "ffn"])))
+    sliced = apply(model, refitted(Bias(), model, batches(), random_plan(model, ["vo", "ffn"])))
     parameters = {id(p): p.numel() for p in sliced.parameters()}
     assert size(sliced.config, layer_shapes(sliced.config)).params == sum(parameters.values())
     sliced.save_pretrained(tmp_path)
@@ -164,7 +164,7 @@ def test_biases_count_and_survive_the_disk(family, tokens, tmp_path):
 def test_a_plan_that_cuts_no_input_is_left_alone():
     model = tiny_model()
     plan = random_plan(model, ["qk"])
-    assert LeastSquares().refit(model, batches(), plan).edits == {}
+    assert refitted(LeastSquares(), model, batches(), plan).edits == {}
 
 
 @pytest.mark.parametrize("ridge", [0, -1.0])

@@ -21,7 +21,7 @@ from kvp.strategies.kvpruner_plus import KVPrunerPlus, output_slopes, refit_erro
 from kvp.strategies.sequential import Sequential
 from kvp.strategies.walk import Visit, caught_inputs, walk
 from kvp.types import Budget, Plan
-from tests.conftest import tiny_model
+from tests.conftest import refitted, tiny_model
 
 IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
 HALF = Budget(value=0.5, of="kv_cache", tolerance=0.05)
@@ -151,10 +151,10 @@ def test_without_its_parts_it_is_a_plain_plan(tmp_path):
     model = tiny_model("llama", "gqa")
     plain = strategy(values="channels", context=None)
     plan = plain.plan(model.config, plain.score(target(model)), HALF, torch.zeros(3))
-    refitted = Sequential().refit(model, IDS.split(2), plan)
+    found = refitted(Sequential(), model, IDS.split(2), plan)
     assert not plan.edits
-    assert refitted.edits
-    assert {name.split(".")[-2] for name in refitted.edits} == {"o_proj"}
+    assert found.edits
+    assert {name.split(".")[-2] for name in found.edits} == {"o_proj"}
 
 
 def test_stock_mode_gives_one_width_and_one_set_of_pairs(tmp_path):

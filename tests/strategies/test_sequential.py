@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from kvp.models.masks import mask, masks_of
+from kvp.models.plans import edits_file
 from kvp.models.surgery import apply
 from kvp.strategies.compensate import LeastSquares
 from kvp.strategies.sequential import Sequential
 from kvp.strategies.walk import caught_inputs
-from tests.conftest import random_plan, tiny_model
+from tests.conftest import random_plan, refitted, tiny_model
 
 IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
 
@@ -50,7 +51,7 @@ def naive(model, plan, ridge):
 def test_it_is_the_naive_fit(family, heads):
     model = tiny_model(family, heads, dtype=torch.float64)
     plan = random_plan(model, ["vo", "ffn"])
-    found = Sequential(ridge=0.01).refit(model, IDS.split(2), plan)
+    found = refitted(Sequential(ridge=0.01), model, IDS.split(2), plan)
     expected = naive(model, ordered(model, plan), 0.01)
     for name, weight in expected.items():
         keep = masks_of(model.config, plan)[name][1]
@@ -73,16 +74,34 @@ def test_it_comes_nearer_to_the_dense_logits_than_one_that_sees_dense_inputs(fam
         with torch.no_grad():
             return (apply(model, found)(IDS).logits - model(IDS).logits).square().mean().item()
 
-    sequential = distance(Sequential(ridge=1e-3).refit(model, IDS.split(2), plan))
-    static = distance(LeastSquares(ridge=1e-3, intercept=False).refit(model, IDS.split(2), plan))
+    sequential = distance(refitted(Sequential(ridge=1e-3), model, IDS.split(2), plan))
+    static = distance(refitted(LeastSquares(ridge=1e-3, intercept=False), model, IDS.split(2), plan))
     assert sequential < static < distance(plan)
 
 
 def test_masked_is_sliced_after_the_refit():
     model = tiny_model("llama", "gqa", dtype=torch.float64)
-    found = Sequential().refit(model, IDS.split(2), random_plan(model, ["vo", "ffn"]))
+    found = refitted(Sequential(), model, IDS.split(2), random_plan(model, ["vo", "ffn"]))
     with torch.no_grad():
         torch.testing.assert_close(mask(model, found)(IDS).logits, apply(model, found)(IDS).logits)
+
+
+def test_a_killed_refit_goes_on_after_the_last_layer(tmp_path):
+    model = tiny_model("llama", "gqa", dtype=torch.float64)
+    plan = random_plan(model, ["vo", "ffn"])
+    whole = refitted(Sequential(), model, IDS.split(2), plan)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with model.model.layers[1].register_forward_pre_hook(die), pytest.raises(KeyboardInterrupt):
+        Sequential().refit(model, IDS.split(2), plan, tmp_path)
+    done = edits_file(tmp_path, 0)
+    written = done.stat().st_mtime_ns
+    resumed = Sequential().refit(model, IDS.split(2), plan, tmp_path)
+    assert done.stat().st_mtime_ns == written
+    assert resumed.edits.keys() == whole.edits.keys()
+    assert all(torch.equal(resumed.edits[name], edit) for name, edit in whole.edits.items())
 
 
 def test_a_ridge_of_zero_is_refused():
