@@ -333,3 +333,9 @@ def test_every_option_of_every_group_composes(group):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             config = compose("config", overrides=[f"{group}={path.stem}"])
             assert OmegaConf.to_container(config, resolve=path.stem != "local", throw_on_missing=False)
+
+
+@pytest.mark.parametrize(("widths", "multiple"), [("kernels", 8), ("engines", 32)])
+def test_widths_are_the_allocators(widths, multiple):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert compose("config", overrides=[f"widths={widths}"]).strategy.allocator.multiple_of == multiple

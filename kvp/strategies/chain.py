@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -21,14 +21,15 @@ from kvp.models.shapes import layer_shapes
 from kvp.models.uncut import uncut
 from kvp.strategies.base import Scores, Strategy, Target
 from kvp.strategies.walk import move, on_cpu
-from kvp.types import Budget, Plan, Space
+from kvp.strategies.wrapper import Wrapper
+from kvp.types import Budget, Plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain(Strategy):
+class Chain(Wrapper):
     """A cut, then zeros.
 
     Attributes:
@@ -37,7 +38,7 @@ class Chain(Strategy):
         ratio: The budget of the second.
     """
 
-    late: ClassVar[tuple[str, ...]] = (*Strategy.late, "second", "ratio")
+    late: ClassVar[tuple[str, ...]] = (*Wrapper.late, "second", "ratio")
 
     first: Strategy
     second: Strategy
@@ -65,18 +66,8 @@ class Chain(Strategy):
         return self.first.needs_calibration or self.second.needs_calibration or compensated
 
     @property
-    def probes(self) -> bool:
-        """If the first does."""
-        return self.first.probes
-
-    @property
     def sparsifies(self) -> bool:
         """The second does."""
-        return True
-
-    @property
-    def searches(self) -> bool:
-        """The second sees what the first has left."""
         return True
 
     @property
@@ -88,22 +79,6 @@ class Chain(Strategy):
         """Both, the second on the model that is not cut yet."""
         self.first.check(config, budget)
         self.second.check(config, self.ratio)
-
-    def score(self, target: Target) -> dict[Space, Tensor]:
-        """The first's."""
-        return self.first.score(target)
-
-    def sensitivity(self, target: Target, scores: Scores) -> Tensor:
-        """The first's."""
-        return self.first.sensitivity(target, scores)
-
-    def probe_inputs(self, scores: str) -> dict[str, Any]:
-        """The first's."""
-        return self.first.probe_inputs(scores)
-
-    def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
-        """Not to be had without the model: see `search`."""
-        raise AssertionError("a chain prunes with the model at hand")
 
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from kvp.models.spaces import Member, fold, keep_mask, members
-from kvp.strategies.base import Scores, ScoreStrategy, Strategy, Target
+from kvp.strategies.base import Scores, ScoreStrategy, Target
 from kvp.strategies.importance import announce_memory
 from kvp.strategies.signals import backward_by_sample
+from kvp.strategies.wrapper import Wrapper
 from kvp.types import Budget, Kind, Plan, Space
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ TINY = 1e-30  # where all scores are equal
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regrow(Strategy):
+class Regrow(Wrapper):
     """A strategy, corrected by the gradients of what it removed.
 
     Attributes:
@@ -49,7 +50,7 @@ class Regrow(Strategy):
         growth: Part of what is left in the end that is cut before and grown back, in [0, 1).
     """
 
-    late: ClassVar[tuple[str, ...]] = (*Strategy.late, "growth")
+    late: ClassVar[tuple[str, ...]] = (*Wrapper.late, "growth")
 
     first: ScoreStrategy
     growth: float = 0.5
@@ -74,16 +75,6 @@ class Regrow(Strategy):
         if not 0 <= self.growth < 1:
             raise ValueError(f"strategy.growth must be in [0, 1), got {self.growth}")
 
-    @property
-    def probes(self) -> bool:
-        """If the first does."""
-        return self.first.probes
-
-    @property
-    def searches(self) -> bool:
-        """Gradients are those of the model cut to the budget."""
-        return True
-
     def kinds(self) -> tuple[Kind, ...]:
         """The first's."""
         return self.first.kinds()
@@ -102,22 +93,6 @@ class Regrow(Strategy):
                 f"strategy.growth={self.growth} cuts {self.deeper(budget).value:.4f} before it grows back to "
                 f"{budget.value}, lower it: {error}"
             ) from error
-
-    def score(self, target: Target) -> dict[Space, Tensor]:
-        """The first's."""
-        return self.first.score(target)
-
-    def sensitivity(self, target: Target, scores: Scores) -> Tensor:
-        """The first's."""
-        return self.first.sensitivity(target, scores)
-
-    def probe_inputs(self, scores: str) -> dict[str, Any]:
-        """The first's."""
-        return self.first.probe_inputs(scores)
-
-    def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
-        """Not to be had without the model: see `search`."""
-        raise AssertionError("units grow back with the model at hand")
 
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
