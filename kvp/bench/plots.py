@@ -1,4 +1,4 @@
-"""Plots of a record: decode speed under its roofline, and the parts of the peak memory."""
+"""Plots of a record: decode speed against its limit, and the parts of the peak memory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from kvp.report.speed import PARTS
-from kvp.report.style import INK, Look, legend, looks, make_panels, save, style
+from kvp.report.style import COLOURS, INK, Look, legend, looks, make_panels, save, style
 
 Row = Mapping[str, Any]
 BAR = 0.2  # inches, of figure height
+GAIN = COLOURS[0]
+BY_BYTES: dict[str, Any] = {"marker": "|", "markersize": 12, "markeredgewidth": 2, "color": INK}
 
 
 def write_plots(record: Mapping[str, Any], out: Path) -> list[Path]:
@@ -24,7 +27,9 @@ def write_plots(record: Mapping[str, Any], out: Path) -> list[Path]:
         return []
     names = [model["name"] for model in record["models"]]
     with style():
-        return [*save(_decode(rows, names), out, "decode"), *save(_memory(rows), out, "memory")]
+        several = len({row["batch_size"] for row in rows}) > 1
+        decode = _decode(rows, names) if several else _gain(rows, names[0])
+        return [*save(decode, out, "decode"), *save(_memory(rows), out, "memory")]
 
 
 def _decode(rows: Sequence[Row], names: Sequence[str]) -> Figure:
@@ -49,11 +54,40 @@ def _decode(rows: Sequence[Row], names: Sequence[str]) -> Figure:
     return figure
 
 
+def _gain(rows: Sequence[Row], first: str) -> Figure:
+    """Decode rate over the first model's at the one batch size there is, and what the bytes of a step predict."""
+    panels = _panels(rows)
+    figure, axes = _bars(panels)
+    for ax, (title, group) in zip(axes, panels.items(), strict=True):
+        names, against = [row["model"] for row in group], [row["against_first"] for row in group]
+        rates = [gain["decode"]["median"] for gain in against]
+        spread = [
+            [abs(gain["decode"]["iqr"][side] - gain["decode"]["median"]) for gain in against]
+            for side in (0, 1)
+        ]
+        ax.barh(names, rates, xerr=spread, color=GAIN, error_kw={"ecolor": INK, "elinewidth": 0.8})
+        ax.plot([gain["decode_by_bytes"] for gain in against], names, linestyle="", **BY_BYTES)
+        ax.set(title=f"{title}, batch {group[0]['batch_size']}", xlabel=f"decode rate / {first}")
+    bars = Patch(label="measured, interquartile range", color=GAIN)
+    legend(figure, [bars, Line2D([], [], label="predicted from bytes", linestyle="", **BY_BYTES)])
+    return figure
+
+
+def _bars(panels: Mapping[str, Sequence[Row]]) -> tuple[Figure, list[Axes]]:
+    """A panel each with room for a bar per model, the first on top."""
+    labels = [row["model"] for group in panels.values() for row in group]
+    figure, axes = make_panels(len(panels), height=0.9 + BAR * max(map(len, panels.values())), labels=labels)
+    for ax in axes:
+        ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="y", length=0)
+        ax.invert_yaxis()
+    return figure, list(axes)
+
+
 def _memory(rows: Sequence[Row]) -> Figure:
     """Weights, cache and rest of the peak at the largest batch of each panel that all of its models hold."""
     panels = {title: _together(group) for title, group in _panels(rows).items()}
-    labels = [row["model"] for group in panels.values() for row in group]
-    figure, axes = make_panels(len(panels), height=0.9 + BAR * max(map(len, panels.values())), labels=labels)
+    figure, axes = _bars(panels)
     for ax, (title, group) in zip(axes, panels.items(), strict=True):
         left = [0.0] * len(group)
         for part, (label, color) in PARTS.items():
@@ -61,9 +95,6 @@ def _memory(rows: Sequence[Row]) -> Figure:
             ax.barh([row["model"] for row in group], widths, left=left, color=color, label=label)
             left = [start + width for start, width in zip(left, widths, strict=True)]
         ax.set(title=f"{title}, batch {group[0]['batch_size']}", xlabel="peak memory (MiB)")
-        ax.grid(axis="y", visible=False)
-        ax.tick_params(axis="y", length=0)
-        ax.invert_yaxis()
     legend(figure, [Patch(label=label, color=color) for label, color in PARTS.values()])
     return figure
 
