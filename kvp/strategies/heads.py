@@ -6,7 +6,9 @@ coordinates is the best that dropping channels can do:
 * Values, by rank. With S the second moment of what attention makes of the group's values, averaged over its query
   heads, and O_h their columns of o_proj, the SVD U E W^T of S^(1/2) [O_1^T ... O_n^T] gives v' = U^T S^(-1/2) v and
   O_h' = O_h S^(1/2) U: of all r directions the first r of v' keep the most of the output, and E_j^2 is the mean
-  square that direction j adds to it. (ASVD and SVD-LLM whiten so; here per KV group, as the cache needs.)
+  square that direction j adds to it. (ASVD and SVD-LLM whiten so; here per KV group, as the cache needs.) One factor
+  per layer then gives v' the mean square that v had: LoRA takes steps of one size in v_proj and o_proj, which
+  whitened values put ten to a hundred times apart.
 * Slow keys, by rank. A rope pair whose angle stays small over the context as good as does not turn. All such pairs
   are given the slowest frequency, and among their channels any basis is allowed: with S_q and S_k the second moments
   of queries and (centred) keys there, before rotation, the SVD U E V^T of S_q^(1/2) S_k^(1/2) gives
@@ -110,11 +112,12 @@ def turn(visit: Visit, *, values: bool, folded: int | None) -> Turned:
     if not values:
         return Turned(edits, qk, mixed.diagonal(dim1=1, dim2=2) * columns.square().sum((1, 2)))
     value, vo = heads.rows("v"), []
+    scale = mixed.diagonal(dim1=1, dim2=2).mean().clamp(min=torch.finfo(torch.float32).tiny).sqrt()
     for group, moment in enumerate(mixed):
         root, inverse = roots(moment)
         basis, singular, _ = torch.linalg.svd(root @ columns[group].flatten(0, 1).T, full_matrices=False)
-        value[group] = basis.T @ inverse @ value[group]
-        columns[group] = columns[group] @ root @ basis
+        value[group] = scale * basis.T @ inverse @ value[group]
+        columns[group] = columns[group] @ root @ basis / scale
         vo.append(singular.square())
     edits |= heads.edits("v", value) | {
         f"{heads.name('o')}.weight": heads.stored(columns.permute(2, 0, 1, 3).flatten(1))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvp.models.masks import fold_rotary, mask
+from kvp.models.masks import edited, fold_rotary, mask
 from kvp.models.surgery import apply
 from kvp.strategies.heads import by_rank, first_folded, output_columns, roots, statistics, turn
 from kvp.strategies.walk import Visit, caught_inputs, hidden_states, walk
@@ -90,6 +90,20 @@ def test_no_basis_of_that_rank_keeps_more_of_the_output():
         output = mixed[:, group] @ columns[group, 0].T
         exact = torch.linalg.svdvals(output).square() / len(output)
         torch.testing.assert_close(turned.vo[group], exact[: turned.vo.shape[1]])
+
+
+def test_turned_values_are_as_large_as_before(heads):
+    """Else LoRA, whose steps are of one size, would do little to v_proj and much to o_proj."""
+    model = tiny_model("llama", heads, dtype=torch.float64)
+    visit = list(visits(model))[1]
+    name = f"{visit.name}.self_attn.o_proj"
+
+    def mean_square(edits):
+        with edited(model, edits):
+            return torch.cat([inputs[name] for inputs in visit.inputs(name)]).square().mean()
+
+    turned = turn(visit, values=True, folded=None)
+    torch.testing.assert_close(mean_square(turned.edits), mean_square({}))
 
 
 def test_statistics_are_the_naive_means(family, heads):
