@@ -22,6 +22,7 @@ REMOVED = {
     "params": "parameters removed (%)",
     "block_params": "parameters of the blocks removed (%)",
     "blocks": "blocks removed (%)",
+    "sparsity": "zeros in the matrices (%)",
 }
 DENSE = Look(color=INK, marker="*")
 COSTS: dict[str, tuple[str, Callable[[Point], float]]] = {

@@ -17,6 +17,7 @@ from kvp.report.plots import figures, write_plots
 from kvp.report.points import find_points, means
 from kvp.report.runs import Run, read_runs
 from kvp.report.style import INK, looks, style
+from kvp.types import DENOMINATORS
 from tests.report.records import make_failed, make_record, perplexity, write
 
 ROOT = Path(__file__).parents[2]
@@ -298,3 +299,7 @@ def test_legends_stay_off_the_data_and_text_is_readable(count, long):
             )
             assert all(ax.get_window_extent().height > 20 for ax in figure.axes)
             assert all(text.get_fontsize() >= 8 for text in figure.findobj(Text) if text.get_text())
+
+
+def test_every_denominator_has_an_axis():
+    assert set(quality.REMOVED) == set(DENOMINATORS)
