@@ -6,6 +6,7 @@ Each can be killed like `python -m kvp`, which takes seconds to import torch and
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -36,6 +37,9 @@ def _call(log: str, target: Callable[..., Any], *args: Any) -> None:
     with open(log, "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what a shell starts in the background ignores it
     target(*args)
 
 
