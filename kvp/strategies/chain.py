@@ -40,7 +40,6 @@ class Chain(Wrapper):
 
     late: ClassVar[tuple[str, ...]] = (*Wrapper.late, "second", "ratio")
 
-    first: Strategy
     second: Strategy
     ratio: Budget
 
