@@ -6,7 +6,9 @@ coordinates is the best that dropping channels can do:
 * Values, by rank. With S the second moment of what attention makes of the group's values, averaged over its query
   heads, and O_h their columns of o_proj, the SVD U E W^T of S^(1/2) [O_1^T ... O_n^T] gives v' = U^T S^(-1/2) v and
   O_h' = O_h S^(1/2) U: of all r directions the first r of v' keep the most of the output, and E_j^2 is the mean
-  square that direction j adds to it. (ASVD and SVD-LLM whiten so; here per KV group, as the cache needs.)
+  square that direction j adds to it. (ASVD and SVD-LLM whiten so; here per KV group, as the cache needs.) One factor
+  per layer then gives v' the mean square that v had: LoRA takes steps of one size in v_proj and o_proj, which
+  whitened values put ten to a hundred times apart.
 * Slow keys, by rank. A rope pair whose angle stays small over the context as good as does not turn. All such pairs
   are given the slowest frequency, and among their channels any basis is allowed: with S_q and S_k the second moments
   of queries and (centred) keys there, before rotation, the SVD U E V^T of S_q^(1/2) S_k^(1/2) gives
@@ -14,15 +16,11 @@ coordinates is the best that dropping channels can do:
   that a query adds to all its logits is nothing to softmax: hence the centring, over the keys of a sample.
 
 Pairs that do turn are worth the mean square of their term in the logits (ThinK's, with centred keys).
-
-Either basis is whitened, which puts v_proj and o_proj, and directions among themselves, up to a hundred times apart.
-Once it is known which directions stay, they are given an orthonormal basis of what they span (`orthonormal`), so that
-weights are as large as they were: steps of LoRA and the ridge of a refit are of one size for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,7 +32,6 @@ from kvp.models.shapes import CHANNELS_PER_PAIR, layer_shapes
 from kvp.strategies.logits import observed_attention, pair_interactions
 from kvp.strategies.signals import require_finite
 from kvp.strategies.walk import Visit
-from kvp.types import Space
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,12 +90,8 @@ def first_folded(model: PreTrainedModel, context: int | None, angle: float) -> i
     return int(slow[0]) if len(slow) > 1 else None
 
 
-def turn(
-    visit: Visit, *, values: bool, folded: int | None, keep: Mapping[Space, Tensor] | None = None
-) -> Turned:
+def turn(visit: Visit, *, values: bool, folded: int | None) -> Turned:
     """The heads of the layer visited, their values by rank if `values`, their pairs from `folded` on as well.
-
-    What a plan will `keep` of a new basis becomes orthonormal, with the same span.
 
     Raises:
         FloatingPointError: A query, key or value is not finite.
@@ -106,16 +99,11 @@ def turn(
     found, heads, columns = statistics(visit), Heads(visit), output_columns(visit)
     qk = found.pairs.clone()
     edits: dict[str, Tensor] = {}
-    kept = {space.kind: rows for space, rows in (keep or {}).items() if space.layer == visit.layer}
     if folded is not None:
         query, key = heads.rows("q"), heads.rows("k")
-        pairs = key.shape[2] // CHANNELS_PER_PAIR
         for group, slow in enumerate(_slow_channels(visit, folded)):
             moments = (moment[group][slow][:, slow] for moment in (found.queries, found.keys))
             query_map, key_map, energies = by_rank(*moments)
-            if "qk" in kept:
-                stay = torch.isin(slow % pairs, kept["qk"][group]).nonzero().flatten()
-                query_map, key_map = orthonormal(query_map, key_map, stay)
             query[group, :, slow] = query_map @ query[group][:, slow]
             key[group, :, slow] = key_map @ key[group][:, slow]
             qk[group, slow[: len(slow) // 2]] = energies.view(2, -1).sum(0)
@@ -124,14 +112,12 @@ def turn(
     if not values:
         return Turned(edits, qk, mixed.diagonal(dim1=1, dim2=2) * columns.square().sum((1, 2)))
     value, vo = heads.rows("v"), []
+    scale = mixed.diagonal(dim1=1, dim2=2).mean().clamp(min=torch.finfo(torch.float32).tiny).sqrt()
     for group, moment in enumerate(mixed):
         root, inverse = roots(moment)
         basis, singular, _ = torch.linalg.svd(root @ columns[group].flatten(0, 1).T, full_matrices=False)
-        output_map, value_map = basis.T @ root, basis.T @ inverse
-        if "vo" in kept:
-            output_map, value_map = orthonormal(output_map, value_map, kept["vo"][group])
-        value[group] = value_map @ value[group]
-        columns[group] = columns[group] @ output_map.T
+        value[group] = scale * basis.T @ inverse @ value[group]
+        columns[group] = columns[group] @ root @ basis / scale
         vo.append(singular.square())
     edits |= heads.edits("v", value) | {
         f"{heads.name('o')}.weight": heads.stored(columns.permute(2, 0, 1, 3).flatten(1))
@@ -153,14 +139,6 @@ def by_rank(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     best_first = torch.arange(len(keys)).flip(0).view(-1, 2).T.flatten()
     basis = basis[:, best_first]
     return basis.T @ root, basis.T @ inverse, energies[best_first].clamp(min=0)
-
-
-def orthonormal(outer: Tensor, inner: Tensor, stay: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows `stay` of `inner` made orthonormal, those of `outer` so that outer[stay]^T inner[stay] is as before."""
-    basis, mixing = torch.linalg.qr(inner[stay].T)
-    outer, inner = outer.clone(), inner.clone()
-    outer[stay], inner[stay] = mixing @ outer[stay], basis.T
-    return outer, inner
 
 
 def roots(moment: Tensor) -> tuple[Tensor, Tensor]:

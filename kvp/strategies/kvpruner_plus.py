@@ -20,7 +20,7 @@ which stock engines serve.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -113,8 +113,7 @@ class KVPrunerPlus(ChannelStrategy):
         plan = self.plan(target.config, scores, budget, profile)
         edits: dict[str, Tensor] = {}
         for visit in self._visits(target):
-            make = partial(self._edits, visit, plan)
-            edits |= found_or_made(edits_file(directory, visit.layer), make)
+            edits |= found_or_made(edits_file(directory, visit.layer), partial(self._edits, visit))
         return replace(plan, edits=edits, folded=self._folded(target.model))
 
     def _lost_per_energy(self, visit: Visit, turned: Turned, space: Space, energies: Tensor) -> float:
@@ -135,11 +134,11 @@ class KVPrunerPlus(ChannelStrategy):
     def _turned(self, target: Target) -> Iterator[tuple[Visit, Turned]]:
         return ((visit, self._turn(visit)) for visit in self._visits(target))
 
-    def _turn(self, visit: Visit, keep: Mapping[Space, Tensor] | None = None) -> Turned:
-        return turn(visit, values=self.values == "rank", folded=self._folded(visit.model), keep=keep)
+    def _turn(self, visit: Visit) -> Turned:
+        return turn(visit, values=self.values == "rank", folded=self._folded(visit.model))
 
-    def _edits(self, visit: Visit, plan: Plan) -> dict[str, Tensor]:
-        return self._turn(visit, plan.keep).edits
+    def _edits(self, visit: Visit) -> dict[str, Tensor]:
+        return self._turn(visit).edits
 
     def _folded(self, model: PreTrainedModel) -> int | None:
         return first_folded(model, self.context if "qk" in self.kinds() else None, self.angle)
