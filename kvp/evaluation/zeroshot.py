@@ -171,12 +171,15 @@ class ZeroShot:
 def average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of LLM-Pruner's metrics over those of its seven tasks that are in `results` (task -> result).
 
-    "value" is None without any, "complete" says whether all seven are there: only then is it comparable.
+    "value" is None without any, "complete" says whether all seven are there: only then is it comparable. "stderr" is
+    the mean's: what the draw of documents leaves open, not of tasks.
     """
     metrics = {task: metric for task, metric in METRIC_MAP.items() if task in results}
     scores = [results[task][metric] for task, metric in metrics.items()]
+    errors = [results[task][f"{metric}_stderr"] for task, metric in metrics.items()]
     return {
         "value": sum(scores) / len(scores) if scores else None,
+        "stderr": math.hypot(*errors) / len(errors) if errors else None,
         "tasks": list(metrics),
         "metrics": metrics,
         "complete": len(metrics) == len(METRIC_MAP),

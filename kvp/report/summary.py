@@ -54,7 +54,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, Read]]:
             rows.append((_task_label(name, metric, result), partial(_task, name, metric)))
     if average := dense["evaluation"]["zero_shot"]["average"]:
         label = f"zero-shot average % ({len(average['tasks'])} tasks)"
-        rows.append((label, lambda m: f"{100 * m['evaluation']['zero_shot']['average']['value']:.1f}"))
+        rows.append((label, partial(_task, "average", "value")))
     if protocol := dense["measure"] and dense["measure"]["protocol"]:
         shape = f"batch {protocol['batch_size']}, {protocol['prompt_length']}+{protocol['new_tokens']}"
         if record["config"].get("cache"):
@@ -85,7 +85,8 @@ def _task_label(task: str, metric: str, result: Mapping[str, Any]) -> str:
 
 def _task(task: str, metric: str, model: Mapping[str, Any]) -> str:
     result = model["evaluation"]["zero_shot"][task]
-    return f"{100 * result[metric]:.1f} ± {100 * result[metric + '_stderr']:.1f}"
+    error = result["stderr" if metric == "value" else f"{metric}_stderr"]
+    return f"{100 * result[metric]:.1f} ± {100 * error:.1f}"
 
 
 def _rate(timing: Mapping[str, Any]) -> str:

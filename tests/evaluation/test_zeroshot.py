@@ -91,22 +91,25 @@ def test_the_mode_of_the_model_is_restored(results):
 
 
 def test_average_uses_the_metric_of_each_task():
-    scores = {task: {"acc": 0.25, "acc_norm": 0.5} for task in METRIC_MAP}
-    result = average(scores | {"lambada_openai": {"acc": 1.0}})
+    score = {"acc": 0.25, "acc_stderr": 0.1, "acc_norm": 0.5, "acc_norm_stderr": 0.2}
+    result = average(dict.fromkeys(METRIC_MAP, score) | {"lambada_openai": {"acc": 1.0}})
     assert result["value"] == pytest.approx((4 * 0.25 + 3 * 0.5) / 7)
+    assert result["stderr"] == pytest.approx((4 * 0.1**2 + 3 * 0.2**2) ** 0.5 / 7)
     assert result["complete"]
     assert result["metrics"] == METRIC_MAP
 
 
 def test_average_of_some_tasks_is_not_complete():
-    result = average({"piqa": {"acc": 0.7, "acc_norm": 0.6}, "hellaswag": {"acc": 0.3, "acc_norm": 0.4}})
+    piqa = {"acc": 0.7, "acc_stderr": 0.03, "acc_norm": 0.6}
+    result = average({"piqa": piqa, "hellaswag": {"acc": 0.3, "acc_norm": 0.4, "acc_norm_stderr": 0.04}})
     assert result == {
         "value": pytest.approx(0.55),
+        "stderr": pytest.approx(0.025),
         "tasks": ["piqa", "hellaswag"],
         "metrics": {"piqa": "acc", "hellaswag": "acc_norm"},
         "complete": False,
     }
-    assert average({})["value"] is None
+    assert average({})["value"] is average({})["stderr"] is None
 
 
 def test_all_seven_are_packaged():
