@@ -172,7 +172,7 @@ def average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of LLM-Pruner's metrics over those of its seven tasks that are in `results` (task -> result).
 
     "value" is None without any, "complete" says whether all seven are there: only then is it comparable. "stderr" is
-    the mean's: what the draw of documents leaves open, not of tasks.
+    the mean's, from the draw of the documents alone.
     """
     metrics = {task: metric for task, metric in METRIC_MAP.items() if task in results}
     scores = [results[task][metric] for task, metric in metrics.items()]
