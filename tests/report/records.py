@@ -172,7 +172,12 @@ def zero_shot(tasks: dict[str, float], **facts: Any) -> dict[str, Any]:
     common |= {"source": "packaged", "split": "validation", "add_bos_token": None, "data_hash": ""}
     results = {task: {"acc": value, "acc_norm": value, **common} for task, value in tasks.items()}
     metrics = {task: METRICS[task] for task in tasks}
-    average = {"value": sum(tasks.values()) / len(tasks), "stderr": 0.06, "tasks": [*tasks], "metrics": metrics}
+    average = {
+        "value": sum(tasks.values()) / len(tasks),
+        "stderr": 0.06,
+        "tasks": [*tasks],
+        "metrics": metrics,
+    }
     return {**results, "average": average}
 
 
