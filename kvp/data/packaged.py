@@ -105,7 +105,7 @@ def halves(source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     it does not name: both halves may hold passages of one novel.
     """
     task = SOURCES[source]
-    unique = {task.text(row): task.group(row) for row in rows(requests_file(source)) if task.text(row)}
+    unique = {text: task.group(row) for row in rows(requests_file(source)) if (text := task.text(row))}
     groups: dict[str, list[str]] = defaultdict(list)
     for text, group in unique.items():
         groups[group].append(text)

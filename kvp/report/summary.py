@@ -54,7 +54,7 @@ def _rows(record: Mapping[str, Any]) -> list[tuple[str, Read]]:
             rows.append((_task_label(name, metric, result), partial(_task, name, metric)))
     if average := dense["evaluation"]["zero_shot"]["average"]:
         label = f"zero-shot average % ({len(average['tasks'])} tasks)"
-        rows.append((label, partial(_task, "average", "value")))
+        rows.append((label, _average))
     if protocol := dense["measure"] and dense["measure"]["protocol"]:
         shape = f"batch {protocol['batch_size']}, {protocol['prompt_length']}+{protocol['new_tokens']}"
         if record["config"].get("cache"):
@@ -85,8 +85,16 @@ def _task_label(task: str, metric: str, result: Mapping[str, Any]) -> str:
 
 def _task(task: str, metric: str, model: Mapping[str, Any]) -> str:
     result = model["evaluation"]["zero_shot"][task]
-    error = result["stderr" if metric == "value" else f"{metric}_stderr"]
-    return f"{100 * result[metric]:.1f} ± {100 * error:.1f}"
+    return _percent(result[metric], result[f"{metric}_stderr"])
+
+
+def _average(model: Mapping[str, Any]) -> str:
+    average = model["evaluation"]["zero_shot"]["average"]
+    return _percent(average["value"], average["stderr"])
+
+
+def _percent(value: float, error: float) -> str:
+    return f"{100 * value:.1f} ± {100 * error:.1f}"
 
 
 def _rate(timing: Mapping[str, Any]) -> str:
