@@ -20,7 +20,7 @@ which stock engines serve.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from kvp.models.family import family_of
-from kvp.models.masks import edited, masked, without
+from kvp.models.masks import edited, masked
 from kvp.models.plans import edits_file, found_or_made
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
@@ -98,10 +98,10 @@ class KVPrunerPlus(ChannelStrategy):
                 return score_spaces(target, spaces, self.importance, self.gradient_checkpointing)
         slopes, scores = output_slopes(target, self.gradient_checkpointing), {}
         for visit, turned in self._turned(target):
-            for space in (space for space in spaces if space.layer == visit.layer):
-                energies = {"qk": turned.qk, "vo": turned.vo}[space.kind]
-                scale = slopes[visit.layer] / 2 * self._lost_per_energy(visit, turned, space, energies)
-                scores[space] = (scale * energies).float().cpu()
+            energies = {"qk": turned.qk, "vo": turned.vo}
+            here = {space: energies[space.kind] for space in spaces if space.layer == visit.layer}
+            for space, lost in self._lost_per_energy(visit, turned, here).items():
+                scores[space] = (slopes[visit.layer] / 2 * lost * here[space]).float().cpu()
         for space, score in scores.items():
             require_finite(score.sum(), f"the worth of {space.key}")
         return scores
@@ -116,15 +116,19 @@ class KVPrunerPlus(ChannelStrategy):
             edits |= found_or_made(edits_file(directory, visit.layer), partial(self._edits, visit))
         return replace(plan, edits=edits, folded=self._folded(target.model))
 
-    def _lost_per_energy(self, visit: Visit, turned: Turned, space: Space, energies: Tensor) -> float:
+    def _lost_per_energy(
+        self, visit: Visit, turned: Turned, energies: Mapping[Space, Tensor]
+    ) -> dict[Space, float]:
         """What the attention's output loses per energy, without the lower half of a space."""
-        order = energies.argsort(dim=1, descending=True)
-        half = order.shape[1] // 2
-        energy = energies.gather(1, order[:, half:]).sum().item()
-        plan = Plan(
-            {space: order[:, :half].sort(dim=1).values}, turned.edits, folded=self._folded(visit.model)
-        )
-        return refit_error(visit, plan) / energy if energy else 0.0
+        plans, gone = [], []
+        for space, energy in energies.items():
+            order = energy.argsort(dim=1, descending=True)
+            half = order.shape[1] // 2
+            keep = {space: order[:, :half].sort(dim=1).values}
+            plans.append(Plan(keep, turned.edits, folded=self._folded(visit.model)))
+            gone.append(energy.gather(1, order[:, half:]).sum().item())
+        lost = refit_errors(visit, plans)
+        return {space: lost[n] / gone[n] if gone[n] else 0.0 for n, space in enumerate(energies)}
 
     def _visits(self, target: Target) -> Iterator[Visit]:
         shapes = layer_shapes(target.config)
@@ -176,15 +180,22 @@ def output_slopes(target: Target, gradient_checkpointing: bool = False) -> Tenso
     return slopes
 
 
-def refit_error(visit: Visit, plan: Plan) -> float:
-    """Mean square, summed over channels, of what a refitted o_proj leaves of the dense output under `plan`."""
+def refit_errors(visit: Visit, plans: Sequence[Plan]) -> list[float]:
+    """Mean square, summed over channels, of what a refitted o_proj leaves of the dense output under each plan.
+
+    The plans differ in what they keep, and in nothing else.
+    """
     family = family_of(visit.model.config)
     output = f"{visit.name}.{family.attention}.{family.o}"
-    with edited(visit.model, plan.edits), without(visit.model, visit.layer, "mlp"):
-        products = Products(visit.model.get_parameter(f"{output}.weight").detach().double(), intercept=False)
-        with masked(visit.model, replace(plan, keep={})):
+    errors = []
+    with edited(visit.model, plans[0].edits):
+        weight = visit.model.get_parameter(f"{output}.weight").detach().double()
+        with masked(visit.model, replace(plans[0], keep={})):
             whole = [inputs[output] for inputs in visit.inputs(output)]
-        with masked(visit.model, plan):
-            for x, inputs in zip(whole, visit.inputs(output), strict=True):
-                products.add(x, inputs[output])
-        return products.residual(products.weight, RIDGE)
+        for plan in plans:
+            products = Products(weight, intercept=False)
+            with masked(visit.model, plan):
+                for x, inputs in zip(whole, visit.inputs(output), strict=True):
+                    products.add(x, inputs[output])
+            errors.append(products.residual(weight, RIDGE))
+    return errors

@@ -8,7 +8,7 @@ layer by hand, so that a change in its arguments cannot silently change a number
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,10 @@ from kvp.models.shapes import layer_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Enough(Exception):
+    """Ends a pass that has shown what was asked for."""
 
 
 @dataclass
@@ -45,9 +49,9 @@ class Visit:
 
     @torch.no_grad()
     def inputs(self, *names: str) -> Iterator[dict[str, Tensor]]:
-        """Per batch, what goes into the named modules, (tokens, in_features); one pass of the layer."""
+        """Per batch, what goes into the named modules, (tokens, in_features); a pass as far as the last of them."""
         for states in self.states:
-            with caught_inputs(self.model, names) as caught:
+            with suppress(Enough), caught_inputs(self.model, names, stop=True) as caught:
                 hidden_states(self.model, self.layer, self.layer + 1, inputs_embeds=states)
             yield {name: inputs.flatten(0, -2) for name, inputs in caught.items()}
 
@@ -114,13 +118,17 @@ def hidden_states(model: PreTrainedModel, start: int, stop: int, **inputs: Tenso
 
 
 @contextmanager
-def caught_inputs(model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """What goes into the named modules in the passes of a `with`."""
+def caught_inputs(
+    model: PreTrainedModel, names: Sequence[str], *, stop: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """What goes into the named modules in the passes of a `with`; `stop`: the last of them raises `Enough`."""
     caught: dict[str, Tensor] = {}
 
     def catch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             caught[name] = args[0]
+            if stop and len(caught) == len(names):
+                raise Enough
 
         return hook
 

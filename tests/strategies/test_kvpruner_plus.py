@@ -17,7 +17,7 @@ from kvp.strategies import kvpruner_plus
 from kvp.strategies.allocate import Global, Uniform
 from kvp.strategies.base import Target
 from kvp.strategies.heads import turn
-from kvp.strategies.kvpruner_plus import KVPrunerPlus, output_slopes, refit_error
+from kvp.strategies.kvpruner_plus import KVPrunerPlus, output_slopes, refit_errors
 from kvp.strategies.sequential import Sequential
 from kvp.strategies.walk import Visit, caught_inputs, walk
 from kvp.types import Budget, Plan
@@ -63,7 +63,7 @@ def test_what_a_refit_leaves_is_the_naive_residual(heads):
     space = next(s for s in find_spaces(model.config, ("vo",)) if s.layer == 0)
     edits = turn(visit, values=True, folded=None).edits
     keep = torch.arange(5).expand(space.shape[0], -1)
-    found = refit_error(visit, Plan({space: keep}, edits))
+    (found,) = refit_errors(visit, [Plan({space: keep}, edits)])
     name, cut = f"{visit.name}.self_attn.o_proj", mask(model, Plan({space: keep}, edits))
     with torch.no_grad(), caught_inputs(model, [name]) as x, caught_inputs(cut, [name]) as z:
         model(IDS)
