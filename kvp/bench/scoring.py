@@ -30,6 +30,7 @@ METHODS: dict[str, list[str]] = {
     "magnitude": [],
     "random": [],
     "kvpruner": [],
+    "kvpruner_plus": [],
     "llm_pruner": [],
     "shortened_llm": [],
     "shortgpt": [],
