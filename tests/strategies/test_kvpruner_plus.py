@@ -178,3 +178,19 @@ def test_stock_mode_gives_one_width_and_one_set_of_pairs(tmp_path):
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         strategy(**options)
+
+
+def test_a_pass_ends_at_the_last_input_asked_for():
+    model = tiny_model()
+    visit = next(iter(walk(model, [IDS], "heads")))
+    ran: list[str] = []
+    for name in ("self_attn", "mlp"):
+        model.get_submodule(f"{visit.name}.{name}").register_forward_pre_hook(
+            lambda module, args, name=name: ran.append(name)
+        )
+    entry = f"{visit.name}.self_attn.q_proj"
+    (caught,) = visit.inputs(entry)
+    assert ran == ["self_attn"]
+    assert caught[entry].shape == (IDS.numel(), model.config.hidden_size)
+    visit.outputs()
+    assert ran == ["self_attn", "self_attn", "mlp"]
