@@ -28,6 +28,11 @@ def model(x: Experiment, identity: Mapping[str, Any]) -> Inputs:
     return {"node": _without(x.node["model"], "dtype", "name"), "identity": identity}
 
 
+def join(x: Experiment, dense: str) -> Inputs:
+    """Of rewriting the dense model with fewer KV heads."""
+    return {"model": dense, "num_key_value_heads": x.strategy.joins}
+
+
 def score(x: Experiment, dense: str) -> Inputs:
     """Of scoring; neither budget nor allocator are among them."""
     return {

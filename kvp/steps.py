@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from kvp import inputs
 from kvp.data.corpora import find
 from kvp.evaluation.zeroshot import average
 from kvp.experiment import Checkpoint, Experiment, Record
+from kvp.models.joined import joined
 from kvp.models.load import load_model, load_tokenizer, resolve_dtype
 from kvp.models.load import save as save_checkpoint
 from kvp.models.mustafar import bytes_per_token
@@ -31,6 +32,9 @@ from kvp.stage import Stage
 from kvp.strategies.base import Scores
 from kvp.types import Plan
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def dense(x: Experiment) -> Checkpoint:
     """The model to prune, as a Hugging Face directory."""
@@ -39,6 +43,20 @@ def dense(x: Experiment) -> Checkpoint:
         return Checkpoint(located, inputs.identity_hash(identity))
     stage = x.once("model", "model", inputs.model(x, identity), x.source.write)
     return Checkpoint(stage.path, stage.fingerprint)
+
+
+def join(x: Experiment, dense: Checkpoint) -> Checkpoint:
+    """The dense model with fewer and wider KV heads; itself, unless the strategy asks for them."""
+    if not x.strategy.joins:
+        return dense
+
+    def work(directory: Path) -> dict[str, Any]:
+        model = joined(_stored(dense), x.strategy.joins)
+        save_checkpoint(model, load_tokenizer(dense.path), directory / "model")
+        return {}
+
+    stage = x.once("join", "join", inputs.join(x, dense.fingerprint), work)
+    return Checkpoint(stage.path / "model", stage.fingerprint)
 
 
 def score(x: Experiment, dense: Checkpoint) -> tuple[Stage, Scores]:
@@ -83,9 +101,10 @@ def search(
 
 
 def prune(x: Experiment, dense: Checkpoint) -> Checkpoint:
-    """Score, allocate the budget or search for a plan, compensate if asked to, cut."""
+    """Join KV heads if asked to, score, allocate the budget or search for a plan, compensate if asked to, cut."""
     if x.untouched:
         return dense
+    dense = join(x, dense)
     scored, scores = score(x, dense)
     sensed = sensitivity(x, dense, scored, scores)
     x.profile = sensed.result["nats_per_token"] if sensed else None
@@ -110,16 +129,17 @@ def prune(x: Experiment, dense: Checkpoint) -> Checkpoint:
 
 
 def _cut(x: Experiment, dense: Checkpoint, plan: Plan, directory: Path) -> None:
-    stored = load_model(
-        dense.path,
-        dtype=resolve_dtype(str(dense.config.dtype).removeprefix("torch."), "cpu"),
-        device="cpu",
-    )
-    cut = apply(stored, plan)
+    cut = apply(_stored(dense), plan)
     if x.cache is not None:
         x.cache.check(cut.config)
         cut.config.kvp_cache = asdict(x.cache)
     save_checkpoint(cut, load_tokenizer(dense.path), directory)
+
+
+def _stored(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model as its files hold it, on the CPU."""
+    dtype = resolve_dtype(str(checkpoint.config.dtype).removeprefix("torch."), "cpu")
+    return load_model(checkpoint.path, dtype=dtype, device="cpu")
 
 
 def recover(x: Experiment, dense: Checkpoint, pruned: Checkpoint) -> Checkpoint | None:

@@ -218,6 +218,16 @@ def test_a_sparse_cache_is_carried_by_the_checkpoint(finished):
     assert all(stage.stands for stage in foretell(Experiment.compose(config))[0])
 
 
+def test_joined_heads_are_a_stage_and_an_ordinary_checkpoint(tmp_path):
+    words = ("strategy=kvpruner_plus", "strategy.num_key_value_heads=1", "ratio.value=0.5", *LIGHT)
+    record = run_here(tmp_path, *words)
+    assert {layer["num_key_value_heads"] for layer in record["dense"]["size"]["layers"]} == {2}
+    assert {layer["num_key_value_heads"] for layer in record["recovered"]["size"]["layers"]} == {1}
+    assert record["ratio"]["achieved"]["kv_cache"] == pytest.approx(0.5, abs=0.02)
+    assert "join" in [stage["name"] for stage in record["stages"]]
+    assert all(stage.stands for stage in foretell(Experiment.compose(compose_here(tmp_path, *words)))[0])
+
+
 def test_kill_in_every_stage_then_rerun_gives_the_same(finished, tmp_path):
     undisturbed = run_here(finished[0], *LIGHT)
     for stage in ("score", "prune", "recover", "evaluate/perplexity/lambada"):

@@ -17,6 +17,7 @@ from kvp.bench.chosen import chosen
 from kvp.bench.models import Subject, find_subjects
 from kvp.experiment import Experiment
 from kvp.measurement import memory
+from kvp.models.joined import joined
 from kvp.models.load import RandomModel
 from kvp.models.plans import REFIT
 from kvp.models.shapes import layer_shapes
@@ -69,7 +70,7 @@ def _cost(x: Experiment) -> dict[str, Any]:
     empty = memory.begin(device)
     model = subject.load(device=device, dtype=x.dtype, seed=0)
     meter = Meter(device)
-    target = Target(model, ids, x.calibration.batch_size, x.node["seed"])
+    target = Target(joined(model, x.strategy.joins), ids, x.calibration.batch_size, x.node["seed"])
     with TemporaryDirectory() as directory:
         _prune(x, target, meter, Path(directory))
     for step in meter.steps.values():

@@ -132,9 +132,11 @@ def folded(layer: LayerShape, first: int | None) -> LayerShape:
     """The layer with its rope pairs from frequency `first` on at the slowest; the same, if that is None."""
     if first is None or not layer.num_key_value_heads:
         return layer
-    slowest = layer.qk_head_dim // CHANNELS_PER_PAIR - 1
-    rows = layer.rope_pairs or (tuple(range(slowest + 1)),) * layer.num_key_value_heads
-    slowest = max(slowest, *map(max, rows))
+    rows = (
+        layer.rope_pairs
+        or (tuple(range(layer.qk_head_dim // CHANNELS_PER_PAIR)),) * layer.num_key_value_heads
+    )
+    slowest = max(map(max, rows))
     return replace(layer, rope_pairs=tuple(tuple(slowest if p >= first else p for p in row) for row in rows))
 
 

@@ -40,13 +40,13 @@ def _cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     config, layers = model.config, family_of(model.config).layers
     shapes = layer_shapes(config)
     blocks = kept_blocks(plan, len(shapes))
-    twin = _empty_twin(config, _biased(config, cut(shapes, plan), blocks, plan), blocks)
+    twin = empty_twin(config, _biased(config, cut(shapes, plan), blocks, plan), blocks)
     masks, source = masks_of(config, plan), _edited(model, plan)
     state = {}
     for name in twin.state_dict():
         old = re.sub(rf"^{re.escape(layers)}\.(\d+)\.", lambda m: f"{layers}.{blocks[int(m[1])]}.", name)
         state[name] = _selected(source[old], masks.get(old.rpartition(".")[0], {}))
-    return _filled(twin, state, model)
+    return filled(twin, state, model)
 
 
 def _sliced(model: PreTrainedModel, bases: Sequence[Tensor]) -> PreTrainedModel:
@@ -54,19 +54,20 @@ def _sliced(model: PreTrainedModel, bases: Sequence[Tensor]) -> PreTrainedModel:
     config = model.config
     widths = [*(basis.shape[1] for basis in bases), config.hidden_size]
     shapes = sliced(layer_shapes(config), widths)
-    return _filled(_empty_twin(config, shapes, range(len(shapes))), rotated(model, bases), model)
+    return filled(empty_twin(config, shapes, range(len(shapes))), rotated(model, bases), model)
 
 
-def _empty_twin(
+def empty_twin(
     config: PretrainedConfig, shapes: Sequence[LayerShape], blocks: Sequence[int]
 ) -> PreTrainedModel:
+    """A model of these shapes without weights; its layers are the `blocks` of the config's."""
     new_config = pruned_config(config, shapes, blocks)
     new_config._attn_implementation = config._attn_implementation
     with torch.device("meta"):
         return pruned_class(config)(new_config)
 
 
-def _filled(twin: PreTrainedModel, state: Mapping[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
+def filled(twin: PreTrainedModel, state: Mapping[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
     """The twin with these parameters and all else from the model."""
     rotary = family_of(model.config).rotary
     twin.load_state_dict(state, assign=True)

@@ -107,6 +107,11 @@ class Strategy(ABC):
         return False
 
     @property
+    def joins(self) -> int | None:
+        """How many KV heads an attention has before it is cut; None: as many as the model's."""
+        return None
+
+    @property
     def then(self) -> tuple[Budget, ...]:
         """The budgets of what it does after the first, if it does several things."""
         return ()

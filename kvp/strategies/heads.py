@@ -15,11 +15,15 @@ coordinates is the best that dropping channels can do:
   k' = V^T S_k^(-1/2) k and q' = V^T S_k^(1/2) q; E_j^2 is the mean square that direction j adds to a logit. A constant
   that a query adds to all its logits is nothing to softmax: hence the centring, over the keys of a sample.
 
-Pairs that do turn are worth the mean square of their term in the logits (ThinK's, with centred keys).
+Pairs that do turn are worth the mean square of their term in the logits (ThinK's, with centred keys). Where heads are
+joined (`kvp.models.joined`), several pairs of a group have one frequency. Read as complex numbers (first channel + i
+second) they turn by one factor, so among them too any basis is allowed, a complex one: the same SVD, of Hermitian
+moments. A direction is then a pair, worth E_j^2 / 2: a logit is the real part, and the phases are spread out.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -60,12 +64,16 @@ class Statistics:
 
     Attributes:
         pairs: (groups, pairs) mean square of each pair's term in the logits.
+        turning_queries, turning_keys: (groups, pairs, pairs) Hermitian second moments of the pairs, keys centred after
+            rotation.
         queries, keys: (groups, width, width) second moments before rotation, keys centred.
         values: (groups, v width, v width) second moment of what attention makes of the values.
     """
 
     samples: int = 0
     pairs: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    turning_queries: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.complex128))
+    turning_keys: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.complex128))
     queries: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     keys: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     values: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
@@ -75,7 +83,7 @@ class Statistics:
         self.samples += samples
         for name, mean in means.items():
             before = getattr(self, name).to(mean.device)
-            setattr(self, name, before + (mean.double() - before) * (samples / self.samples))
+            setattr(self, name, before + (mean.to(before.dtype) - before) * (samples / self.samples))
 
 
 def first_folded(model: PreTrainedModel, context: int | None, angle: float) -> int | None:
@@ -99,14 +107,12 @@ def turn(visit: Visit, *, values: bool, folded: int | None) -> Turned:
     found, heads, columns = statistics(visit), Heads(visit), output_columns(visit)
     qk = found.pairs.clone()
     edits: dict[str, Tensor] = {}
-    if folded is not None:
+    if alike := list(_alike(visit, folded)):
         query, key = heads.rows("q"), heads.rows("k")
-        for group, slow in enumerate(_slow_channels(visit, folded)):
-            moments = (moment[group][slow][:, slow] for moment in (found.queries, found.keys))
-            query_map, key_map, energies = by_rank(*moments)
-            query[group, :, slow] = query_map @ query[group][:, slow]
-            key[group, :, slow] = key_map @ key[group][:, slow]
-            qk[group, slow[: len(slow) // 2]] = energies.view(2, -1).sum(0)
+        for group, slots, turns in alike:
+            qk[group, slots] = (_mix_turning if turns else _mix_still)(
+                found, group, slots, query[group], key[group]
+            )
         edits |= heads.edits("q", query) | heads.edits("k", key)
     mixed = found.values / columns.shape[1]
     if not values:
@@ -125,27 +131,51 @@ def turn(visit: Visit, *, values: bool, folded: int | None) -> Turned:
     return Turned(edits, qk, torch.stack(vo))
 
 
+def _mix_still(found: Statistics, group: int, slots: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Turn pairs that as good as do not rotate into directions by rank, in place; what each pair is worth."""
+    channels = torch.cat([slots, slots + found.pairs.shape[1]])
+    moments = (moment[group][channels][:, channels] for moment in (found.queries, found.keys))
+    query_map, key_map, energies = by_rank(*moments)
+    query[:, channels] = query_map @ query[:, channels]
+    key[:, channels] = key_map @ key[:, channels]
+    return energies.view(2, -1).sum(0)
+
+
+def _mix_turning(found: Statistics, group: int, slots: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The same for pairs that rotate alike, as complex numbers."""
+    second = slots + found.pairs.shape[1]
+    moments = (moment[group][slots][:, slots] for moment in (found.turning_queries, found.turning_keys))
+    query_map, key_map, energies = by_rank(*moments)
+    for rows, mapping in ((query, query_map), (key, key_map)):
+        mixed = mapping @ torch.complex(rows[:, slots], rows[:, second])
+        rows[:, slots], rows[:, second] = mixed.real, mixed.imag
+    return energies / 2
+
+
 def by_rank(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What queries and keys are multiplied by, and the mean square of each direction's term in a logit.
 
-    Directions come in rope order: the best two are the channels of the first pair, and so on.
+    Real directions come in rope order: the best two are the channels of the first pair, and so on. Complex ones, each
+    a pair, come best first.
 
     Args:
-        queries: (width, width) second moment, summed over the query heads.
+        queries: (width, width) second moment, summed over the query heads; Hermitian if complex.
         keys: (width, width) second moment.
     """
     root, inverse = roots(keys)
     energies, basis = torch.linalg.eigh(root @ queries @ root)
-    best_first = torch.arange(len(keys)).flip(0).view(-1, 2).T.flatten()
+    best_first = torch.arange(len(keys)).flip(0)
+    if not keys.is_complex():
+        best_first = best_first.view(-1, 2).T.flatten()
     basis = basis[:, best_first]
-    return basis.T @ root, basis.T @ inverse, energies[best_first].clamp(min=0)
+    return basis.mH @ root, basis.mH @ inverse, energies[best_first].clamp(min=0)
 
 
 def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a second moment, and its inverse; directions of no variance are kept tiny."""
+    """The Hermitian square root of a second moment, and its inverse; directions of no variance are kept tiny."""
     values, vectors = torch.linalg.eigh(moment)
     root = values.clamp(min=SMALLEST * values[-1].clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
-    return vectors * root @ vectors.T, vectors / root @ vectors.T
+    return vectors * root @ vectors.mH, vectors / root @ vectors.mH
 
 
 def statistics(visit: Visit) -> Statistics:
@@ -162,9 +192,12 @@ def statistics(visit: Visit) -> Statistics:
             samples, length = states.shape[:2]
             x = heads.extended(inputs[entry].to(work))
             k = (x @ key.T).view(samples, length, -1)
+            centred = rotated_key - rotated_key.mean(2, keepdim=True)
             found.add(
                 samples,
-                pairs=pair_interactions(rotated_query, rotated_key - rotated_key.mean(2, keepdim=True)),
+                pairs=pair_interactions(rotated_query, centred),
+                turning_queries=heads.turning_moment(rotated_query),
+                turning_keys=heads.turning_moment(centred),
                 queries=heads.second_moment(x @ query.T, shape.qk_head_dim),
                 keys=heads.second_moment((k - k.mean(1, keepdim=True)).flatten(0, 1), shape.qk_head_dim),
                 values=heads.second_moment(inputs[output].to(work), shape.v_head_dim),
@@ -181,13 +214,20 @@ def output_columns(visit: Visit) -> Tensor:
     return weight.unflatten(1, (heads.groups, heads.queries, -1)).permute(1, 2, 0, 3).contiguous()
 
 
-def _slow_channels(visit: Visit, folded: int) -> Iterator[Tensor]:
-    """Per KV group, the channels of the pairs whose frequency is `folded` or slower: first halves, second halves."""
+def _alike(visit: Visit, folded: int | None) -> Iterator[tuple[int, Tensor, bool]]:
+    """Pairs that may be mixed with each other: their KV group, their slots in it, and whether they rotate.
+
+    Those from `folded` on are one set per group, and do not; joined heads have others of one frequency.
+    """
     shape = layer_shapes(visit.model.config)[visit.layer]
     pairs = shape.qk_head_dim // CHANNELS_PER_PAIR
-    for row in shape.rope_pairs or (tuple(range(pairs)),) * shape.num_key_value_heads:
-        slow = torch.tensor([slot for slot, pair in enumerate(row) if pair >= folded], dtype=torch.long)
-        yield torch.cat([slow, slow + pairs])
+    for group, row in enumerate(shape.rope_pairs or (tuple(range(pairs)),) * shape.num_key_value_heads):
+        sets: dict[int, list[int]] = defaultdict(list)
+        for slot, pair in enumerate(row):
+            sets[pair if folded is None else min(pair, folded)].append(slot)
+        for pair, slots in sets.items():
+            if pair == folded or len(slots) > 1:
+                yield group, torch.tensor(slots), pair != folded
 
 
 class Heads:
@@ -215,6 +255,12 @@ class Heads:
         """(groups, width, width) mean over tokens, sum over a group's heads, of states (tokens, heads * width)."""
         rows = states.unflatten(1, (self.groups, -1, width)).transpose(0, 1).flatten(1, 2)
         return rows.transpose(1, 2) @ rows / len(states)
+
+    def turning_moment(self, states: Tensor) -> Tensor:
+        """(groups, pairs, pairs) the same, of rotated states (batch, heads, tokens, width) as complex numbers."""
+        turning = torch.complex(*states.float().chunk(2, dim=-1))
+        rows = turning.unflatten(1, (self.groups, -1)).transpose(0, 1).flatten(1, 3)
+        return rows.mT @ rows.conj() / (len(states) * states.shape[2])
 
     def rows(self, part: str) -> Tensor:
         """(groups, heads per group, width, in), float64; for "v" (groups, width, in)."""

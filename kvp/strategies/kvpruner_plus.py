@@ -13,6 +13,9 @@ KVPruner drops channels as they come. Here
    allocator=global), and these worths add up well enough for that (experiments/frontier);
 4. the layers are refitted one after the other to what really arrives there (compensation=sequential).
 
+Before all that, `num_key_value_heads` joins KV heads to fewer and wider ones (`kvp.models.joined`), so that what
+several heads have in common is cached once: the most that can be had per byte, for larger q_proj and o_proj.
+
 Each is an option of its own: `values`, `context`, `importance`, the grouping and the allocator, the compensation.
 `scope=model grouping=separate strategy/allocator=uniform` keeps one width and one set of pairs in the whole model,
 which stock engines serve.
@@ -30,6 +33,7 @@ import torch
 from torch import Tensor
 
 from kvp.models.family import family_of
+from kvp.models.joined import joined_config
 from kvp.models.masks import edited, masked
 from kvp.models.plans import edits_file, found_or_made
 from kvp.models.shapes import layer_shapes
@@ -44,7 +48,7 @@ from kvp.strategies.walk import Visit, walk
 from kvp.types import Budget, Plan, Space
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Basis = Literal["rank", "channels"]
 Worth = Literal["output"] | Importance
@@ -60,6 +64,7 @@ class KVPrunerPlus(ChannelStrategy):
         context: Tokens over which folded pairs hold; None: no pair is folded. For a theta of 10,000 and 64 pairs,
             1024 tokens fold the slowest 5; for 100,000 and 32 pairs the slowest 8.
         angle: Radians by which a folded pair may be off at that distance.
+        num_key_value_heads: KV heads per layer before the cut, a divisor of the model's; None: as many as it has.
         importance: "output": worth in nats per token, as above; or one of `kvp.strategies.importance`, in the new
             basis.
     """
@@ -67,6 +72,7 @@ class KVPrunerPlus(ChannelStrategy):
     values: Basis = "rank"
     context: int | None = 1024
     angle: float = 0.2
+    num_key_value_heads: int | None = None
     importance: Worth = "output"
 
     def __post_init__(self) -> None:
@@ -80,6 +86,24 @@ class KVPrunerPlus(ChannelStrategy):
             )
         if not 0 < self.angle < 1:
             raise ValueError(f"strategy.angle must be in (0, 1) radians, got {self.angle}")
+
+    @property
+    def joins(self) -> int | None:
+        """The option says."""
+        return self.num_key_value_heads
+
+    def check(self, config: PretrainedConfig, budget: Budget) -> None:
+        """Of the model as joined; what joining adds to the parameters is no budget to prune them from.
+
+        Raises:
+            ValueError: As any strategy, or heads are joined under a budget of parameters or blocks.
+        """
+        if self.joins and budget.of != "kv_cache":
+            raise ValueError(
+                f"strategy.num_key_value_heads={self.joins} adds parameters, so it goes with ratio=kv_cache only; "
+                f"got ratio.of={budget.of}, for which leave it null"
+            )
+        super().check(joined_config(config, self.joins), budget)
 
     @property
     def searches(self) -> bool:

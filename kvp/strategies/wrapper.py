@@ -30,6 +30,11 @@ class Wrapper(Strategy):
         return self.first.probes
 
     @property
+    def joins(self) -> int | None:
+        """As the first does."""
+        return self.first.joins
+
+    @property
     def searches(self) -> bool:
         """It needs the model that the first leaves."""
         return True

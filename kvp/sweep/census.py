@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvp.experiment import VERSIONS, Experiment
+from kvp.models.joined import joined_config
 from kvp.models.load import load_config
 from kvp.models.shapes import itemsize, layer_shapes, size
 from kvp.runfile import finished_before
@@ -39,9 +40,9 @@ def census(experiments: Sequence[Experiment]) -> Iterator[str]:
                 if dense not in configs:
                     there = (dense / "config.json").exists()
                     configs[dense] = load_config(dense) if there else x.source.expected()
-                config = configs[dense]
+                config = joined_config(configs[dense], x.strategy.joins)
                 weights = size(config, layer_shapes(config)).params * itemsize(config)
-                made = [stage for stage in missing if stage.kind in ("model", "prune", "recover")]
+                made = [stage for stage in missing if stage.kind in ("model", "join", "prune", "recover")]
                 checkpoints |= {stage.fingerprint: weights for stage in made}
                 memory = max(memory, _memory(x, missing, config))
         except (OSError, ValueError):

@@ -58,12 +58,13 @@ def foretell(x: Experiment) -> tuple[list[Foretold], Path]:
     examine(dense)
     pruned = dense
     if not x.untouched:
-        scored = stage("score", "score", inputs.score(x, dense))
-        given = inputs.sensitivity(x, dense, scored) if x.strategy.probes else None
+        whole = stage("join", "join", inputs.join(x, dense)) if x.strategy.joins else dense
+        scored = stage("score", "score", inputs.score(x, whole))
+        given = inputs.sensitivity(x, whole, scored) if x.strategy.probes else None
         sensed = stage("sensitivity", "sensitivity", given) if given else None
-        given = inputs.search(x, dense, scored, sensed) if x.strategy.searches else None
+        given = inputs.search(x, whole, scored, sensed) if x.strategy.searches else None
         found = stage("search", "search", given) if given else None
-        pruned = stage("prune", "prune", inputs.prune(x, dense, scored, sensed, found))
+        pruned = stage("prune", "prune", inputs.prune(x, whole, scored, sensed, found))
         examine(pruned)
     if x.recovery:
         examine(stage("recover", "recover", inputs.recover(x, dense, pruned)))

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
+from kvp.models.joined import joined
 from kvp.models.masks import mask
 from kvp.models.plans import read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import cut, layer_shapes, size
@@ -58,6 +59,9 @@ STRATEGIES = {
     ),
     "kvpruner_plus_stock": KVPrunerPlus(
         allocator=Uniform(multiple_of=2), scope="model", context=40, angle=0.9, importance="taylor_gate"
+    ),
+    "kvpruner_plus_joined": KVPrunerPlus(
+        allocator=Global(multiple_of=2), grouping="apart", context=40, angle=0.9, num_key_value_heads=1
     ),
     "kvpruner_plus_vo": KVPrunerPlus(allocator=Uniform(multiple_of=2), grouping="vo"),
     "random": Random(allocator=Uniform(multiple_of=2)),
@@ -114,7 +118,7 @@ def offers(strategy, config):
 def test_contract(name, family, heads, tokens):
     strategy, model = STRATEGIES[name], tiny_model(family, heads, dtype=torch.float64)
     if not offers(strategy, model.config):
-        with pytest.raises(ValueError, match="has no space 'qk'"):
+        with pytest.raises(ValueError, match=r"has no space 'qk'|keep the heads apart"):
             strategy.check(model.config, BUDGET)
         return
     if heads == "mqa" and "kv_group" in strategy.kinds():
@@ -122,6 +126,7 @@ def test_contract(name, family, heads, tokens):
             strategy.check(model.config, BUDGET)
         return
     strategy.check(model.config, BUDGET)
+    model = joined(model, strategy.joins)
     plan = make_plan(strategy, model)
     again = make_plan(strategy, model)
     assert all(torch.equal(keep, again.keep[space]) for space, keep in plan.keep.items())
@@ -171,7 +176,9 @@ def test_golden_plans(request):
     plans = {
         name: {
             s.key: keep.tolist()
-            for s, keep in make_plan(strategy, tiny_model("llama", "gqa", dtype=torch.float64)).keep.items()
+            for s, keep in make_plan(
+                strategy, joined(tiny_model("llama", "gqa", dtype=torch.float64), strategy.joins)
+            ).keep.items()
         }
         for name, strategy in STRATEGIES.items()
     }

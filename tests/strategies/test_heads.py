@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvp.models.joined import joined
 from kvp.models.masks import edited, fold_rotary, mask
 from kvp.models.surgery import apply
 from kvp.strategies.heads import by_rank, first_folded, output_columns, roots, statistics, turn
+from kvp.strategies.logits import observed_attention
 from kvp.strategies.walk import Visit, caught_inputs, hidden_states, walk
 from kvp.types import Plan
 from tests.conftest import exact_norms, tiny_model
@@ -40,6 +42,19 @@ def test_turned_values_leave_the_function_as_it_is(family, heads):
     with torch.no_grad():
         turned = exact_norms(apply(model, Plan({}, edits)))
         torch.testing.assert_close(turned(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("family", OFFERS_PAIRS)
+@pytest.mark.parametrize("heads", ["mha", "gqa"])
+def test_turned_joined_heads_leave_the_function_as_it_is(family, heads):
+    """Values of several heads are one set, and so are pairs that turn alike."""
+    model = exact_norms(joined(tiny_model(family, heads, dtype=torch.float64), 1))
+    edits = all_edits(model, values=True, folded=None)
+    assert any("k_proj" in name for name in edits)
+    with torch.no_grad(), edited(model, edits):
+        turned = model(IDS).logits
+    with torch.no_grad():
+        torch.testing.assert_close(turned, model(IDS).logits)
 
 
 @pytest.mark.parametrize("family", OFFERS_PAIRS)
@@ -77,6 +92,21 @@ def test_no_basis_of_that_rank_keeps_more_of_the_logits():
         error = (logits - (q @ query_map[kept].T) @ (k @ key_map[kept].T).T).square().sum()
         torch.testing.assert_close(error, torch.linalg.svdvals(logits)[rank:].square().sum())
         torch.testing.assert_close(error, energies[order[rank:]].sum(), rtol=1e-6, atol=1e-6)
+
+
+def test_no_complex_basis_keeps_more_of_pairs_that_turn():
+    """Mean over all turns of a logit, the real part of a product: by rank, half of its squares."""
+    q, k = (torch.complex(random_rows(n, 3), random_rows(n, 3, 1)[..., 0]) for n in (40, 30))
+    turns = torch.polar(torch.ones(8).double(), torch.arange(8).double() * torch.pi / 4)
+    query_map, key_map, energies = by_rank(q.T @ q.conj(), k.T @ k.conj())
+    torch.testing.assert_close(key_map.mH @ query_map, torch.eye(3, dtype=torch.complex128))
+    products = q @ k.mH
+    for rank in range(4):
+        lost = products - (q @ query_map[:rank].T) @ (k @ key_map[:rank].T).mH
+        over_turns = (lost[..., None] * turns).real.square().mean(-1).sum()
+        best = torch.linalg.svdvals(products)[rank:].square().sum() / 2
+        torch.testing.assert_close(over_turns, best)
+        torch.testing.assert_close(over_turns, energies[rank:].sum() / 2)
 
 
 def test_no_basis_of_that_rank_keeps_more_of_the_output():
@@ -133,6 +163,25 @@ def test_statistics_are_the_naive_means(family, heads):
     torch.testing.assert_close(found.values, values)
     torch.testing.assert_close(found.queries, query_sum)
     torch.testing.assert_close(found.keys, keys)
+
+
+def test_turning_moments_are_the_naive_means(heads):
+    """Of rotated pairs; the keys of a sample are centred."""
+    model = tiny_model("llama", heads, dtype=torch.float64)
+    visit = list(visits(model))[1]
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with observed_attention(model, lambda module, q, k: seen.append((q, k))), torch.no_grad():
+        model(IDS)
+    found, (query, key) = statistics(visit), seen[visit.layer]
+    groups = key.shape[1]
+    naive = [torch.zeros(groups, 4, 4, dtype=torch.complex128) for _ in range(2)]
+    for total, states in zip(naive, (query, key - key.mean(2, keepdim=True)), strict=True):
+        for head in range(states.shape[1]):
+            for token in states[:, head].flatten(0, 1):
+                pair = torch.complex(token[:4], token[4:])
+                total[head * groups // states.shape[1]] += torch.outer(pair, pair.conj()) / IDS.numel()
+    torch.testing.assert_close(found.turning_queries, naive[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.turning_keys, naive[1], rtol=1e-4, atol=1e-5)
 
 
 def test_roots_of_a_singular_moment_stay_finite():

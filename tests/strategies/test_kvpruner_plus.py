@@ -21,7 +21,7 @@ from kvp.strategies.kvpruner_plus import KVPrunerPlus, output_slopes, refit_erro
 from kvp.strategies.sequential import Sequential
 from kvp.strategies.walk import Visit, caught_inputs, walk
 from kvp.types import Budget, Plan
-from tests.conftest import refitted, tiny_model
+from tests.conftest import refitted, tiny_config, tiny_model
 
 IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
 HALF = Budget(value=0.5, of="kv_cache", tolerance=0.05)
@@ -178,6 +178,15 @@ def test_stock_mode_gives_one_width_and_one_set_of_pairs(tmp_path):
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         strategy(**options)
+
+
+@pytest.mark.parametrize(
+    ("heads", "of", "message"),
+    [(1, "params", "goes with ratio=kv_cache only"), (3, "kv_cache", "must divide the 2 KV heads")],
+)
+def test_heads_that_cannot_be_joined_are_refused(heads, of, message):
+    with pytest.raises(ValueError, match=message):
+        strategy(num_key_value_heads=heads).check(tiny_config(), replace(HALF, of=of))
 
 
 def test_a_pass_ends_at_the_last_input_asked_for():

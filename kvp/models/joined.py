@@ -1,0 +1,118 @@
+"""KV heads joined: the same function with fewer and wider heads, whose channels can then be cut as one.
+
+Neighbouring KV groups become one that holds all their channels, in the same bytes; a query head is as wide, and zero
+where the channels are not those of its own group. Nothing is gained by that alone. But what several heads have in
+common can now be kept once for all of them, as multi-head latent attention does (MHA2MLA, arXiv 2502.14837, and
+TransMLA, 2502.07864, rewrite a model so). It is paid for in q_proj and o_proj: with m heads joined and a share c of the
+channels cut, they are m (1 - c) times as large as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvp.models.family import family_of
+from kvp.models.pruned import pruned_config
+from kvp.models.shapes import CHANNELS_PER_PAIR, layer_shapes
+from kvp.models.surgery import empty_twin, filled
+from kvp.types import LayerShape
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def joined_config(config: PretrainedConfig, num_key_value_heads: int | None) -> PretrainedConfig:
+    """The config of the model that `joined` makes; the same, if no number is given.
+
+    Raises:
+        ValueError: The number does not divide that of a layer's KV heads, or the family has norms over head_dim.
+    """
+    if num_key_value_heads is None:
+        return config
+    shapes = _joined_shapes(config, num_key_value_heads)
+    return pruned_config(config, shapes, range(len(shapes)))
+
+
+@torch.no_grad()
+def joined(model: PreTrainedModel, num_key_value_heads: int | None) -> PreTrainedModel:
+    """The model with so many KV heads in every attention; itself, if no number is given.
+
+    Raises:
+        ValueError: As `joined_config`.
+    """
+    if num_key_value_heads is None:
+        return model
+    config, family, heads = model.config, family_of(model.config), num_key_value_heads
+    shapes, state = _joined_shapes(config, heads), model.state_dict()
+    for index, before in enumerate(layer_shapes(config)):
+        if shapes[index] == before:
+            continue
+        attention = f"{family.layers}.{index}.{family.attention}"
+        for name, widen in ((family.q, _queries), (family.k, _keys), (family.o, _outputs)):
+            for parameter in _parameters(state, f"{attention}.{name}"):
+                state[parameter] = widen(state[parameter], before, heads)
+    return filled(empty_twin(config, shapes, range(len(shapes))), state, model)
+
+
+def _parameters(state: Mapping[str, Tensor], module: str) -> list[str]:
+    return [name for name in (f"{module}.weight", f"{module}.bias") if name in state]
+
+
+def _joined_shapes(config: PretrainedConfig, heads: int) -> list[LayerShape]:
+    if family_of(config).qk_norm:
+        raise ValueError(
+            f"{config.model_type}: its norms over head_dim keep the heads apart; use strategy.num_key_value_heads=null"
+        )
+    return [_joined_shape(shape, heads) for shape in layer_shapes(config)]
+
+
+def _joined_shape(layer: LayerShape, heads: int) -> LayerShape:
+    groups = layer.num_key_value_heads
+    if heads < 1 or groups % heads:
+        raise ValueError(
+            f"strategy.num_key_value_heads must divide the {groups} KV heads of every layer, got {heads}"
+        )
+    if groups in (0, heads):
+        return layer
+    several = groups // heads
+    rows = layer.rope_pairs or (tuple(range(layer.qk_head_dim // CHANNELS_PER_PAIR)),) * groups
+    return replace(
+        layer,
+        num_key_value_heads=heads,
+        qk_head_dim=several * layer.qk_head_dim,
+        v_head_dim=several * layer.v_head_dim,
+        rope_pairs=tuple(tuple(chain(*rows[n : n + several])) for n in range(0, groups, several)),
+    )
+
+
+def _keys(rows: Tensor, shape: LayerShape, heads: int) -> Tensor:
+    """Rows of k_proj: first channels of all pairs of the joined heads, then second ones."""
+    split = rows.unflatten(0, (heads, -1, CHANNELS_PER_PAIR, shape.qk_head_dim // CHANNELS_PER_PAIR))
+    return split.transpose(1, 2).flatten(0, 3).contiguous()
+
+
+def _queries(rows: Tensor, shape: LayerShape, heads: int) -> Tensor:
+    """Rows of q_proj: each head beside zeros, where the other groups' pairs are."""
+    several = shape.num_key_value_heads // heads
+    queries = shape.num_attention_heads // shape.num_key_value_heads
+    split = rows.unflatten(0, (heads, several, queries, CHANNELS_PER_PAIR, -1))
+    wide = split.new_zeros(*split.shape[:4], several, *split.shape[4:])
+    wide.diagonal(0, 1, 4).copy_(split.movedim(1, -1))
+    return wide.flatten(0, 5)
+
+
+def _outputs(weight: Tensor, shape: LayerShape, heads: int) -> Tensor:
+    """Columns of o_proj: each head's beside zeros, where the other groups' values are; a bias stays."""
+    if weight.dim() == 1:
+        return weight
+    several = shape.num_key_value_heads // heads
+    split = weight.unflatten(1, (heads, several, -1, shape.v_head_dim))
+    wide = split.new_zeros(*split.shape[:4], several, shape.v_head_dim)
+    wide.diagonal(0, 2, 4).copy_(split.movedim(2, -1))
+    return wide.flatten(1)
