@@ -213,7 +213,7 @@ def refit_errors(visit: Visit, plans: Sequence[Plan]) -> list[float]:
     output = f"{visit.name}.{family.attention}.{family.o}"
     errors = []
     with edited(visit.model, plans[0].edits):
-        weight = visit.model.get_parameter(f"{output}.weight").detach().double()
+        weight = visit.model.get_parameter(f"{output}.weight").detach()
         with masked(visit.model, replace(plans[0], keep={})):
             whole = [inputs[output] for inputs in visit.inputs(output)]
         for plan in plans:
@@ -221,5 +221,5 @@ def refit_errors(visit: Visit, plans: Sequence[Plan]) -> list[float]:
             with masked(visit.model, plan):
                 for x, inputs in zip(whole, visit.inputs(output), strict=True):
                     products.add(x, inputs[output])
-            errors.append(products.residual(weight, RIDGE))
+            errors.append(products.residual(weight.double(), RIDGE))
     return errors

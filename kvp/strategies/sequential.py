@@ -75,7 +75,7 @@ class Sequential(Compensation):
         weight = parameters["weight"].detach()
         keep = keep.to(weight.device)
         prior = plan.edits.get(f"{name}.weight", weight).to(weight.device).double()[:, keep]
-        sums = Products(weight.double(), intercept="bias" in parameters)
+        sums = Products(weight, intercept="bias" in parameters)
         wanted = [inputs[name] for inputs in dense.inputs(name)]
         with cut(dense, plan):
             for x, inputs in zip(wanted, arriving.inputs(name), strict=True):
@@ -92,10 +92,11 @@ class Sequential(Compensation):
 
 
 class Products:
-    """Means over tokens of z z^T, of (W x) z^T, of |W x|^2, and of W x and z, in float64.
+    """Means over tokens of z z^T, of (W x) z^T, of |W x|^2, and of W x and z: of a batch in the model's dtype, float32
+    at least, of all batches in float64.
 
     Attributes:
-        weight: (out, in), W.
+        weight: (out, in), W, in what a batch is multiplied in.
         gram: (kept, kept)
         cross: (out, kept)
         square: ()
@@ -104,12 +105,15 @@ class Products:
     """
 
     def __init__(self, weight: Tensor, *, intercept: bool) -> None:
-        self.weight, self.intercept, self.count = weight, intercept, 0
-        self.gram = self.cross = self.square = self.wanted = self.arriving = weight.new_zeros(())
+        self.weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        self.intercept, self.count = intercept, 0
+        zero = weight.new_zeros((), dtype=torch.float64)
+        self.gram = self.cross = self.square = self.wanted = self.arriving = zero
 
     def add(self, x: Tensor, z: Tensor) -> None:
         """(tokens, in) and (tokens, kept), of the same tokens."""
-        y, z = x.double() @ self.weight.T, z.double()
+        z = z.to(self.weight)
+        y = x.to(self.weight) @ self.weight.T
         self.count += len(z)
         for name, mean in {
             "gram": z.T @ z / len(z),
@@ -119,7 +123,7 @@ class Products:
             "arriving": z.mean(0),
         }.items():
             before = getattr(self, name)
-            setattr(self, name, before + (mean - before) * (len(z) / self.count))
+            setattr(self, name, before + (mean.double() - before) * (len(z) / self.count))
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """`gram` and `cross`, about the means if there is a bias to take them up."""
