@@ -102,6 +102,15 @@ def _padded_layer(config: PretrainedConfig) -> LayerShape:
     dense = dense_shapes(config)[0]
     if any(shape.o_bias or shape.down_bias for shape in layer_shapes(config)):
         raise ValueError("a compensation added biases that no stock class of the family has: no padded form")
+    if any(
+        shape.num_attention_heads * dense.num_key_value_heads
+        != shape.num_key_value_heads * dense.num_attention_heads
+        for shape in layer_shapes(config)
+    ):
+        raise ValueError(
+            "KV heads were joined, the dense shape keeps them apart: no padded form; set "
+            "strategy.num_key_value_heads=null"
+        )
     if any(len(set(row)) < len(row) for shape in layer_shapes(config) for row in shape.rope_pairs or ()):
         raise ValueError(
             "folded rope pairs share one frequency, which the dense shape has once: no padded form; set "

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from kvp.export.layout import stock_layout
 from kvp.export.stock import to_stock
 from kvp.export.write import export
+from kvp.models.joined import joined
 from kvp.models.load import byte_tokenizer, save
 from kvp.models.spaces import available_kinds, find_spaces
 from kvp.models.surgery import apply
@@ -170,6 +171,17 @@ def test_folded_pairs_are_stock_but_have_no_other_form(pairs, tokens):
     with pytest.raises(ValueError, match="no arithmetic progression"):
         to_stock(pruned, "stock_arithmetic")
     with pytest.raises(ValueError, match=r"strategy\.context=null"):
+        to_stock(pruned, "padded")
+
+
+def test_joined_heads_are_stock_and_have_no_padded_form(tokens):
+    model = joined(tiny_model("mistral", "gqa", head_dim=16, dtype=torch.float64), 1)
+    pruned = apply(model, shared_plan(model, (1, 5, 9, 10, 13)))
+    stock = to_stock(pruned, "stock")
+    assert (stock.config.num_key_value_heads, stock.config.head_dim) == (1, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(tokens).logits, pruned(tokens).logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"strategy\.num_key_value_heads=null"):
         to_stock(pruned, "padded")
 
 
