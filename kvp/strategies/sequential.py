@@ -123,7 +123,7 @@ class Products:
             "arriving": z.mean(0),
         }.items():
             before = getattr(self, name)
-            setattr(self, name, before + (mean.double() - before) * (len(z) / self.count))
+            setattr(self, name, mean.double().sub_(before).mul_(len(z) / self.count).add_(before))
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """`gram` and `cross`, about the means if there is a bias to take them up."""
