@@ -1,4 +1,4 @@
-"""Apply a plan to a model: the only code that changes shapes."""
+"""Apply a plan to a model: the only code that cuts."""
 
 from __future__ import annotations
 
