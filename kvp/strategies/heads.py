@@ -18,7 +18,8 @@ coordinates is the best that dropping channels can do:
 Pairs that do turn are worth the mean square of their term in the logits (ThinK's, with centred keys). Where heads are
 joined (`kvp.models.joined`), several pairs of a group have one frequency. Read as complex numbers (first channel + i
 second) they turn by one factor, so among them too any basis is allowed, a complex one: the same SVD, of Hermitian
-moments. A direction is then a pair, worth E_j^2 / 2: a logit is the real part, and the phases are spread out.
+moments. A direction is then a pair, worth E_j^2 / 2: a logit is the real part, and the phases are spread out. (To mix
+pairs of one frequency across heads is TransMLA's idea, RoRoPE, arXiv 2502.07864; the formula is ours.)
 """
 
 from __future__ import annotations
