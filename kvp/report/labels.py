@@ -7,7 +7,8 @@ differ in several, as in an ablation, each states where it departs from the most
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kvp.report.keys import identity, label
 from kvp.report.runs import Run
@@ -38,7 +39,7 @@ def _labels(runs: Sequence[Run], named: str, described: Sequence[str], model: st
     settings = {run.hash: identity(run, model) for run in runs}
     labels = {}
     for run in runs:
-        alike = [settings[other.hash] for other in runs if names[other.hash] == names[run.hash]]
+        alike = _completed([settings[other.hash] for other in runs if names[other.hash] == names[run.hash]])
         usual = {
             key: values.most_common(1)[0][0]
             for key in dict.fromkeys(key for its in alike for key in its)
@@ -49,6 +50,16 @@ def _labels(runs: Sequence[Run], named: str, described: Sequence[str], model: st
         stated = [key for key in usual if key in its and (len(usual) == 1 or repr(its[key]) != usual[key])]
         labels[run.hash] = " ".join([names[run.hash], *(_word(run, key) for key in stated)])
     return labels
+
+
+def _completed(alike: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The settings with a null for every option that others of the same node have: these runs are older than it."""
+
+    def node(its: Mapping[str, Any], key: str) -> Any:
+        return its.get(f"{key.rpartition('.')[0]}._target_")
+
+    options = {(node(its, key), key): None for its in alike for key in its if node(its, key)}
+    return [{key: None for target, key in options if node(its, key) == target} | dict(its) for its in alike]
 
 
 def _word(run: Run, key: str) -> str:

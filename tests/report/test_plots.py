@@ -161,6 +161,11 @@ def test_labels_of_an_ablation_state_the_departures():
     ]
 
 
+def test_a_run_older_than_an_option_is_not_one_with_it():
+    newer = full_record(config__strategy__num_key_value_heads=1)
+    assert labels(full_record(), newer) == ["kvpruner 25 %", "kvpruner num_key_value_heads=1 25 %"]
+
+
 def test_ratio_plot_shows_pruned_dashed_recovered_solid_and_both_controls():
     with style():
         figure = quality.against_ratio(
