@@ -98,7 +98,7 @@ class KVPrunerPlus(ChannelStrategy):
         Raises:
             ValueError: As any strategy, or heads are joined under a budget of parameters or blocks.
         """
-        if self.joins and budget.of != "kv_cache":
+        if self.joins and budget.of in ("params", "block_params", "blocks"):
             raise ValueError(
                 f"strategy.num_key_value_heads={self.joins} adds parameters, so it goes with ratio=kv_cache only; "
                 f"got ratio.of={budget.of}, for which leave it null"
