@@ -147,7 +147,7 @@ def test_only_one_layer_is_away_from_the_cpu_and_comes_back():
 
 @pytest.mark.gpu
 def test_only_one_layer_is_on_the_gpu(tmp_path):
-    model = tiny_model(hidden_size=512, intermediate_size=2048, num_hidden_layers=6).cuda()
+    model = tiny_model(hidden_size=576, intermediate_size=2048, num_hidden_layers=6).cuda()
     ids = torch.randint(3, 96, (2, 8)).split(1)
     layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     for visit in walk(model, ids, "", offload=True):
