@@ -14,7 +14,7 @@ KVPruner drops channels as they come. Here
 4. the layers are refitted one after the other to what really arrives there (compensation=sequential).
 
 Before all that, `num_key_value_heads` joins KV heads to fewer and wider ones (`kvp.models.joined`), so that what
-several heads have in common is cached once: the most that can be had per byte, for larger q_proj and o_proj.
+several heads have in common is cached once, for larger q_proj and o_proj.
 
 Each is an option of its own: `values`, `context`, `importance`, the grouping and the allocator, the compensation.
 `scope=model grouping=separate strategy/allocator=uniform` keeps one width and one set of pairs in the whole model,
