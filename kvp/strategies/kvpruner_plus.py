@@ -34,7 +34,7 @@ from torch import Tensor
 
 from kvp.models.family import family_of
 from kvp.models.joined import joined_config
-from kvp.models.masks import edited, masked
+from kvp.models.masks import edited, masked, masks_of
 from kvp.models.plans import edits_file, found_or_made
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
@@ -42,7 +42,7 @@ from kvp.strategies.base import Scores, Target
 from kvp.strategies.channels import ChannelStrategy
 from kvp.strategies.heads import Turned, first_folded, turn
 from kvp.strategies.importance import Importance, announce_memory, score_spaces
-from kvp.strategies.sequential import Products
+from kvp.strategies.sequential import Products, at_work
 from kvp.strategies.signals import backward_by_sample, require_finite
 from kvp.strategies.walk import Visit, walk
 from kvp.types import Budget, Plan, Space
@@ -207,19 +207,24 @@ def output_slopes(target: Target, gradient_checkpointing: bool = False) -> Tenso
 def refit_errors(visit: Visit, plans: Sequence[Plan]) -> list[float]:
     """Mean square, summed over channels, of what a refitted o_proj leaves of the dense output under each plan.
 
-    The plans differ in what they keep, and in nothing else.
+    The plans differ in what they keep, and in nothing else; one that keeps all pairs needs no pass of its own.
     """
     family = family_of(visit.model.config)
     output = f"{visit.name}.{family.attention}.{family.o}"
     errors = []
     with edited(visit.model, plans[0].edits):
-        weight = visit.model.get_parameter(f"{output}.weight").detach()
+        weight = at_work(visit.model.get_parameter(f"{output}.weight").detach())
         with masked(visit.model, replace(plans[0], keep={})):
-            whole = [inputs[output] for inputs in visit.inputs(output)]
+            whole = [at_work(inputs[output]) for inputs in visit.inputs(output)]
+        wanted = [x @ weight.T for x in whole]
         for plan in plans:
-            products = Products(weight, intercept=False)
+            stays = masks_of(visit.model.config, plan).get(output, {}).get(1, torch.ones(weight.shape[1]) > 0)
+            products = Products(intercept=False)
             with masked(visit.model, plan):
-                for x, inputs in zip(whole, visit.inputs(output), strict=True):
-                    products.add(x, inputs[output])
-            errors.append(products.residual(weight.double(), RIDGE))
+                same = all(space.kind == "vo" for space in plan.keep)
+                arriving = whole if same else (inputs[output] for inputs in visit.inputs(output))
+                for y, z in zip(wanted, arriving, strict=True):
+                    products.add(y, z[:, stays.to(z.device)])
+            ridge = RIDGE * stays.double().mean().item()  # of all columns, zero or not
+            errors.append(products.residual(weight[:, stays.to(weight.device)].double(), ridge))
     return errors

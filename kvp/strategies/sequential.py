@@ -63,86 +63,96 @@ class Sequential(Compensation):
         self, dense: Visit, arriving: Visit, keeps: dict[str, Tensor], plan: Plan
     ) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for name in (name for name in keeps if name.startswith(f"{dense.name}.")):
+        names = [name for name in keeps if name.startswith(f"{dense.name}.")]
+        whole = list(dense.through(*names)) if names else []
+        for name in names:
             so_far = replace(plan, edits={**plan.edits, **found})
-            found |= self._refitted(dense, arriving, name, keeps[name], so_far)
+            entering = [inputs.pop(name) for inputs in whole]
+            found |= self._refitted(arriving, name, entering, keeps[name], so_far)
         return found
 
     def _refitted(
-        self, dense: Visit, arriving: Visit, name: str, keep: Tensor, plan: Plan
+        self, arriving: Visit, name: str, entering: Sequence[Tensor], keep: Tensor, plan: Plan
     ) -> dict[str, Tensor]:
-        parameters = dict(dense.model.get_submodule(name).named_parameters())
+        """`entering`: per batch, what enters the projection in the dense model."""
+        parameters = dict(arriving.model.get_submodule(name).named_parameters())
         weight = parameters["weight"].detach()
         keep = keep.to(weight.device)
         prior = plan.edits.get(f"{name}.weight", weight).to(weight.device).double()[:, keep]
-        sums = Products(weight, intercept="bias" in parameters)
-        wanted = [inputs[name] for inputs in dense.inputs(name)]
-        with cut(dense, plan):
-            for x, inputs in zip(wanted, arriving.inputs(name), strict=True):
-                sums.add(x, inputs[name][:, keep])
-        require_finite(sums.gram.sum(), f"what enters {name}")
+        sums = Products(intercept="bias" in parameters)
+        with cut(arriving, plan):
+            for x, inputs in zip(entering, arriving.inputs(name), strict=True):
+                sums.add(at_work(x) @ at_work(weight).T, inputs[name][:, keep])
+        require_finite(sums.sums["gram"].sum(), f"what enters {name}")
         columns = sums.solve(prior, self.ridge)
         full = torch.zeros_like(weight)
         full[:, keep] = columns.to(weight.dtype)
         found = {f"{name}.weight": full.cpu()}
         if "bias" in parameters:
-            bias = parameters["bias"].detach().double() + sums.wanted - columns @ sums.arriving
+            bias = parameters["bias"].detach().double() + sums.mean("wanted") - columns @ sums.mean("arriving")
             found[f"{name}.bias"] = bias.to(weight.dtype).cpu()
         return found
 
 
 class Products:
-    """Means over tokens of z z^T, of (W x) z^T, of |W x|^2, and of W x and z: of a batch in the model's dtype, float32
-    at least, of all batches in float64.
+    """Means over tokens of what a fit of y = W x by z needs: batches in their dtype, float32 at least, sums in float64.
 
     Attributes:
-        weight: (out, in), W, in what a batch is multiplied in.
-        gram: (kept, kept)
-        cross: (out, kept)
-        square: ()
-        wanted: (out,)
-        arriving: (kept,)
+        intercept: Whether a bias takes up the means.
     """
 
-    def __init__(self, weight: Tensor, *, intercept: bool) -> None:
-        self.weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    def __init__(self, *, intercept: bool) -> None:
         self.intercept, self.count = intercept, 0
-        zero = weight.new_zeros((), dtype=torch.float64)
-        self.gram = self.cross = self.square = self.wanted = self.arriving = zero
+        self.sums: dict[str, Tensor] = {}
 
-    def add(self, x: Tensor, z: Tensor) -> None:
-        """(tokens, in) and (tokens, kept), of the same tokens."""
-        z = z.to(self.weight)
-        y = x.to(self.weight) @ self.weight.T
+    def add(self, y: Tensor, z: Tensor) -> None:
+        """(tokens, out) and (tokens, kept), of the same tokens."""
+        y, z = at_work(y), at_work(z)
         self.count += len(z)
-        for name, mean in {
-            "gram": z.T @ z / len(z),
-            "cross": y.T @ z / len(z),
-            "square": y.square().sum(1).mean(),
-            "wanted": y.mean(0),
-            "arriving": z.mean(0),
+        for name, total in {
+            "gram": z.T @ z,
+            "cross": y.T @ z,
+            "square": y.square().sum(),
+            "wanted": y.sum(0),
+            "arriving": z.sum(0),
         }.items():
-            before = getattr(self, name)
-            setattr(self, name, mean.double().sub_(before).mul_(len(z) / self.count).add_(before))
+            self.sums[name] = self.sums[name].add_(total) if name in self.sums else total.double()
+
+    def mean(self, name: str) -> Tensor:
+        """Of z z^T, "gram", (kept, kept); y z^T, "cross", (out, kept); |y|^2, "square"; y, "wanted"; z, "arriving"."""
+        return self.sums[name] / self.count
 
     def centred(self) -> tuple[Tensor, Tensor]:
-        """`gram` and `cross`, about the means if there is a bias to take them up."""
-        if not self.intercept:
-            return self.gram, self.cross
-        about = (torch.outer(mean, self.arriving) for mean in (self.arriving, self.wanted))
-        return self.gram - next(about), self.cross - next(about)
+        """Gram and cross, about the means if there is a bias to take them up."""
+        gram, cross = self.mean("gram"), self.mean("cross")
+        if self.intercept:
+            arriving = self.mean("arriving")
+            gram -= torch.outer(arriving, arriving)
+            cross -= torch.outer(self.mean("wanted"), arriving)
+        return gram, cross
 
     def solve(self, prior: Tensor, ridge: float) -> Tensor:
         """V, (out, kept), from W_K."""
         gram, cross = self.centred()
-        amount = ridge * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        regular = gram + amount * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return torch.linalg.solve(regular, (cross + amount * prior).T).T
+        amount = _amount(gram, ridge)
+        gram.diagonal().add_(amount)
+        return torch.cholesky_solve((cross + amount * prior).T, torch.linalg.cholesky(gram)).T
 
     def residual(self, prior: Tensor, ridge: float) -> float:
-        """Mean over tokens of |W x - V z|^2, without an intercept."""
-        columns = self.solve(prior, ridge)
-        return (self.square + ((columns @ self.gram - 2 * self.cross) * columns).sum()).item()
+        """Mean over tokens of |W x - V z|^2, without an intercept; V Z^T Z is had from the equation that V solves."""
+        gram, cross = self.centred()
+        columns, amount = self.solve(prior, ridge), _amount(gram, ridge)
+        return (self.mean("square") + ((amount * (prior - columns) - cross) * columns).sum()).item()
+
+
+def _amount(gram: Tensor, ridge: float) -> Tensor:
+    """What is added to the diagonal."""
+    return ridge * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def at_work(tensor: Tensor) -> Tensor:
+    """In its dtype, float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager

@@ -35,12 +35,14 @@ class Visit:
         layer: Its index.
         states: Per batch, (batch, seq_len, hidden_size).
         leaving: Closed once the states after the layer are taken: what undoes a change is left here.
+        after: The states after it, if a pass has shown them already.
     """
 
     model: PreTrainedModel
     layer: int
     states: list[Tensor]
     leaving: ExitStack
+    after: list[Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -54,6 +56,16 @@ class Visit:
             with suppress(Enough), caught_inputs(self.model, names, stop=True) as caught:
                 hidden_states(self.model, self.layer, self.layer + 1, inputs_embeds=states)
             yield {name: inputs.flatten(0, -2) for name, inputs in caught.items()}
+
+    @torch.no_grad()
+    def through(self, *names: str) -> Iterator[dict[str, Tensor]]:
+        """As `inputs`, in a pass of the whole layer that the walk need not repeat: the visit leaves it as it is."""
+        after = []
+        for states in self.states:
+            with caught_inputs(self.model, names) as caught:
+                after.append(hidden_states(self.model, self.layer, self.layer + 1, inputs_embeds=states))
+            yield {name: inputs.flatten(0, -2) for name, inputs in caught.items()}
+        self.after = after
 
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
@@ -90,7 +102,7 @@ def walk(
                     leaving.callback(move, module, "cpu")
                     move(module, device)
                 yield visit
-                states = visit.outputs()
+                states = visit.after or visit.outputs()
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import torch
 from kvp.models.joined import joined
 from kvp.models.masks import edited, fold_rotary, mask
 from kvp.models.surgery import apply
-from kvp.strategies.heads import by_rank, first_folded, output_columns, roots, statistics, turn
+from kvp.strategies.head_moments import output_columns, statistics
+from kvp.strategies.heads import by_rank, first_folded, roots, turn
 from kvp.strategies.logits import observed_attention
 from kvp.strategies.walk import Visit, caught_inputs, hidden_states, walk
 from kvp.types import Plan
