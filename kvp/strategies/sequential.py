@@ -89,8 +89,8 @@ class Sequential(Compensation):
         full[:, keep] = columns.to(weight.dtype)
         found = {f"{name}.weight": full.cpu()}
         if "bias" in parameters:
-            bias = parameters["bias"].detach().double() + sums.mean("wanted") - columns @ sums.mean("arriving")
-            found[f"{name}.bias"] = bias.to(weight.dtype).cpu()
+            shift = sums.mean("wanted") - columns @ sums.mean("arriving")
+            found[f"{name}.bias"] = (parameters["bias"].detach().double() + shift).to(weight.dtype).cpu()
         return found
 
 

@@ -19,7 +19,7 @@ from kvp.strategies.base import Target
 from kvp.strategies.heads import turn
 from kvp.strategies.kvpruner_plus import KVPrunerPlus, output_slopes, refit_errors
 from kvp.strategies.sequential import Sequential
-from kvp.strategies.walk import Visit, caught_inputs, walk
+from kvp.strategies.walk import Visit, caught_inputs, hidden_states, walk
 from kvp.types import Budget, Plan
 from tests.conftest import refitted, tiny_config, tiny_model
 
@@ -203,3 +203,19 @@ def test_a_pass_ends_at_the_last_input_asked_for():
     assert caught[entry].shape == (IDS.numel(), model.config.hidden_size)
     visit.outputs()
     assert ran == ["self_attn", "self_attn", "mlp"]
+
+
+def test_a_pass_of_the_whole_layer_is_not_repeated():
+    model, entry, ran = tiny_model(), "model.layers.1.self_attn.q_proj", []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, args: ran.append(module))
+    expected = hidden_states(model, 0, 2, input_ids=IDS)
+    ran.clear()
+    for visit in walk(model, IDS.split(2), "heads"):
+        if visit.layer == 1:
+            caught = list(visit.through(entry))
+        if visit.layer == 2:
+            torch.testing.assert_close(torch.cat(visit.states), expected)
+    assert [ran.count(layer.mlp) for layer in model.model.layers] == [3, 3, 3]  # three batches
+    assert [set(inputs) for inputs in caught] == [{entry}] * 3
+    assert caught[0][entry].shape == (2 * IDS.shape[1], model.config.hidden_size)
