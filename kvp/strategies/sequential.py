@@ -132,11 +132,20 @@ class Products:
         return gram, cross
 
     def solve(self, prior: Tensor, ridge: float) -> Tensor:
-        """V, (out, kept), from W_K."""
+        """V, (out, kept), from W_K.
+
+        Raises:
+            FloatingPointError: The inputs depend on each other, and the ridge is too small to tell them apart.
+        """
         gram, cross = self.centred()
         amount = _amount(gram, ridge)
         gram.diagonal().add_(amount)
-        return torch.cholesky_solve((cross + amount * prior).T, torch.linalg.cholesky(gram)).T
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            raise FloatingPointError(
+                f"strategy.compensation.ridge={ridge} is lost in rounding: raise it, or calibrate on more tokens"
+            )
+        return torch.cholesky_solve((cross + amount * prior).T, factor).T
 
     def residual(self, prior: Tensor, ridge: float) -> float:
         """Mean over tokens of |W x - V z|^2, without an intercept; V Z^T Z is had from the equation that V solves."""

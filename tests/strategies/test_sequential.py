@@ -9,7 +9,7 @@ from kvp.models.masks import mask, masks_of
 from kvp.models.plans import edits_file
 from kvp.models.surgery import apply
 from kvp.strategies.compensate import LeastSquares
-from kvp.strategies.sequential import Sequential
+from kvp.strategies.sequential import Products, Sequential
 from kvp.strategies.walk import caught_inputs
 from tests.conftest import random_plan, refitted, tiny_model
 
@@ -107,3 +107,12 @@ def test_a_killed_refit_goes_on_after_the_last_layer(tmp_path):
 def test_a_ridge_of_zero_is_refused():
     with pytest.raises(ValueError, match="ridge must be > 0"):
         Sequential(ridge=0)
+
+
+def test_a_ridge_that_rounding_swallows_is_refused():
+    rows = torch.randn(50, 1, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 40)
+    sums = Products(intercept=False)
+    sums.add(rows[:, :5], rows)
+    assert sums.solve(torch.zeros(5, 40), 1e-3).isfinite().all()
+    with pytest.raises(FloatingPointError, match="ridge=1e-15 is lost in rounding"):
+        sums.solve(torch.zeros(5, 40), 1e-15)
