@@ -122,6 +122,14 @@ def test_one_strategy_never_imports_another():
 
 
 def test_every_strategy_yaml_has_its_module():
+    def target(path):
+        lines = path.read_text().splitlines()
+        own = [line.split()[1] for line in lines if line.startswith("_target_: ")]
+        return (
+            own[0]
+            if own
+            else target(path.with_stem(lines[lines.index("defaults:") + 1].removeprefix("  - ")))
+        )
+
     for path in (ROOT / "conf" / "strategy").glob("*.yaml"):
-        target = next(line for line in path.read_text().splitlines() if line.startswith("_target_: "))
-        assert (ROOT / f"{target.split()[1].rpartition('.')[0].replace('.', '/')}.py").exists()
+        assert (ROOT / f"{target(path).rpartition('.')[0].replace('.', '/')}.py").exists()

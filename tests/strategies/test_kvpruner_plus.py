@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvp.export.stock import to_stock
+from kvp.models.joined import joined
 from kvp.models.masks import mask
 from kvp.models.plans import read_plan, write_plan
 from kvp.models.shapes import layer_shapes
@@ -157,12 +159,17 @@ def test_without_its_parts_it_is_a_plain_plan(tmp_path):
     assert {name.split(".")[-2] for name in found.edits} == {"o_proj"}
 
 
-def test_stock_mode_gives_one_width_and_one_set_of_pairs(tmp_path):
-    model = tiny_model("mistral", "gqa", head_dim=16)
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_stock_mode_gives_one_width_and_one_set_of_pairs(kv_heads, tmp_path):
+    model = joined(tiny_model("mistral", "gqa", head_dim=16), kv_heads)
     stock = strategy(allocator=Uniform(multiple_of=2), scope="model", grouping="separate")
-    shapes = layer_shapes(apply(model, searched(stock, model, tmp_path)).config)
+    pruned = apply(model, searched(stock, model, tmp_path))
+    shapes = layer_shapes(pruned.config)
     assert len({(shape.qk_head_dim, shape.v_head_dim) for shape in shapes}) == 1
     assert len({row for shape in shapes for row in shape.rope_pairs}) == 1
+    with torch.no_grad():
+        served = to_stock(pruned, "stock")(IDS).logits
+        torch.testing.assert_close(served, pruned(IDS).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
