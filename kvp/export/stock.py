@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Form = Literal["stock", "stock_arithmetic", "padded"]  # of an ordinary model
-OURS = ("kvp_layers", "model_type", "architectures", "transformers_version")
+OURS = ("kvp_layers", "kvp_cache", "model_type", "architectures", "transformers_version")
 
 
 @torch.no_grad()

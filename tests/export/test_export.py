@@ -95,6 +95,7 @@ def test_any_shared_set_of_pairs_gives_the_same_logits_from_disk(family, rope, h
     stock.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config.head_dim == 2 * kept
+    assert not [name for name in loaded.config.to_dict() if name.startswith("kvp_")]
     with torch.no_grad():
         difference = loaded(tokens).logits - pruned(tokens).logits
     assert difference.abs().max() < 2e-4
