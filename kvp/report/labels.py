@@ -1,7 +1,8 @@
 """What a plot calls a strategy or a recovery: its name in tables, and the settings that tell it from the others.
 
 If the runs of one name differ in one setting, all of them state it (grouping=coupled, grouping=separate). If they
-differ in several, as in an ablation, each states where it departs from the most common value.
+differ in several, as in an ablation, each states where it departs from the most common value; an option that some
+runs are older than is stated where it is set.
 """
 
 from __future__ import annotations
@@ -39,17 +40,24 @@ def _labels(runs: Sequence[Run], named: str, described: Sequence[str], model: st
     settings = {run.hash: identity(run, model) for run in runs}
     labels = {}
     for run in runs:
-        alike = _completed([settings[other.hash] for other in runs if names[other.hash] == names[run.hash]])
+        alike = [settings[other.hash] for other in runs if names[other.hash] == names[run.hash]]
+        completed = _completed(alike)
         usual = {
-            key: values.most_common(1)[0][0]
-            for key in dict.fromkeys(key for its in alike for key in its)
+            key: _usual(values, any(key not in its for its in alike))
+            for key in dict.fromkeys(key for its in completed for key in its)
             if key.partition(".")[0] in described and not key.endswith(".seed")
-            if len(values := Counter(repr(its[key]) for its in alike if key in its)) > 1
+            if len(values := Counter(repr(its[key]) for its in completed if key in its)) > 1
         }
         its = settings[run.hash]
         stated = [key for key in usual if key in its and (len(usual) == 1 or repr(its[key]) != usual[key])]
         labels[run.hash] = " ".join([names[run.hash], *(_word(run, key) for key in stated)])
     return labels
+
+
+def _usual(values: Counter[str], lacking: bool) -> str:
+    """What is not stated: null, if a run is older than the option, else the most common value."""
+    none = repr(None)
+    return none if lacking and none in values else values.most_common(1)[0][0]
 
 
 def _completed(alike: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -166,6 +166,17 @@ def test_a_run_older_than_an_option_is_not_one_with_it():
     assert labels(full_record(), newer) == ["kvpruner 25 %", "kvpruner num_key_value_heads=1 25 %"]
 
 
+def test_an_option_is_stated_where_it_is_set_though_most_runs_set_it():
+    joined = [full_record(ratio=ratio, config__strategy__num_key_value_heads=1) for ratio in (0.25, 0.5)]
+    coupled = full_record(config__strategy__grouping="coupled", config__strategy__num_key_value_heads=1)
+    assert labels(full_record(), *joined, coupled) == [
+        "kvpruner 25 %",
+        "kvpruner grouping=coupled num_key_value_heads=1 25 %",
+        "kvpruner num_key_value_heads=1 25 %",
+        "kvpruner num_key_value_heads=1 50 %",
+    ]
+
+
 def test_ratio_plot_shows_pruned_dashed_recovered_solid_and_both_controls():
     with style():
         figure = quality.against_ratio(
