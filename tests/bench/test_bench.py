@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from kvp.bench import __main__ as command
 from kvp.bench.bench import Bench
 from kvp.bench.journal import go_on
 from kvp.bench.protocols import PROTOCOLS
 from kvp.measurement.measure import Measure
+from kvp.models.load import resolve_dtype
 
 WORDS = [
     "tiny",
@@ -63,13 +65,13 @@ def record(directory):
 def test_record_says_what_was_run(record):
     assert record["schema"] == 1 and record["status"] == "finished"
     assert record["protocol"]["batches"] == [1, 3] and record["protocol"]["warmup"] == 1
-    assert record["dtype"] == "float32" and record["threads"] >= 1
+    assert f"torch.{record['dtype']}" == str(resolve_dtype("auto", "cpu")) and record["threads"] >= 1
     assert record["copy_bytes_per_second"] > 0
     assert {"commit", "versions", "command", "started", "seconds", "seed"} <= record["provenance"].keys()
     dense, cut = record["models"]
     assert [dense["removed"]["kv_cache"], cut["removed"]["kv_cache"]] == [0, 0.5]
     assert cut["aligned"] and len(cut["layers"]) == 10 and cut["checkpoint"] is None
-    assert cut["kv_bytes_per_token"] == 4 * sum(
+    assert cut["kv_bytes_per_token"] == getattr(torch, record["dtype"]).itemsize * sum(
         layer["num_key_value_heads"] * (layer["qk_head_dim"] + layer["v_head_dim"]) for layer in cut["layers"]
     )
 

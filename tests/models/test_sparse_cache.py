@@ -171,7 +171,9 @@ def test_sequences_can_be_chosen_and_repeated(tokens):
     cache.batch_select_indices(torch.tensor([0, 3]))
     other = cache_for(twin.config)
     stepwise(twin, tokens[[1, 1]], other, 9)
-    assert torch.equal(twin(last, past_key_values=cache).logits, twin(last, past_key_values=other).logits)
+    torch.testing.assert_close(
+        twin(last, past_key_values=cache).logits, twin(last, past_key_values=other).logits
+    )
     cache.reset()
     assert cache.get_seq_length() == cache_bytes(cache) == 0
     assert torch.equal(twin(tokens, past_key_values=cache).logits, twin(tokens).logits)
