@@ -7,6 +7,10 @@ With X the dense inputs of a projection W and Z the kept inputs that arrive in t
 d the mean of the diagonal of Z^T Z. A projection that has a bias gets it refitted too (X and Z centred); none is
 added, so that stock engines still serve the model. The target is the dense output of the projection alone: with the
 residual stream's own drift added to it, the packaged model comes out worse (experiments/frontier).
+
+A sequence's first token is one among many in these sums, but every later token attends to it (StreamingLLM's attention
+sink, arXiv 2309.17453; massive activations, 2402.17762). Where a refit spoils what early layers make of it, a whole
+window is lost: `sink_weight` lets it count as so many tokens.
 """
 
 from __future__ import annotations
@@ -38,13 +42,17 @@ class Sequential(Compensation):
 
     Attributes:
         ridge: Relative to d; draws V to W_K where the data say little.
+        sink_weight: Tokens that the first of a sequence counts as; None: one, as all others do.
     """
 
     ridge: float = 0.1
+    sink_weight: float | None = None
 
     def __post_init__(self) -> None:
         if not self.ridge > 0:
             raise ValueError(f"strategy.compensation.ridge must be > 0, got {self.ridge}")
+        if self.sink_weight is not None and not self.sink_weight > 0:
+            raise ValueError(f"strategy.compensation.sink_weight must be > 0 tokens, got {self.sink_weight}")
 
     @torch.no_grad()
     def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:
@@ -81,8 +89,10 @@ class Sequential(Compensation):
         prior = plan.edits.get(f"{name}.weight", weight).to(weight.device).double()[:, keep]
         sums = Products(intercept="bias" in parameters)
         with cut(arriving, plan):
-            for x, inputs in zip(entering, arriving.inputs(name), strict=True):
-                sums.add(at_work(x) @ at_work(weight).T, inputs[name][:, keep])
+            for x, states, inputs in zip(entering, arriving.states, arriving.inputs(name), strict=True):
+                counts = torch.ones(states.shape[:2], device=states.device)
+                counts[:, 0] = self.sink_weight or 1
+                sums.add(at_work(x) @ at_work(weight).T, inputs[name][:, keep], counts.flatten())
         require_finite(sums.sums["gram"].sum(), f"what enters {name}")
         columns = sums.solve(prior, self.ridge)
         full = torch.zeros_like(weight)
@@ -102,19 +112,22 @@ class Products:
     """
 
     def __init__(self, *, intercept: bool) -> None:
-        self.intercept, self.count = intercept, 0
+        self.intercept, self.count = intercept, 0.0
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, y: Tensor, z: Tensor) -> None:
-        """(tokens, out) and (tokens, kept), of the same tokens."""
+    def add(self, y: Tensor, z: Tensor, counts: Tensor | None = None) -> None:
+        """(tokens, out) and (tokens, kept), of the same tokens; `counts`: (tokens,) what each counts as, else one."""
+        counts = torch.ones(len(z), device=z.device) if counts is None else counts
         y, z = at_work(y), at_work(z)
-        self.count += len(z)
+        root = counts.to(z.dtype).sqrt()[:, None]
+        y, z = root * y, root * z
+        self.count += counts.sum().item()
         for name, total in {
             "gram": z.T @ z,
             "cross": y.T @ z,
             "square": y.square().sum(),
-            "wanted": y.sum(0),
-            "arriving": z.sum(0),
+            "wanted": (root * y).sum(0),
+            "arriving": (root * z).sum(0),
         }.items():
             self.sums[name] = self.sums[name].add_(total) if name in self.sums else total.double()
 

@@ -104,9 +104,41 @@ def test_a_killed_refit_goes_on_after_the_last_layer(tmp_path):
     assert all(torch.equal(resumed.edits[name], edit) for name, edit in whole.edits.items())
 
 
-def test_a_ridge_of_zero_is_refused():
+def test_options_out_of_range_are_refused():
     with pytest.raises(ValueError, match="ridge must be > 0"):
         Sequential(ridge=0)
+    with pytest.raises(ValueError, match="sink_weight must be > 0 tokens, got -1"):
+        Sequential(sink_weight=-1)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_a_token_that_counts_as_three_is_three_tokens(intercept):
+    generator = torch.Generator().manual_seed(0)
+    y, z = (torch.randn(9, width, generator=generator, dtype=torch.float64) for width in (4, 3))
+    counts = torch.tensor([3, *[1] * 8])
+    counted, repeated = Products(intercept=intercept), Products(intercept=intercept)
+    counted.add(y, z, counts)
+    repeated.add(y.repeat_interleave(counts, 0), z.repeat_interleave(counts, 0))
+    prior = torch.zeros(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(counted.solve(prior, 0.1), repeated.solve(prior, 0.1))
+    torch.testing.assert_close(counted.mean("wanted"), repeated.mean("wanted"))
+
+
+def test_the_first_token_comes_nearer_if_it_counts_for_more():
+    model = tiny_model(dtype=torch.float64)
+    plan, name = random_plan(model, ["vo"]), "model.layers.0.self_attn.o_proj"
+    keep = masks_of(model.config, plan)[name][1]
+    x = inputs(model, name)
+    wanted = x @ model.get_submodule(name).weight.T
+
+    def error(sink_weight):
+        found = refitted(Sequential(ridge=0.01, sink_weight=sink_weight), model, IDS.split(2), plan)
+        off = x[:, keep] @ found.edits[f"{name}.weight"][:, keep].T - wanted
+        return off.view(*IDS.shape, -1)[:, 0].norm(), off.norm()
+
+    (sink, total), (heavy_sink, heavy_total) = error(None), error(100.0)
+    assert heavy_sink < sink and total < heavy_total
+    assert error(1.0) == (sink, total)
 
 
 def test_a_ridge_that_rounding_swallows_is_refused():
