@@ -64,7 +64,7 @@ def job(config: DictConfig) -> str | None:
         from kvp.sweep.worker import attempt, claim_gpu
 
         claim_gpu()
-    x = Experiment.compose(config, list(command.overrides.task))
+    x = Experiment.compose(config, list(command.overrides.task), command.runtime.choices)
     if swept:
         return attempt(x, command.job.num)
     from kvp.run import run  # imports seconds of modelling code, which a wrong option need not wait for

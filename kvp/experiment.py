@@ -26,6 +26,7 @@ from kvp.data.calibration import Calibration
 from kvp.data.corpora import Corpus, find
 from kvp.evaluation.perplexity import Perplexity
 from kvp.evaluation.zeroshot import ZeroShot
+from kvp.identity import chosen_options, named
 from kvp.measurement.measure import Measure
 from kvp.models.load import (
     ModelSource,
@@ -112,7 +113,8 @@ class Experiment:
     """The instantiated nodes of a configuration, the stages run so far, and the model in memory.
 
     Attributes:
-        node: The resolved configuration, without what changes no number.
+        node: The resolved configuration, without what changes no number; classes by name.
+        choices: The option chosen for each node: {"strategy": "kvpruner", "strategy.allocator": "sensitivity"}.
         overrides: The words that composed it; None if they are not known.
         force: Kinds of stages to compute again, and what follows from them,
         since: where they were finished before this moment (seconds since 1970).
@@ -121,6 +123,7 @@ class Experiment:
     """
 
     node: dict[str, Any]
+    choices: dict[str, str]
     source: ModelSource
     corpora: Mapping[str, Corpus]
     strategy: Strategy
@@ -147,8 +150,20 @@ class Experiment:
     losses: list[Record] = field(default_factory=list)
 
     @classmethod
-    def compose(cls, config: DictConfig, overrides: Sequence[str] | None = None) -> Experiment:
-        """Build every node; a value out of range is refused here, before anything is read."""
+    def compose(
+        cls,
+        config: DictConfig,
+        overrides: Sequence[str] | None = None,
+        choices: Mapping[str, Any] | None = None,
+    ) -> Experiment:
+        """Build every node; a value out of range is refused here, before anything is read.
+
+        Args:
+            config: What Hydra composed.
+            overrides: The words of the command line.
+            choices: Hydra's `runtime.choices`; by default those in the configuration's own hydra node, if it has one.
+        """
+        choices = choices or OmegaConf.select(config, "hydra.runtime.choices") or {}
         if config.rows:
             raise ValueError(
                 f"this configuration lists {len(config.rows)} rows: sweep over them with python -m kvp -m "
@@ -166,11 +181,14 @@ class Experiment:
                 raise
 
         chosen = _without_presets(config)
-        node = OmegaConf.to_container(chosen, resolve=True, throw_on_missing=True)
-        assert isinstance(node, dict)
+        OmegaConf.set_struct(chosen, False)
+        chosen.pop("hydra", None)
+        resolved = named(OmegaConf.to_container(chosen, resolve=True, throw_on_missing=True))
+        node = {key: value for key, value in resolved.items() if key not in NOT_INPUTS}
         source, device = build("model"), resolve_device(config.device)
         return cls(
-            node={str(key): value for key, value in node.items() if key not in NOT_INPUTS},
+            node=node,
+            choices=chosen_options(choices, node),
             source=source,
             corpora=instantiate(config.corpora, _convert_="all"),
             strategy=build("strategy"),
@@ -194,21 +212,28 @@ class Experiment:
     @property
     def hash(self) -> str:
         """One per configuration: names the run's directory and its W&B run."""
-        return sha256(json.dumps(self.node, sort_keys=True).encode()).hexdigest()[:12]
+        identity = {"config": self.node, "choices": self.choices}
+        return sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def name(self) -> str:
         """Readable, unique with the hash: model-strategy-ratio-cache-recovery-seed-hash."""
-        strategy = type(self.strategy).__name__.lower()
-        ratio = "dense" if self.unpruned else f"{strategy}-{self.budget.of}{self.budget.value:g}"
-        recovery = "none" if self.recovery is None else type(self.recovery).__name__.lower()
-        cache = "" if self.cache is None else f"-{type(self.cache).__name__.lower()}"
+        ratio = (
+            "dense" if self.unpruned else f"{self.chosen('strategy')}-{self.budget.of}{self.budget.value:g}"
+        )
+        cache = "" if self.cache is None else f"-{self.chosen('cache')}"
+        recovery = self.chosen("recovery")
         return f"{self.source.name}-{ratio}{cache}-{recovery}-s{self.node['seed']}-{self.hash[:8]}"
+
+    def chosen(self, node: str) -> str:
+        """What a reader calls a node: the option chosen for it, else its class, "none" if there is none."""
+        value = self.node[node]
+        return "none" if value is None else self.choices.get(node) or value["class"].lower()
 
     @property
     def group(self) -> str:
         """The tracker's; if it names none, runs of one model and strategy belong together."""
-        own = f"{self.source.name}-{type(self.strategy).__name__.lower()}"
+        own = f"{self.source.name}-{self.chosen('strategy')}"
         return getattr(self.tracker, "group", None) or own
 
     @property

@@ -14,7 +14,7 @@ from kvp.provenance import provenance
 from kvp.tracking import Log
 from kvp.types import DENOMINATORS, Size
 
-SCHEMA = 2  # of run.json; documented in the README, raised when a key changes its meaning
+SCHEMA = 3  # of run.json; documented in the README, raised when a key changes its meaning
 
 
 def make_record(
@@ -46,7 +46,8 @@ def make_record(
 def identity(x: Experiment, directory: Path) -> Record:
     """Which run this is."""
     names = {"name": x.name, "hash": x.hash, "group": x.group, "directory": str(directory)}
-    return {**names, "config": x.node, "overrides": x.overrides and list(x.overrides)}
+    words = x.overrides and list(x.overrides)
+    return {**names, "config": x.node, "choices": x.choices, "overrides": words}
 
 
 def asked(x: Experiment) -> Record | None:

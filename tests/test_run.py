@@ -36,7 +36,7 @@ def overrides(tmp_path, *more):
 
 def compose_here(tmp_path, *more):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=overrides(tmp_path, *more))
+        return compose("config", overrides=overrides(tmp_path, *more), return_hydra_config=True)
 
 
 def run_here(tmp_path, *more):
@@ -97,7 +97,7 @@ def test_record_holds_what_the_readme_promises(finished):
     _, record = finished
     written = json.loads(Path(record["directory"], "run.json").read_text())
     assert written == json.loads(json.dumps(record))
-    assert (written["schema"], written["status"]) == (2, "finished")
+    assert (written["schema"], written["status"]) == (3, "finished")
     for name in ("dense", "pruned", "recovered"):
         model = written[name]
         assert Path(model["checkpoint"], "config.json").exists()

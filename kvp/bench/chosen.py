@@ -13,4 +13,4 @@ from kvp.experiment import Experiment
 def chosen(words: Sequence[str]) -> Experiment:
     """Compose it from options such as "strategy=flap"; later ones win."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return Experiment.compose(compose("config", overrides=list(words)))
+        return Experiment.compose(compose("config", overrides=list(words), return_hydra_config=True))

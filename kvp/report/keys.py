@@ -7,7 +7,6 @@ are the protocols of evaluation and measurement, which `compare` looks after.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ Order = tuple[int, str, float]
 
 def unpruned(run: Run) -> bool:
     """Whether no weight is pruned: the dense baseline, the dense control of a recovery, or a sparse cache alone."""
-    return run.record["config"]["strategy"]["_target_"].endswith(".NoPruning")
+    return run.record["config"]["strategy"]["class"] == "NoPruning"
 
 
 def untouched(run: Run) -> bool:
@@ -41,7 +40,7 @@ def label(run: Run, key: str) -> str:
     if _idle(run, key):
         return MISSING
     value = find(run, key)
-    return f"{100 * value:.4g} %" if key == "ratio.value" else _label(value)
+    return f"{100 * value:.4g} %" if key == "ratio.value" else _label(run, key, value)
 
 
 def order(run: Run, key: str) -> Order:
@@ -53,7 +52,7 @@ def order(run: Run, key: str) -> Order:
         return (1, "", value)
     if isinstance(value, Mapping) and {"value", "of"} <= value.keys():
         return (2, value["of"], value["value"])
-    return (2, _label(value), 0)
+    return (2, _label(run, key, value), 0)
 
 
 def find(run: Run, key: str) -> Any:
@@ -106,7 +105,7 @@ def where(runs: Sequence[Run], filters: Iterable[str]) -> list[Run]:
 
 def matches(run: Run, key: str, values: Sequence[str]) -> bool:
     """Whether a run has one of these values, or the key has no effect on it."""
-    return _idle(run, key) or not {label(run, key), _label(find(run, key))}.isdisjoint(values)
+    return _idle(run, key) or not {label(run, key), _label(run, key, find(run, key))}.isdisjoint(values)
 
 
 def differences(runs: Sequence[Run], model: str) -> dict[str, int]:
@@ -148,23 +147,16 @@ def _idle(run: Run, key: str) -> bool:
     return unpruned(run) and key.partition(".")[0] in PRUNING and key != "strategy"
 
 
-def _label(value: Any) -> str:
+def _label(run: Run, key: str, value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, Mapping):
         if {"value", "of"} <= value.keys():
             return f"{100 * value['value']:.4g} % of {value['of']}"
-        return str(value.get("name") or _option(value.get("_target_", "?")))
+        return str(value.get("name") or run.record["choices"].get(key) or value.get("class", "?"))
     if isinstance(value, list):
-        return "+".join(map(_label, value))
+        return "+".join(_label(run, key, item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _option(target: str) -> str:
-    """What conf/ calls a class: its module if that is named like it (llm_pruner), else the class."""
-    module, name = ("", *target.split("."))[-2:]
-    alike = module.replace("_", "") == name.lower() or name == "NoPruning"
-    return module if alike else re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 def _paths(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

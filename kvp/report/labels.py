@@ -31,7 +31,7 @@ def _cache(run: Run) -> list[str]:
     options = run.record["config"].get("cache")
     if not options:
         return []
-    settings = (f"{key}={value:g}" for key, value in options.items() if key != "_target_")
+    settings = (f"{key}={value:g}" for key, value in options.items() if key != "class")
     return [" ".join([label(run, "cache"), *settings])]
 
 
@@ -64,7 +64,7 @@ def _completed(alike: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The settings with a null for every option that others of the same node have: these runs are older than it."""
 
     def node(its: Mapping[str, Any], key: str) -> Any:
-        return its.get(f"{key.rpartition('.')[0]}._target_")
+        return its.get(f"{key.rpartition('.')[0]}.class")
 
     options = {(node(its, key), key): None for its in alike for key in its if node(its, key)}
     return [{key: None for target, key in options if node(its, key) == target} | dict(its) for its in alike]
@@ -72,5 +72,5 @@ def _completed(alike: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _word(run: Run, key: str) -> str:
     """The last part of a key, or the node that it makes, and its value: grouping=coupled, calibration=squad."""
-    node = key.removesuffix("._target_")
+    node = key.removesuffix(".class")
     return f"{node.removesuffix('.corpora').rpartition('.')[2]}={label(run, node)}"

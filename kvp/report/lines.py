@@ -101,7 +101,7 @@ def vary(runs: Sequence[Run], keys: Sequence[str], models: Collection[str]) -> l
             for model in {"dense"} if line.kind == "dense" else {*models} - {"dense"}:
                 counts |= Counter(differences(line.of(model), model))
         # a class says more than its settings, and the setting of most values more than the others
-        ranked = sorted(counts, key=lambda key: (not key.endswith("._target_"), -counts[key], key))
+        ranked = sorted(counts, key=lambda key: (not key.endswith(".class"), -counts[key], key))
         new = [key for key in map(_short, ranked) if key not in (*keys, *found)] or [
             key for key in ranked if key not in (*keys, *found)
         ]
@@ -111,4 +111,4 @@ def vary(runs: Sequence[Run], keys: Sequence[str], models: Collection[str]) -> l
 
 
 def _short(key: str) -> str:
-    return key.removesuffix("._target_")
+    return key.removesuffix(".class")

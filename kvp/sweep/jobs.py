@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from kvp.experiment import Experiment
 
@@ -33,7 +33,5 @@ def expand(rows: Sequence[str] | None, words: Sequence[str]) -> list[list[str]]:
 def compose(loader: ConfigLoader, sweep: DictConfig, job: list[str]) -> Experiment:
     """The experiment of a job; fails on an option that is not to be had, before anything is launched."""
     config = loader.load_sweep_config(sweep, job)
-    with open_dict(config):
-        OmegaConf.set_readonly(config, False)
-        del config["hydra"]
+    OmegaConf.set_readonly(config, False)
     return Experiment.compose(config, job)

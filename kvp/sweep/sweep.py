@@ -90,7 +90,7 @@ def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: 
 def _group(experiments: Sequence[Experiment]) -> str:
     """Of all jobs in a tracker: "smollm2_135m-kvpruner+random"."""
     models = {x.source.name for x in experiments}
-    strategies = {type(x.strategy).__name__.lower() for x in experiments}
+    strategies = {x.chosen("strategy") for x in experiments}
     return "-".join("+".join(sorted(names)) for names in (models, strategies))
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-CLASSES = {
-    "kvpruner": "kvp.strategies.kvpruner.KVPruner",
-    "magnitude": "kvp.strategies.magnitude.Magnitude",
-    "random": "kvp.strategies.random.Random",
-    "none": "kvp.strategies.none.NoPruning",
+CLASSES = {"kvpruner": "KVPruner", "magnitude": "Magnitude", "random": "Random", "none": "NoPruning"}
+OPTIONS = {name: option for option, name in CLASSES.items()} | {
+    "LeastSquares": "least_squares",
+    "Lora": "lora",
 }
 STORE = "/home/someone/store"
 METRICS = {
@@ -40,7 +40,7 @@ def make_record(
     pruned = ppl if isinstance(ppl, dict) else {"squad": ppl}
     config = make_config(strategy, ratio, seed, steps, [*pruned])
     record = {
-        "schema": 2,
+        "schema": 3,
         "status": "finished",
         "hash": "",
         "name": "",
@@ -70,11 +70,21 @@ def make_record(
         record["recovered"] = model("recover", dict.fromkeys(pruned, recovered), cut)
     for path, value in changes.items():
         put(record, path.split("__"), value)
+    record["choices"] = dict(choices(record["config"]))
     record["hash"] = sha256(json.dumps(record["config"], sort_keys=True).encode()).hexdigest()[:12]
     tuned = "lora" if record["config"]["recovery"] else "none"
     method = "dense" if strategy == "none" else f"{strategy}-kv_cache{ratio:g}"
     record["name"] = f"{config['model']['name']}-{method}-{tuned}-s{seed}-{record['hash'][:8]}"
     return record
+
+
+def choices(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The option of every node that has a class."""
+    for name, node in config.items():
+        if isinstance(node, dict):
+            if "class" in node:
+                yield prefix + name, OPTIONS.get(node["class"], node["class"].lower())
+            yield from choices(node, f"{prefix}{name}.")
 
 
 def make_failed(kind: str, message: str, **options: Any) -> dict[str, Any]:
@@ -90,22 +100,22 @@ def make_config(
     strategy: str, ratio: float, seed: int, steps: int | None, corpora: list[str]
 ) -> dict[str, Any]:
     """The resolved configuration."""
-    allocator = {"_target_": "kvp.strategies.allocate.Sensitivity", "temperature": 0.75}
+    allocator = {"class": "Sensitivity", "temperature": 0.75}
     options = {} if strategy == "none" else {"allocator": allocator, "grouping": "separate"}
-    data = {"_target_": "kvp.data.text.PackedText", "corpora": ["coqa"]}
-    lora = {"_target_": "kvp.recovery.lora.Lora", "data": data, "rank": 8, "max_steps": steps, "epochs": None}
+    data = {"class": "PackedText", "corpora": ["coqa"]}
+    lora = {"class": "Lora", "data": data, "rank": 8, "max_steps": steps, "epochs": None}
     return {
         "seed": seed,
         "device": "auto",
         "dtype": "float32",
-        "model": {"_target_": "kvp.models.load.PackagedModel", "name": "smollm2_135m"},
+        "model": {"class": "PackagedModel", "name": "smollm2_135m"},
         "corpora": {name: {"source": name} for name in ("squad", "drop", "coqa")},
-        "strategy": {"_target_": CLASSES[strategy], **options},
-        "ratio": {"_target_": "kvp.types.Budget", "value": ratio, "of": "kv_cache"},
-        "calibration": {"_target_": "kvp.data.calibration.Calibration", "corpora": ["drop"], "seed": seed},
+        "strategy": {"class": CLASSES[strategy], **options},
+        "ratio": {"class": "Budget", "value": ratio, "of": "kv_cache"},
+        "calibration": {"class": "Calibration", "corpora": ["drop"], "seed": seed},
         "recovery": lora if steps else None,
         "evaluation": {"perplexity": {"corpora": corpora, "window": 128, "max_tokens": 4096}},
-        "measure": {"_target_": "kvp.measurement.measure.Measure", "batch_size": 4},
+        "measure": {"class": "Measure", "batch_size": 4},
     }
 
 

@@ -14,7 +14,7 @@ from tests.report.records import make_record
 from tests.report.test_plots import as_runs
 
 TEACHER = {
-    "_target_": "kvp.recovery.distillation.Distillation",
+    "class": "Distillation",
     "text_weight": 0.5,
     "logits_weight": 1.0,
     "hidden_weight": 0.0,

@@ -149,7 +149,7 @@ def test_labels_state_the_one_setting_that_differs():
 
 
 def test_labels_of_an_ablation_state_the_departures():
-    uniform = full_record(config__strategy__allocator={"_target_": "kvp.strategies.allocate.Uniform"})
+    uniform = full_record(config__strategy__allocator={"class": "Uniform"})
     coupled = full_record(config__strategy__grouping="coupled")
     hot = full_record(config__strategy__allocator__temperature=2.0)
     assert labels(full_record(), full_record(ratio=0.5), uniform, coupled, hot) == [

@@ -13,6 +13,7 @@ import wandb
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from kvp.identity import chosen_options, named
 from kvp.report import references
 from kvp.report.__main__ import main
 from kvp.report.build import build
@@ -116,13 +117,13 @@ def test_what_else_varies_is_shown():
 
 
 def test_options_are_called_as_conf_calls_them():
-    compensation = {"_target_": "kvp.strategies.compensate.LeastSquares"}
+    compensation = {"class": "LeastSquares"}
     made = table(make_record(), make_record(ppl=39.0, config__strategy__compensation=compensation))
     assert row(made, "least_squares").cells[0].value == 39.0
 
 
 def test_a_sparse_cache_is_a_row_of_its_own_and_never_the_dense_one():
-    cache = {"_target_": "kvp.models.mustafar.Mustafar", "key_sparsity": 0.5, "window": 32}
+    cache = {"class": "Mustafar", "key_sparsity": 0.5, "window": 32}
     records = [
         make_record(ppl=40.0),
         make_record(ppl=50.0, config__cache=cache),
@@ -403,8 +404,16 @@ def test_published_lines_name_the_strategies_that_repeat_them():
     def configured(experiment: str, **more: str) -> Run:
         changes = [f"experiment={experiment}", *(f"{key}={value}" for key, value in more.items())]
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            config = OmegaConf.to_container(compose("config", overrides=changes))
-        return Run(Path("run.json"), None, {"config": config})
+            composed = compose("config", overrides=changes, return_hydra_config=True)
+        choices = chosen_options(composed.hydra.runtime.choices, composed)
+        config = named(
+            OmegaConf.to_container(
+                OmegaConf.masked_copy(
+                    composed, ["strategy", "ratio", "recovery", "model", "calibration", "evaluation"]
+                )
+            )
+        )
+        return Run(Path("run.json"), None, {"config": config, "choices": choices})
 
     for model in ("llama_7b", "llama3_8b"):
         run = configured(f"llm_pruner_{model}")

@@ -1,0 +1,41 @@
+"""Names for classes and chosen options that stay the same when a file moves.
+
+A fingerprint and a run's hash are made of these, never of module paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TARGET, CLASS = "_target_", "class"
+
+
+def named(config: Any) -> Any:
+    """Return a configuration whose `_target_: kvp.strategies.flap.FLAP` reads `class: FLAP`.
+
+    A class of another package keeps that package's name ("mine.FLAP"), so two classes never share a name by accident.
+    """
+    if isinstance(config, Mapping):
+        return {
+            CLASS if key == TARGET else key: class_name(value) if key == TARGET else named(value)
+            for key, value in config.items()
+        }
+    return [named(value) for value in config] if isinstance(config, list) else config
+
+
+def class_name(target: str) -> str:
+    """Return the class of a dotted path, behind its top package unless that is kvp."""
+    package, _, name = target.partition(".")[0], *target.rpartition(".")[1:]
+    return name if package == "kvp" else f"{package}.{name}"
+
+
+def chosen_options(choices: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
+    """Return which option was chosen for which node: {"strategy": "flap", "strategy.allocator": "threshold"}.
+
+    Args:
+        choices: Hydra's `runtime.choices`: option by group, such as "strategy/allocator" or "strategy@strategy.first".
+        config: The configuration; groups that make none of its nodes (experiment, debug) are left out.
+    """
+    by_node = {group.rpartition("@")[2].replace("/", "."): option for group, option in choices.items()}
+    return {node: str(option) for node, option in sorted(by_node.items()) if node.partition(".")[0] in config}
