@@ -40,7 +40,7 @@ format: install ## let ruff rewrite
 	$(PY) -m ruff format .
 
 bench: install ## seconds of the prefix-reusing sensitivity pass against the naive one
-	$(PY) -m kvp.bench.sensitivity $(ARGS)
+	$(PY) -m experiments.scripts.sensitivity $(ARGS)
 
 clean: ## remove what runs and tools wrote (not .venv)
 	rm -rf outputs/store outputs/runs .pytest_cache .mypy_cache .ruff_cache

@@ -52,8 +52,8 @@ USER_ERRORS = (
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(config: DictConfig) -> str | None:
     """One run of a single command, or of a sweep."""
-    from kvp.experiment import Experiment
-    from kvp.report.summary import print_summary
+    from kvp.pipeline.experiment import Experiment
+    from kvp.pipeline.summary import print_summary
 
     for chatty in ("httpx", "accelerate", "datasets", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -67,7 +67,9 @@ def job(config: DictConfig) -> str | None:
     x = Experiment.compose(config, list(command.overrides.task), command.runtime.choices)
     if swept:
         return attempt(x, command.job.num)
-    from kvp.run import run  # imports seconds of modelling code, which a wrong option need not wait for
+    from kvp.pipeline.run import (
+        run,  # imports seconds of modelling code, which a wrong option need not wait for
+    )
 
     print_summary(run(x))
     return None

@@ -12,7 +12,7 @@ TARGET, CLASS = "_target_", "class"
 
 
 def named(config: Any) -> Any:
-    """Return a configuration whose `_target_: kvp.strategies.flap.FLAP` reads `class: FLAP`.
+    """Return a configuration whose `_target_: kvp.strategies.methods.flap.FLAP` reads `class: FLAP`.
 
     A class of another package keeps that package's name ("mine.FLAP"), so two classes never share a name by accident.
     """

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Confi
 import kvp  # noqa: F401
 from kvp.models.family import FAMILIES, family_of
 from kvp.models.spaces import find_spaces
-from kvp.strategies.compensate import Compensation
+from kvp.strategies.compensation.compensate import Compensation
 from kvp.types import Kind, Plan
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}

@@ -17,7 +17,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["kvp.__main__", "kvp.run", "kvp.models.pruned", "kvp.recovery.fit", "lm_eval.models.huggingface"]
+    [
+        "kvp.__main__",
+        "kvp.pipeline.run",
+        "kvp.models.pruned",
+        "kvp.recovery.fit",
+        "lm_eval.models.huggingface",
+    ]
 )
 
 

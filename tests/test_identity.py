@@ -11,12 +11,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from kvp.__main__ import CONF
-from kvp.experiment import Experiment
 from kvp.identity import chosen_options, class_name, named
-from kvp.report.runs import read_runs
-from kvp.sweep.foretell import foretell
-from tests.report.records import make_record
-from tests.test_run import LIGHT, compose_here
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.foretell import foretell
+from kvp.report.records.runs import read_runs
+from tests.pipeline.test_run import LIGHT, compose_here
+from tests.report.sample_records import make_record
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,7 +101,9 @@ def test_old_records_read_as_new_ones(tmp_path, schema):
     record = make_record(schema=schema)
     del record["choices"]
     old = json.loads(
-        json.dumps(record).replace('"class": "KVPruner"', '"_target_": "kvp.strategies.kvpruner.KVPruner"')
+        json.dumps(record).replace(
+            '"class": "KVPruner"', '"_target_": "kvp.strategies.methods.kvpruner.KVPruner"'
+        )
     )
     path = tmp_path / "run.json"
     path.write_text(json.dumps(old))

@@ -16,10 +16,10 @@ from kvp.models.plans import read_plan
 from kvp.models.pruned import pruned_config
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.surgery import kept_blocks
-from kvp.strategies.allocate import Uniform
-from kvp.strategies.kvpruner import KVPruner
-from kvp.strategies.llm_pruner import LLMPruner
-from kvp.strategies.shortened_llm import ShortenedLLM
+from kvp.strategies.allocation.allocate import Uniform
+from kvp.strategies.methods.kvpruner import KVPruner
+from kvp.strategies.methods.llm_pruner import LLMPruner
+from kvp.strategies.methods.shortened_llm import ShortenedLLM
 from kvp.types import Budget, Denominator, Plan
 
 if TYPE_CHECKING:

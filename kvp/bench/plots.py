@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from kvp.report.speed import PARTS
-from kvp.report.style import COLOURS, INK, Look, legend, looks, make_panels, save, style
+from kvp.report.plots.speed import PARTS
+from kvp.report.plots.style import COLOURS, INK, Look, legend, looks, make_panels, save, style
 
 Row = Mapping[str, Any]
 BAR = 0.2  # inches, of figure height

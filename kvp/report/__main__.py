@@ -7,13 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvp.report.build import build
-from kvp.report.keys import find, where
-from kvp.report.references import load_published
-from kvp.report.render import write_table
-from kvp.report.runs import collect, read_runs
-from kvp.report.show import show
-from kvp.report.spec import SPECS, load_spec
+from kvp.report.records.keys import find, where
+from kvp.report.records.runs import collect, read_runs
+from kvp.report.table.build import build
+from kvp.report.table.references import load_published
+from kvp.report.table.render import write_table
+from kvp.report.table.show import show
+from kvp.report.table.spec import SPECS, load_spec
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,10 +42,10 @@ def report(options: argparse.Namespace) -> list[Path | str]:
         files += write_table(table, out if len(tables) == 1 else out / table.name)
     plots: list[Path] = []
     if not options.no_plots:
-        from kvp.report.plots import write_plots
+        from kvp.report.plots.write import write_plots
 
         plots = write_plots(runs, out)
-    from kvp.report.html import write_html
+    from kvp.report.page.html import write_html
 
     page = write_html(runs, tables, plots, out)
     files += [*plots, page]

@@ -7,9 +7,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-from kvp.report.keys import label
-from kvp.report.runs import Run
-from kvp.report.table import Cell, Table
+from kvp.report.records.keys import label
+from kvp.report.records.runs import Run
+from kvp.report.table.table import Cell, Table
 from kvp.tracking import Wandb
 
 

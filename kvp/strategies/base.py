@@ -20,10 +20,10 @@ from torch import Tensor
 from kvp.models.masks import masked, without
 from kvp.models.shapes import CHANNELS_PER_PAIR, layer_shapes
 from kvp.models.spaces import find_spaces
-from kvp.strategies.allocate import Allocator, Sensitivity
-from kvp.strategies.compensate import Compensation
-from kvp.strategies.losses import losses_without
-from kvp.strategies.pools import Part, Pool
+from kvp.strategies.allocation.allocate import Allocator, Sensitivity
+from kvp.strategies.allocation.pools import Part, Pool
+from kvp.strategies.compensation.compensate import Compensation
+from kvp.strategies.signals.losses import losses_without
 from kvp.types import Budget, Kind, Plan, Space
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Strategy(ABC):
         Args:
             target: The model, and all that is drawn: the same seed, the same plan.
             scores: As for `plan`, with `budget` and `profile`.
-            directory: Keeps the files of a search that was killed for the next attempt (`kvp.strategies.search`).
+            directory: Keeps the files of a killed search for the next attempt (`kvp.strategies.search.trials`).
         """
         raise AssertionError(f"{type(self).__name__} plans from its scores alone")
 

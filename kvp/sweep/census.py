@@ -9,13 +9,13 @@ from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvp.experiment import VERSIONS, Experiment
 from kvp.models.joined import joined_config
 from kvp.models.load import load_config
 from kvp.models.shapes import itemsize, layer_shapes, size
-from kvp.runfile import finished_before
-from kvp.strategies.signals import scoring_bytes
-from kvp.sweep.foretell import Foretold, foretell
+from kvp.pipeline.experiment import VERSIONS, Experiment
+from kvp.pipeline.foretell import Foretold, foretell
+from kvp.pipeline.runfile import finished_before
+from kvp.strategies.signals.gradients import scoring_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

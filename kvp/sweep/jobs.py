@@ -10,7 +10,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from kvp.experiment import Experiment
+from kvp.pipeline.experiment import Experiment
 
 
 def expand(rows: Sequence[str] | None, words: Sequence[str]) -> list[list[str]]:

@@ -13,7 +13,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from rich.console import Console
 from rich.table import Table
 
-from kvp.experiment import Experiment
+from kvp.pipeline.experiment import Experiment
 from kvp.sweep.words import JOBS, Record, corpora, perplexities, read, reason, removed, stages
 from kvp.tracking import Wandb
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from kvp.experiment import Experiment
+from kvp.pipeline.experiment import Experiment
 from kvp.sweep.words import facts, line, reason
 
 LOG = "run.log"  # beside run.json: everything that a job of a sweep prints
@@ -33,7 +33,7 @@ def attempt(x: Experiment, number: int) -> str:
     Raises:
         JobFailed: Whatever went wrong; the model and the memory of the failure are let go.
     """
-    from kvp.run import run
+    from kvp.pipeline.run import run
 
     directory, why = x.runs / x.name, None
     with _output_to(directory / LOG):

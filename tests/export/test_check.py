@@ -1,4 +1,4 @@
-"""kvp.check passes what was exported, fails what was changed since, and says what it cannot do."""
+"""kvp.export.check passes what was exported, fails what was changed since, and says what it cannot do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvp.check import check
+from kvp.export.check import check
 from kvp.export.sample import Sample, make_sample
 from kvp.export.stock import to_stock
 from kvp.export.verify import compare

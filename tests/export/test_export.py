@@ -20,8 +20,8 @@ from kvp.models.joined import joined
 from kvp.models.load import byte_tokenizer, save
 from kvp.models.spaces import available_kinds, find_spaces
 from kvp.models.surgery import apply
-from kvp.strategies.allocate import Uniform
-from kvp.strategies.kvpruner import KVPruner
+from kvp.strategies.allocation.allocate import Uniform
+from kvp.strategies.methods.kvpruner import KVPruner
 from kvp.types import Budget, Plan
 from tests.conftest import random_plan, tiny_model
 

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kvp.check import check
 from kvp.export import gguf_file
+from kvp.export.check import check
 from kvp.export.gguf_tokens import LETTERS, NAMES, REST
 from kvp.export.sample import TEXT
 from kvp.export.write import export

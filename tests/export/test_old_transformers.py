@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvp.check import check
+from kvp.export.check import check
 from kvp.export.sample import Sample
 from kvp.export.verify import ask, compare
 from kvp.export.write import export

@@ -12,15 +12,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from kvp.experiment import Experiment
 from kvp.models.surgery import apply
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.foretell import foretell
 from kvp.recovery import distillation
 from kvp.recovery.batches import IGNORE, collate
 from kvp.recovery.distillation import Distillation, divergence, hidden_error
 from kvp.recovery.distiller import Distiller
 from kvp.recovery.journal import newest_checkpoint
-from kvp.sweep.foretell import foretell
 from tests.conftest import random_plan, tiny_model
+from tests.pipeline.test_run import compose_here, run_here
 from tests.recovery.test_lora import (  # noqa: F401
     adapter,
     checkpoint,
@@ -28,7 +29,6 @@ from tests.recovery.test_lora import (  # noqa: F401
     make,
     one_thread,
 )
-from tests.test_run import compose_here, run_here
 
 BOTH = Distillation(hidden_weight=0.5, temperature=2.0)
 KL = Distillation(text_weight=0)

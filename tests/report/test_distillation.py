@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from matplotlib.colors import to_hex
 
-from kvp.report.build import build
-from kvp.report.losses import PARTS, recovery_losses
-from kvp.report.points import find_points
-from kvp.report.spec import Spec, load_spec
-from kvp.report.style import style
-from tests.report.records import make_record
-from tests.report.test_plots import as_runs
+from kvp.report.plots.losses import PARTS, recovery_losses
+from kvp.report.plots.points import find_points
+from kvp.report.plots.style import style
+from kvp.report.table.build import build
+from kvp.report.table.spec import Spec, load_spec
+from tests.report.plots.test_write import as_runs
+from tests.report.sample_records import make_record
 
 TEACHER = {
     "class": "Distillation",

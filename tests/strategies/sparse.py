@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from kvp.strategies.base import Target
-from kvp.strategies.moments import Moments
+from kvp.strategies.signals.moments import Moments
 from kvp.types import Budget
 
 

@@ -15,30 +15,30 @@ from kvp.models.plans import read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import available_kinds
 from kvp.models.surgery import apply
-from kvp.strategies.adapruner import AdaPruner
-from kvp.strategies.allocate import Global, Sensitivity, Uniform
+from kvp.strategies.allocation.allocate import Global, Sensitivity, Uniform
+from kvp.strategies.allocation.tied import Tied
 from kvp.strategies.base import Target
-from kvp.strategies.evolution import Evolution
-from kvp.strategies.flap import FLAP
-from kvp.strategies.kvpruner import KVPruner
-from kvp.strategies.kvpruner_plus import KVPrunerPlus
-from kvp.strategies.llm_bip import LLMBIP
-from kvp.strategies.llm_pruner import LLMPruner
-from kvp.strategies.magnitude import Magnitude
-from kvp.strategies.nirvana import NIRVANA
-from kvp.strategies.none import NoPruning
-from kvp.strategies.numerical import Numerical
-from kvp.strategies.random import Random
-from kvp.strategies.regrow import Regrow
-from kvp.strategies.search_llm import SearchLLM
-from kvp.strategies.sequential import Sequential
-from kvp.strategies.shortened_llm import ShortenedLLM
-from kvp.strategies.shortgpt import ShortGPT
-from kvp.strategies.signals import scoring_bytes
-from kvp.strategies.sleb import SLEB
-from kvp.strategies.think import ThinK
-from kvp.strategies.tied import Tied
-from kvp.strategies.wanda_sp import WandaSP
+from kvp.strategies.compensation.sequential import Sequential
+from kvp.strategies.methods.adapruner import AdaPruner
+from kvp.strategies.methods.flap import FLAP
+from kvp.strategies.methods.kvpruner import KVPruner
+from kvp.strategies.methods.kvpruner_plus import KVPrunerPlus
+from kvp.strategies.methods.llm_bip import LLMBIP
+from kvp.strategies.methods.llm_pruner import LLMPruner
+from kvp.strategies.methods.magnitude import Magnitude
+from kvp.strategies.methods.nirvana import NIRVANA
+from kvp.strategies.methods.none import NoPruning
+from kvp.strategies.methods.numerical import Numerical
+from kvp.strategies.methods.random import Random
+from kvp.strategies.methods.regrow import Regrow
+from kvp.strategies.methods.search_llm import SearchLLM
+from kvp.strategies.methods.shortened_llm import ShortenedLLM
+from kvp.strategies.methods.shortgpt import ShortGPT
+from kvp.strategies.methods.sleb import SLEB
+from kvp.strategies.methods.think import ThinK
+from kvp.strategies.methods.wanda_sp import WandaSP
+from kvp.strategies.search.evolution import Evolution
+from kvp.strategies.signals.gradients import scoring_bytes
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
 from tests.models.test_published_counts import LLAMA_7B

@@ -1,0 +1,123 @@
+"""One method's pruning in this process, step by step: seconds, and bytes at the peak."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor
+
+from experiments.scripts.chosen import chosen
+from kvp.bench.models import Subject, find_subjects
+from kvp.measurement import memory
+from kvp.models.joined import joined
+from kvp.models.load import RandomModel
+from kvp.models.plans import REFIT
+from kvp.models.shapes import layer_shapes
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.stages import dense
+from kvp.provenance import provenance
+from kvp.strategies.base import Target
+
+T = TypeVar("T")
+
+
+@dataclass
+class Meter:
+    """Seconds and peak bytes of steps, by name."""
+
+    device: torch.device
+    steps: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def __call__(self, name: str, work: Callable[[], T]) -> T:
+        """Do the work and note what it took."""
+        memory.reset_peak(self.device)
+        started, busy = time.perf_counter(), time.process_time()
+        result = work()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.steps[name] = {
+            "seconds": time.perf_counter() - started,
+            "cpu_seconds": time.process_time() - busy,
+            "peak_bytes": memory.peak_bytes(self.device),
+        }
+        return result
+
+
+def measure(words: Sequence[str]) -> dict[str, Any]:
+    """The cost of pruning as these options say; an error becomes `failed`, its message."""
+    line: dict[str, Any] = {"model": None}
+    try:
+        x = chosen(words)
+        line |= {"model": x.source.name, "ratio": {"value": x.budget.value, "of": x.budget.of}}
+        return {**line, **_cost(x), "failed": None, "provenance": provenance(x.device)}
+    except Exception as error:  # whatever it is, the other methods go on
+        return {**line, "failed": f"{type(error).__name__}: {error}"}
+
+
+def _cost(x: Experiment) -> dict[str, Any]:
+    device = torch.device(x.device)
+    subject, ids = _subject(x), _tokens(x)
+    x.check_model(subject.config)
+    with torch.device("meta"):  # imports what loading will need, so that it counts as empty
+        transformers.AutoModelForCausalLM.from_config(subject.config)
+    empty = memory.begin(device)
+    model = subject.load(device=device, dtype=x.dtype, seed=0)
+    meter = Meter(device)
+    target = Target(joined(model, x.strategy.joins), ids, x.calibration.batch_size, x.node["seed"])
+    with TemporaryDirectory() as directory:
+        _prune(x, target, meter, Path(directory))
+    for step in meter.steps.values():
+        step["peak_bytes"] -= empty
+    return {
+        "calibration": {
+            "samples": len(ids),
+            "length": ids.shape[1],
+            "batch_size": x.calibration.batch_size,
+        },
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "weights_bytes": memory.weights_bytes(model),
+        "steps": meter.steps,
+        **{unit: sum(step[unit] for step in meter.steps.values()) for unit in ("seconds", "cpu_seconds")},
+        "peak_bytes": max(step["peak_bytes"] for step in meter.steps.values()),
+    }
+
+
+def _prune(x: Experiment, target: Target, meter: Meter, directory: Path) -> None:
+    """As `kvp.pipeline.stages.prune` does it, up to the cut."""
+    strategy, budget, config = x.strategy, x.budget, target.config
+    scores = meter("score", lambda: strategy.score(target))
+    profile = torch.zeros(len(layer_shapes(config)))
+    if strategy.probes:
+        profile = meter("sensitivity", lambda: strategy.sensitivity(target, scores))
+    if strategy.searches:
+        plan = meter("search", lambda: strategy.search(target, scores, budget, profile, directory))
+    else:
+        plan = meter("plan", lambda: strategy.plan(config, scores, budget, profile))
+    if compensation := strategy.compensation:
+        meter(
+            "compensation", lambda: compensation.refit(target.model, target.batches, plan, directory / REFIT)
+        )
+
+
+def _subject(x: Experiment) -> Subject:
+    """The model; shapes of random weights are drawn on the device, not written."""
+    if isinstance(x.source, RandomModel):
+        return find_subjects(x.source.name)[0]
+    checkpoint = dense(x)
+    return Subject(name=x.source.name, config=checkpoint.config, checkpoint=checkpoint.path)
+
+
+def _tokens(x: Experiment) -> Tensor:
+    """(samples, length) what the calibration samples, or as many random ids for random weights."""
+    if not isinstance(x.source, RandomModel):
+        x.check_sources()
+        return x.sample(dense(x))
+    shape = (x.calibration.num_samples, x.calibration.length)
+    return torch.randint(x.source.config["vocab_size"], shape, generator=torch.Generator().manual_seed(0))

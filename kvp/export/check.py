@@ -1,0 +1,86 @@
+"""`python -m kvp.check DIR`: does an engine here say what the checkpoint said when it was exported?
+
+DIR is what `python -m kvp.export` wrote. The engine opens it in a process that does not import kvp (but for `--to
+custom`, which only kvp opens), reads the text that serving.json carries, and must give the same log-probabilities,
+and the same greedy tokens up to near ties. Exit code 0: it does; 1: it does not, or cannot be asked.
+
+    python -m kvp.check DIR                       # transformers, or llama.cpp for a GGUF
+    python -m kvp.check DIR --engine vllm         # needs a GPU and vLLM; not run by us yet
+    python -m kvp.check DIR --engine vllm --python /path/to/vllm/venv/bin/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from kvp.export.sample import Sample
+from kvp.export.verify import Engine, ask, compare
+
+
+def check(directory: Path, engine: Engine | None = None, python: str = sys.executable) -> dict[str, Any]:
+    """Ask `engine` (None: the one that the export is for), and compare.
+
+    Returns:
+        Differences; "passed", and if it did not, "why".
+
+    Raises:
+        FileNotFoundError: `directory` is no export.
+        ValueError: The engine does not open this form.
+        ModuleNotFoundError: The interpreter does not have the engine.
+        RuntimeError: It cannot open the export.
+    """
+    file = directory / "serving.json"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{directory} has no serving.json: export the checkpoint first, python -m kvp.export CHECKPOINT --out "
+            "DIR (--to custom, if only kvp opens it)"
+        )
+    serving = json.loads(file.read_text())
+    if "sample" not in serving:
+        raise ValueError(f"{file} has no sample: it was written by an older kvp, export the checkpoint again")
+    form = serving["form"]
+    able: tuple[Engine, ...] = {
+        "gguf": ("llama_cpp",),
+        "custom": ("transformers",),
+    }.get(form, ("transformers", "vllm"))  # type: ignore[assignment]
+    engine = engine or able[0]
+    if engine not in able:
+        raise ValueError(f"an export of form {form} opens in {' and '.join(able)}, not in {engine}")
+    sample = Sample(**serving["sample"])
+    answer = ask(directory, sample, engine, imports=("kvp",) if form == "custom" else (), python=python)
+    return {"engine": engine, **compare(sample, answer, exact=engine != "vllm" and _is_float32(serving))}
+
+
+def _is_float32(serving: dict[str, Any]) -> bool:
+    return serving["dtype"] == "float32"
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kvp.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="an export")
+    parser.add_argument("--engine", choices=get_args(Engine), help="default: the one that the export is for")
+    parser.add_argument(
+        "--python", default=sys.executable, help="the engine's interpreter (default: this one)"
+    )
+    arguments = parser.parse_args()
+    try:
+        report = check(arguments.directory, arguments.engine, arguments.python)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"kvp.export.check: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(json.dumps(report, indent=2))
+    print("passed" if report["passed"] else f"FAILED: {report['why']}")
+    sys.exit(0 if report["passed"] else 1)
+
+
+if __name__ == "__main__":
+    main()

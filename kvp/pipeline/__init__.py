@@ -1,0 +1,1 @@
+"""From a configuration to a record: the experiment, its stages, and the run."""

@@ -1,0 +1,101 @@
+"""The table of all runs: a line per model of a run, with every number that the records hold."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from kvp.report.plots import panels
+from kvp.report.plots.panels import Panel, titles
+from kvp.report.plots.points import Point, Read, find_points
+from kvp.report.records.keys import label
+from kvp.report.records.runs import Run
+from kvp.report.table.cells import reason
+from kvp.report.table.table import MISSING
+
+Numbers = Mapping[str, tuple[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line.
+
+    Attributes:
+        texts: Which model it is, by heading.
+        origin: What computed it, by heading.
+        numbers: As they are shown and as they are, by heading.
+        point: The model; None for a run that failed or is still running.
+    """
+
+    run: Run
+    texts: Mapping[str, str]
+    origin: Mapping[str, str]
+    numbers: Numbers
+    point: Point | None
+
+
+def find_entries(runs: Sequence[Run]) -> list[Entry]:
+    """The lines in the order of the runs; a dense model that several runs share comes once, with the first."""
+    points = find_points(runs)
+    found: dict[Hashable, Entry] = {}
+    for point, numbers in zip(points, _numbers(points), strict=True):
+        dense = point.state == "dense"
+        key = (point.base, tuple(numbers.items())) if dense else (point.run.hash, point.state)
+        found.setdefault(key, _entry(point.run, point.state, point, numbers))
+    for run in runs:
+        if run.status != "finished":
+            found[run.hash] = _entry(run, f"failed: {reason(run)}" if run.status == "failed" else run.status)
+    order = {run.hash: i for i, run in enumerate(runs)}
+    return sorted(found.values(), key=lambda entry: order[entry.run.hash])
+
+
+def _entry(
+    run: Run, state: str, point: Point | None = None, numbers: Numbers = MappingProxyType({})
+) -> Entry:
+    provenance = run.record.get("provenance", {})
+    texts = {
+        "model": label(run, "model"),
+        "strategy": label(run, "strategy") if point is None or point.ratio else "none",
+        "ratio": label(run, "ratio") if point is None or point.ratio else MISSING,
+        "recovery": label(run, "recovery") if point is None or point.tuned else "none",
+        "state": state,
+        "seed": label(run, "seed"),
+    }
+    origin = {
+        "device": str(provenance.get("device", "")),
+        "dtype": str(provenance.get("dtype", "")).removeprefix("torch."),
+        "commit": str(provenance.get("commit", ""))[:8] + (" (dirty)" if provenance.get("dirty") else ""),
+    }
+    return Entry(run=run, texts=texts, origin=origin, numbers=numbers, point=point)
+
+
+def _numbers(points: Sequence[Point]) -> list[dict[str, tuple[str, float]]]:
+    """Per point, in the order of `READERS`; every protocol has a heading of its own."""
+    removed = "KV cache removed (%)"
+    found = [{removed: (f"{100 * p.achieved['kv_cache']:.2f}", 100 * p.achieved["kv_cache"])} for p in points]
+    for heading, decimals, read in READERS:
+        values = [read(point.model) for point in points]
+        named = titles(dict.fromkeys(panel for its in values for panel in its))
+        for numbers, its in zip(found, values, strict=True):
+            for panel, value in its.items():
+                title = f"{heading}: {named[panel]}".removesuffix(": ")
+                numbers[title] = (f"{value:,.{decimals}f}", value)
+    return found
+
+
+ANY = Panel("", ())  # of a number that needs no protocol
+
+
+def _of_size(key: str, unit: float) -> Read:
+    return lambda model: {ANY: model["size"][key] / unit}
+
+
+READERS: tuple[tuple[str, int, Read], ...] = (  # heading, decimals, values
+    ("KV cache (B/token)", 0, _of_size("kv_bytes_per_token", 1)),
+    ("parameters (M)", 2, _of_size("params", 1e6)),
+    ("perplexity", 2, panels.perplexity),
+    ("zero-shot average (%)", 1, panels.zero_shot),
+    ("decoded tokens/s", 1, panels.decode_speed),
+    ("peak memory (MiB)", 1, panels.peak_memory),
+)

@@ -1,0 +1,40 @@
+"""Collapsed models: so bad that their values would squeeze all others together, so they lie above the axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+
+from kvp.report.plots.style import set_scale
+
+COLLAPSED = 30  # times the best value of a panel
+NOTE = "above the axis: off scale"
+
+
+class Spot(NamedTuple):
+    """A value, where it stands, and how its marker looks."""
+
+    x: float
+    value: float
+    marks: Mapping[str, Any]
+
+
+def set_range(ax: Axes, spots: Sequence[Spot], title: str) -> bool:
+    """Scale the y axis to what has not collapsed and mark the rest above it, stacked; whether there is any."""
+    top = COLLAPSED * min(spot.value for spot in spots)
+    set_scale(ax, [min(spot.value, top) for spot in spots])
+    left, right = ax.get_xlim()
+    placed: list[float] = []
+    highest = 0
+    for spot in (spot for spot in spots if spot.value > top):
+        below = sum(abs(spot.x - x) < 0.02 * (right - left) for x in placed)
+        placed.append(spot.x)
+        highest = max(highest, below)
+        y = 1 + 0.05 * below  # of the panel's height
+        ax.plot(spot.x, y, transform=ax.get_xaxis_transform(), clip_on=False, zorder=3, **spot.marks)
+    if placed:
+        ax.set_ylim(top=top)
+    ax.set_title(title, pad=6 + 6 * highest)
+    return bool(placed)

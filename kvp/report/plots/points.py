@@ -1,0 +1,135 @@
+"""From runs to points: one per model of a run, grouped over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from kvp.report.plots.panels import Panel
+from kvp.report.records.keys import unpruned, untouched
+from kvp.report.records.labels import recovery_labels, strategy_labels
+from kvp.report.records.runs import Run
+
+State = Literal["dense", "dense, tuned alike", "pruned", "recovered"]
+STATES: tuple[State, ...] = get_args(State)
+Read = Callable[[Mapping[str, Any]], Mapping[Panel, float]]  # a model's part of the record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One of the models of a run.
+
+    Attributes:
+        model: Its part of the record: size, evaluation, measure.
+        base: Name of the dense model.
+        strategy: Label of the strategy and its settings; "dense" if nothing is pruned.
+        recovery: Label of the recovery and its settings; "none" if untuned.
+        ratio: (value, denominator) asked for; None if nothing is pruned.
+        amount: The ratio in words; with its denominator where the runs ask for several.
+        achieved: Fraction removed, under every denominator.
+    """
+
+    run: Run
+    state: State
+    model: Mapping[str, Any]
+    base: str
+    strategy: str
+    recovery: str
+    ratio: tuple[float, str] | None
+    amount: str
+    achieved: Mapping[str, float]
+    seed: int
+
+    @property
+    def tuned(self) -> bool:
+        """Recovered, or the dense control of a recovery."""
+        return self.recovery != "none"
+
+    @property
+    def group(self) -> Hashable:
+        """The same for points that differ in the seed only."""
+        return self.base, self.state, self.strategy, self.recovery, self.ratio
+
+    @property
+    def label(self) -> str:
+        """Strategy, ratio asked for and recovery, in words."""
+        return f"{self.strategy} {self.amount}".rstrip() + (f", {self.recovery}" if self.tuned else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """Mean and standard deviation (0 for one seed) over points that differ in the seed only."""
+
+    points: Sequence[Point]
+    value: float
+    std: float
+
+    @property
+    def point(self) -> Point:
+        """The first, for what all of them share."""
+        return self.points[0]
+
+    def at(self, read: Callable[[Point], float]) -> float:
+        """Their mean of something else."""
+        return statistics.fmean(map(read, self.points))
+
+
+def find_points(runs: Sequence[Run]) -> list[Point]:
+    """Every model of every finished run: dense, the controls, then the rest by strategy and ratio."""
+    finished = [run for run in runs if run.status == "finished"]
+    strategies, recoveries = strategy_labels(finished), recovery_labels(finished)
+    mixed = len({run.record["config"]["ratio"]["of"] for run in finished if not unpruned(run)}) > 1
+    found = []
+    for run in finished:
+        record, bare = run.record, untouched(run)
+        states: dict[State, str] = {"dense": "dense"}
+        states |= (
+            {"dense, tuned alike": "recovered"} if bare else {"pruned": "pruned", "recovered": "recovered"}
+        )
+        for state, part in states.items():
+            if part in record:
+                pruned = state in ("pruned", "recovered")
+                asked, achieved = record["config"]["ratio"], record["ratio"]["achieved"]
+                value = 0.0 if unpruned(run) else asked["value"]
+                amount = f"{100 * value:g} %" + (f" of {asked['of']}" if mixed else "")
+                found.append(
+                    Point(
+                        run=run,
+                        state=state,
+                        model=record[part],
+                        base=record["config"]["model"]["name"],
+                        strategy=strategies[run.hash] if pruned else "dense",
+                        recovery=recoveries[run.hash] if part == "recovered" else "none",
+                        ratio=(value, asked["of"]) if pruned else None,
+                        amount=amount if pruned else "",
+                        achieved=achieved if pruned else dict.fromkeys(achieved, 0.0),
+                        seed=record["config"]["seed"],
+                    )
+                )
+    return sorted(found, key=lambda p: (STATES.index(p.state), p.strategy, p.ratio or (), p.recovery, p.seed))
+
+
+def means(
+    points: Iterable[Point], read: Read, *, apart: Callable[[Point], Hashable] = lambda _: None
+) -> dict[Panel, list[Mean]]:
+    """Per panel one mean per group (and value of `apart`), in the points' order.
+
+    A seed counts once, however many runs share its model; the dense model has none.
+    """
+    values: dict[Panel, dict[Hashable, dict[int, tuple[Point, float]]]] = {}
+    for point in points:
+        seed = 0 if point.state == "dense" else point.seed
+        for panel, value in read(point.model).items():
+            groups = values.setdefault(panel.of(point.base), {})
+            groups.setdefault((point.group, apart(point)), {}).setdefault(seed, (point, value))
+    return {
+        panel: [_mean(list(seeds.values())) for seeds in groups.values()] for panel, groups in values.items()
+    }
+
+
+def _mean(members: Sequence[tuple[Point, float]]) -> Mean:
+    numbers = [value for _, value in members]
+    std = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+    return Mean(points=[point for point, _ in members], value=statistics.fmean(numbers), std=std)

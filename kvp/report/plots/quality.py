@@ -1,0 +1,190 @@
+"""Plots of what pruning costs: against the fraction removed, and against what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from kvp.report.plots.offscale import NOTE, Spot, set_range
+from kvp.report.plots.panels import titles
+from kvp.report.plots.points import Mean, Point, Read, means
+from kvp.report.plots.style import FAINT, INK, Look, deviations, legend, looks, make_panels
+
+Dash = Any  # a matplotlib line style
+UNTUNED: Dash = (0, (3.5, 2))
+TUNED: tuple[Dash, ...] = ("solid", (0, (6, 1.5, 1, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+REMOVED = {
+    "kv_cache": "KV cache removed (%)",
+    "params": "parameters removed (%)",
+    "block_params": "parameters of the blocks removed (%)",
+    "blocks": "blocks removed (%)",
+    "sparsity": "zeros in the matrices (%)",
+}
+DENSE = Look(color=INK, marker="*")
+COSTS: dict[str, tuple[str, Callable[[Point], float]]] = {
+    "kv_bytes": ("KV cache (KiB per token)", lambda point: point.model["size"]["kv_bytes_per_token"] / 2**10),
+    "params": ("parameters (millions)", lambda point: point.model["size"]["params"] / 1e6),
+}
+
+
+def against_ratio(points: Sequence[Point], of: str, read: Read, label: str) -> Figure | None:
+    """`read` against the achieved ratio of the runs that asked for `of`: mean and deviation over seeds.
+
+    Pruned is dashed with open markers, recovered solid with filled ones; the dense model, and the dense model
+    tuned alike, are the horizontal lines to read them against.
+    """
+
+    def draw(ax: Axes, group: Sequence[Mean], series: Mapping[str, Look], dashes: Mapping[str, Dash]) -> None:
+        lines: dict[tuple[str, str], list[Mean]] = {}
+        for mean in group:
+            if mean.point.ratio:
+                lines.setdefault((mean.point.strategy, mean.point.recovery), []).append(mean)
+            else:
+                ax.axhline(mean.value, color=INK, linewidth=0.9, linestyle=dashes[mean.point.recovery])
+        for (strategy, recovery), line in lines.items():
+            line.sort(key=removed)
+            ax.errorbar(
+                [removed(mean) for mean in line],
+                [mean.value for mean in line],
+                deviations(mean.std for mean in line),
+                linestyle=dashes[recovery],
+                elinewidth=0.8,
+                **_marks(series[strategy], tuned=line[0].point.tuned),
+            )
+        shares = [removed(mean) for mean in group if mean.point.ratio]
+        span = max(shares) - min(shares)
+        beside = 0.08 * span if span > 1 else 10
+        ax.set(xlabel=REMOVED[of], ylabel=label, xlim=(min(shares) - beside, max(shares) + beside))
+
+    def removed(mean: Mean) -> float:
+        return 100 * mean.at(lambda point: point.achieved[of])
+
+    return _figure(
+        [p for p in points if p.ratio is None or p.ratio[1] == of], read, removed, draw, _line_keys
+    )
+
+
+def pareto(points: Sequence[Point], cost: str, read: Read, label: str) -> Figure | None:
+    """`read` against a cost, less of both being better, with the front of the untuned and of the tuned models.
+
+    Tuning lowers perplexity by itself, so the tuned models have a front of their own.
+    """
+    name, amount = COSTS[cost]
+
+    def left(mean: Mean) -> float:
+        return mean.at(amount)
+
+    def draw(ax: Axes, group: Sequence[Mean], series: Mapping[str, Look], _: Mapping[str, Dash]) -> None:
+        for tuned in (False, True):
+            spots = [(left(mean), mean.value) for mean in group if mean.point.tuned == tuned]
+            steps = front(spots)
+            ax.step(
+                [x for x, _ in steps],
+                [y for _, y in steps],
+                where="post",
+                color=FAINT,
+                linestyle="solid" if tuned else UNTUNED,
+                linewidth=0.9,
+                zorder=1,
+            )
+        for mean in group:
+            look = series.get(mean.point.strategy, DENSE)
+            ax.errorbar(
+                left(mean),
+                mean.value,
+                deviations([mean.std]),
+                linestyle="none",
+                elinewidth=0.8,
+                **_marks(look, tuned=mean.point.tuned),
+            )
+        ax.set(xlabel=name, ylabel=label)
+
+    return _figure(points, read, left, draw, _front_keys)
+
+
+def front(spots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The spots that no other spot beats in both coordinates, from left to right (less is better)."""
+    best: list[tuple[float, float]] = []
+    for spot in sorted(spots):
+        if not best or spot[1] < best[-1][1]:
+            best.append(spot)
+    return best
+
+
+Draw = Callable[[Axes, Sequence[Mean], Mapping[str, Look], Mapping[str, Dash]], None]
+Keys = Callable[[Sequence[Point], Mapping[str, Dash]], list[Line2D]]
+
+
+def _figure(
+    points: Sequence[Point], read: Read, across: Callable[[Mean], float], draw: Draw, keys: Keys
+) -> Figure | None:
+    """One panel per protocol under which something was pruned, and the legend."""
+    panels = {
+        panel: group
+        for panel, group in means(points, read).items()
+        if any(mean.point.ratio for mean in group)
+    }
+    if not panels:
+        return None
+    shown = [mean.point for group in panels.values() for mean in group]
+    series = looks(point.strategy for point in shown if point.ratio)
+    tuned = dict.fromkeys(point.recovery for point in shown if point.tuned)
+    dashes = {"none": UNTUNED} | {name: TUNED[i % len(TUNED)] for i, name in enumerate(tuned)}
+    figure, axes = make_panels(len(panels))
+    names = [Line2D([], [], label=name, linestyle="none", **_marks(look)) for name, look in series.items()]
+    beyond = []
+    for ax, (panel, title) in zip(axes, titles(panels).items(), strict=True):
+        draw(ax, panels[panel], series, dashes)
+        spots = [
+            Spot(
+                across(mean),
+                mean.value,
+                _marks(series.get(mean.point.strategy, DENSE), tuned=mean.point.tuned),
+            )
+            for mean in panels[panel]
+        ]
+        beyond.append(set_range(ax, spots, title))
+    if any(beyond):
+        names.append(Line2D([], [], linestyle="none", label=NOTE))
+    legend(figure, names + keys(shown, dashes))
+    return figure
+
+
+def _marks(look: Look, *, tuned: bool = True) -> dict[str, Any]:
+    """Open markers for the untuned."""
+    fill, size = look.color if tuned else "white", 8 if look.marker == "*" else 4.5
+    return {"color": look.color, "marker": look.marker, "markerfacecolor": fill, "markersize": size}
+
+
+def _line_keys(shown: Sequence[Point], dashes: Mapping[str, Dash]) -> list[Line2D]:
+    """What the dashes mean, and the horizontal lines, which have the dashes of their recovery."""
+    states = {(point.recovery, point.state) for point in shown}
+    keys = []
+    for name, dash in dashes.items():
+        words, fill = ("pruned", "white") if name == "none" else (f"recovered ({name})", FAINT)
+        if states & {(name, "pruned"), (name, "recovered")}:
+            keys.append(
+                Line2D([], [], label=words, color=FAINT, linestyle=dash, marker="o", markerfacecolor=fill)
+            )
+    for state, dash in (("dense", UNTUNED), ("dense, tuned alike", TUNED[0])):
+        if any(state == other for _, other in states):
+            keys.append(Line2D([], [], label=state, color=INK, linewidth=0.9, linestyle=dash))
+    return keys
+
+
+def _front_keys(shown: Sequence[Point], _: Mapping[str, Dash]) -> list[Line2D]:
+    """Dense, the fill, and the two fronts."""
+    keys = [Line2D([], [], label="dense", linestyle="none", **_marks(DENSE))]
+    for tuned in (False, True):
+        if any(point.tuned == tuned for point in shown):
+            marks: dict[str, Any] = {
+                "label": f"{'tuned' if tuned else 'not tuned'}, with front",
+                "linestyle": TUNED[0] if tuned else UNTUNED,
+                "markerfacecolor": FAINT if tuned else "white",
+            }
+            keys.append(Line2D([], [], color=FAINT, marker="o", **marks))
+    return keys

@@ -1,0 +1,171 @@
+"""The records that a report reads: run.json files, or results.jsonl, their committed form.
+
+runs = read_runs(["outputs/runs", "ratio_sweep"])
+collect(runs, Path("experiments/ratio_sweep/results.jsonl"))
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvp.identity import named
+
+SCHEMAS = (1, 2, 3)  # of run.json; `_upgraded` brings old ones up to date
+ROOT = Path(__file__).resolve().parents[3]
+EXPERIMENTS = (Path("experiments"), ROOT / "experiments")  # not part of an installed wheel
+
+
+@dataclass(frozen=True)
+class Run:
+    """One record and where it was read: a run.json, or a line (from 1) of a results.jsonl."""
+
+    path: Path
+    line: int | None
+    record: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Readable and unique: model-strategy-ratio-recovery-seed-hash."""
+        return self.record["name"]
+
+    @property
+    def hash(self) -> str:
+        """One per configuration."""
+        return self.record["hash"]
+
+    @property
+    def status(self) -> str:
+        """ "finished", "failed" or "running"."""
+        return self.record.get("status", "finished")
+
+    @property
+    def place(self) -> str:
+        """The path from here or from the repository's root, the same on every machine; and the line."""
+        path = self.path.resolve()
+        root = next((root for root in (Path.cwd(), ROOT) if path.is_relative_to(root)), None)
+        shown = (path.relative_to(root) if root else path).as_posix()
+        return shown if self.line is None else f"{shown}:{self.line}"
+
+
+def read_runs(paths: Sequence[Path | str]) -> list[Run]:
+    """The runs below these paths, by name; of one configuration read twice, the newest finished one.
+
+    Args:
+        paths: run.json files, directories that hold some, results.jsonl files, or names of experiments.
+
+    Raises:
+        ValueError: A path holds no runs, or a record cannot be read; the message names the way out.
+    """
+    newest: dict[str, Run] = {}
+    for run in (run for path in paths for file in _files(Path(path)) for run in _read(file)):
+        if run.hash not in newest or _age(run) > _age(newest[run.hash]):
+            newest[run.hash] = run
+    return sorted(newest.values(), key=lambda run: (run.name, run.hash))
+
+
+def collect(runs: Sequence[Run], out: Path) -> None:
+    """Write the finished and failed runs as results.jsonl, without what only their machine knows."""
+    lines = [
+        json.dumps(_portable(run.record), ensure_ascii=False, separators=(",", ":"))
+        for run in runs
+        if run.status != "running"
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _age(run: Run) -> tuple[bool, str, str]:
+    return run.status == "finished", run.record.get("provenance", {}).get("started", ""), str(run.path)
+
+
+def _files(path: Path) -> list[Path]:
+    """The record files that a path or an experiment's name stands for."""
+    if path.is_file():
+        return [path]
+    places = [path, *(root / path for root in EXPERIMENTS if not path.is_absolute())]
+    directory = next((place for place in places if place.is_dir()), None)
+    known = sorted({results.parent.name for root in EXPERIMENTS for results in root.glob("*/results.jsonl")})
+    way_out = f"name a run.json, a directory of runs, a results.jsonl, or an experiment ({', '.join(known)})"
+    if directory is None:
+        raise ValueError(f"{path} is neither a path nor an experiment: {way_out}")
+    files = sorted(directory.rglob("run.json")) or sorted(directory.glob("results.jsonl"))
+    if not files:
+        raise ValueError(f"no run.json below {directory}: run `python -m kvp` first, or {way_out}")
+    return files
+
+
+def _read(path: Path) -> Iterator[Run]:
+    if path.suffix != ".jsonl":
+        yield Run(path, None, _parse(path.read_bytes(), str(path)))
+        return
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        yield Run(path, number, _parse(line, f"{path}:{number}"))
+
+
+def _parse(text: bytes, place: str) -> dict[str, Any]:
+    way_out = "delete it and repeat its command (finished stages are found), or report on other paths"
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place} is corrupt ({error}): {way_out}") from error
+    if not isinstance(record, dict) or not {"schema", "name", "hash", "config"} <= record.keys():
+        raise ValueError(f"{place} is not the record of a run (schema, name, hash, config): {way_out}")
+    if record["schema"] not in SCHEMAS:
+        known = ", ".join(map(str, SCHEMAS))
+        raise ValueError(
+            f"{place} has schema {record['schema']}, this kvp reads {known}: use the kvp that wrote it"
+        )
+    return _upgraded(record)
+
+
+def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as this kvp writes it: those before schema 3 name classes by path and no chosen option.
+
+    Their options are guessed from the classes, so `kvpruner_stock` reads as its parent, `kvpruner`.
+    """
+    if record["schema"] == 3:
+        return record
+    choices = dict(_guessed_options(record["config"]))
+    config = named(record["config"])
+    return {"status": "finished", **record, "schema": 3, "config": config, "choices": choices}
+
+
+def _guessed_options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, node in config.items():
+        if isinstance(node, Mapping):
+            if "_target_" in node:
+                yield prefix + name, _option(node["_target_"])
+            yield from _guessed_options(node, f"{prefix}{name}.")
+
+
+def _option(target: str) -> str:
+    """What conf/ called a class: its module if that is named like it (llm_pruner), else the class."""
+    module, name = ("", *target.split("."))[-2:]
+    alike = module.replace("_", "") == name.lower() or name == "NoPruning"
+    return module if alike else re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def _portable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without hosts and traceback; paths become names: prune/<fingerprint>/model."""
+    stages = [
+        (stage["path"], f"{stage['name']}/{stage['fingerprint'][:16]}") for stage in record.get("stages", ())
+    ]
+
+    def named(text: str) -> str:
+        for path, name in stages:
+            text = re.sub(rf"{re.escape(path)}(?=/|$)", name, text)
+        return re.sub(r"(?<![\w./:])/(?:[^\s/=,:'\"]+/)+([^\s/=,:'\"]+)", r"\1", text)
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: walk(item) for key, item in value.items() if key not in ("host", "pid", "traceback")}
+        if isinstance(value, list):
+            return [walk(item) for item in value]
+        return named(value) if isinstance(value, str) else value
+
+    return walk({key: value for key, value in record.items() if key not in ("directory", "tracker")})

@@ -1,0 +1,57 @@
+"""What stands below a table: protocols, how to read the numbers, what they lack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvp.report.records.facts import phrases
+from kvp.report.records.keys import recovers
+from kvp.report.table.cells import Draft
+from kvp.report.table.lines import Line
+
+CONTROL_NOTE = (
+    'read recovered numbers against "dense, tuned alike": tuning on text lowers perplexity by itself'
+)
+NO_CONTROL = (
+    "some recovered rows have no dense model tuned by the same recipe (strategy=none): part of what they gain "
+    "is what tuning gives any model"
+)
+
+
+def make_notes(drafts: Sequence[Draft], lines: Sequence[Line], extra: Sequence[str]) -> list[str]:
+    """The notes; `extra` are the keys that were not asked for."""
+    protocols: dict[str, list[str]] = {}
+    for draft in drafts:
+        common = draft.comparison.common
+        if words := phrases(common, leave_out=("corpus", "join", "kv_bytes")):
+            subjects = protocols.setdefault("; ".join(words), [])
+            subject = (
+                f"perplexity of {common['corpus']}" if "corpus" in common else _subject(draft.spec.metric)
+            )
+            subjects += [subject] if subject not in subjects else []
+    notes = [f"{', '.join(subjects)}: {words}" for words, subjects in protocols.items()]
+    if any(cell.std for draft in drafts for cell in draft.cells):
+        notes.append("± is the standard deviation over seeds")
+    if any(cell.delta is not None for draft in drafts for cell in draft.cells):
+        notes.append("in brackets: distance to dense, of recovered numbers to dense tuned alike")
+    if any(draft.spec.model == "recovered" for draft in drafts):
+        notes.append(CONTROL_NOTE if _controlled(lines) else NO_CONTROL)
+    if extra:
+        notes.append(f"not asked for, shown because it varies: {', '.join(extra)}")
+    return notes
+
+
+def _subject(metric: str) -> str:
+    if metric.startswith("pruning."):
+        return "pruning"
+    return "zero-shot" if ".evaluation." in metric else "speed and memory"
+
+
+def _controlled(lines: Sequence[Line]) -> bool:
+    """Whether every tuned run has a dense model tuned by the same recipe beside it."""
+
+    def recipes(kind: str) -> set[str]:
+        tuned = [run for line in lines if line.kind == kind for run in line.runs if recovers(run)]
+        return {repr([run.record["config"][node] for node in ("model", "recovery")]) for run in tuned}
+
+    return recipes("run") <= recipes("control")

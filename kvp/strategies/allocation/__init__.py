@@ -1,0 +1,1 @@
+"""How much of the budget each part of a model gives."""

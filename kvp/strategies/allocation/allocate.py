@@ -1,0 +1,253 @@
+"""How many units to keep in each pool, so that the whole meets the budget.
+
+An allocator turns the budget into a number of units per pool; which units stay is then the scores'
+affair (`Pool.keep`).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from kvp.models.shapes import cut, layer_shapes, size
+from kvp.strategies.allocation.pools import Pool
+from kvp.types import Budget, Plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocator(ABC):
+    """Turns a budget into a number of units to keep per pool: exactly, or not at all.
+
+    Attributes:
+        multiple_of: Channel widths (qk, vo, ffn) are multiples of this; attention kernels want 8.
+        max_ratio: No pool loses more than this fraction.
+    """
+
+    multiple_of: int = 8
+    max_ratio: float = 0.75
+
+    def __post_init__(self) -> None:
+        if self.multiple_of < 1:
+            raise ValueError(f"allocator.multiple_of must be >= 1, got {self.multiple_of}")
+        if not 0 < self.max_ratio <= 1:
+            raise ValueError(f"allocator.max_ratio must be in (0, 1], got {self.max_ratio}")
+
+    @abstractmethod
+    def targets(
+        self, pools: Sequence[Pool], costs: Sequence[float], total: float, profile: Tensor
+    ) -> list[float]:
+        """Units to remove per pool, before rounding.
+
+        Args:
+            pools: The pools.
+            costs: Amount of the denominator that one unit of each pool removes.
+            total: Amount to remove.
+            profile: (layers,) sensitivity of each layer, higher = more is lost without it; zeros if
+                the allocator asks for none.
+        """
+
+    def allocate(
+        self, config: PretrainedConfig, pools: Sequence[Pool], budget: Budget, profile: Tensor
+    ) -> list[int]:
+        """Units to keep per pool.
+
+        Raises:
+            ValueError: The budget cannot be met within its tolerance; names the nearest that can.
+        """
+        dense = size(config, layer_shapes(config)).count(budget.of)
+        costs = [unit_cost(config, pool, budget) for pool in pools]
+        choices = [pool.removable(self.max_ratio) for pool in pools]
+        total = budget.value * dense
+        limit = sum(cost * allowed[-1] for cost, allowed in zip(costs, choices, strict=True))
+        wanted = self.targets(pools, costs, min(total, limit), profile)
+        removed = settle(wanted, choices, costs, total, [pool.losses() for pool in pools])
+        achieved = sum(cost * n for cost, n in zip(costs, removed, strict=True)) / dense
+        if abs(achieved - budget.value) > budget.tolerance:
+            reachable = limit / dense
+            raise ValueError(
+                f"ratio.value={budget.value} of {budget.of} cannot be reached by this strategy on this "
+                f"model: the nearest is {achieved:.4f} (at most {reachable:.4f}; max_ratio={self.max_ratio}, "
+                f"multiple_of={self.multiple_of}). Ask for ratio.value={achieved:.4f}, or change ratio.of, "
+                "strategy.allocator.max_ratio, strategy.allocator.multiple_of or ratio.tolerance"
+            )
+        return [pool.units - n for pool, n in zip(pools, removed, strict=True)]
+
+
+def unit_cost(config: PretrainedConfig, pool: Pool, budget: Budget) -> float:
+    """Amount of the denominator removed per unit (exact: sizes are linear in each width)."""
+    shapes = layer_shapes(config)
+    fewest = min(pool.step, pool.units)
+    smaller = size(config, cut(shapes, Plan(pool.keep(fewest)))).count(budget.of)
+    return (size(config, shapes).count(budget.of) - smaller) / max(pool.units - fewest, 1)
+
+
+def water_fill(weights: Sequence[float], capacities: Sequence[float], total: float) -> list[float]:
+    """Shares proportional to `weights`, clipped at `capacities`, that sum to `total`.
+
+    What a clipped pool cannot take goes to the others; the level is found by bisection.
+    """
+    if total >= sum(capacities):
+        return list(capacities)
+
+    def filled(level: float) -> list[float]:
+        return [min(level * w, c) for w, c in zip(weights, capacities, strict=True)]
+
+    low, high = 0.0, max(c / w for w, c in zip(weights, capacities, strict=True) if w > 0)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(filled(middle)) < total else (low, middle)
+    return filled(high)
+
+
+def settle(
+    wanted: Sequence[float],
+    choices: Sequence[Sequence[int]],
+    costs: Sequence[float],
+    total: float,
+    losses: Sequence[Tensor],
+) -> list[int]:
+    """Round `wanted` removals to allowed ones so that their cost comes as near to `total` as steps allow.
+
+    Every pool starts at the allowed number below its target; further steps go to the pool that is
+    furthest below its target, and among equals to the one whose next step costs the least score.
+    """
+    at = [
+        max(i for i, n in enumerate(allowed) if n <= want + 1e-6)
+        for want, allowed in zip(wanted, choices, strict=True)
+    ]
+    spent = sum(cost * allowed[i] for cost, allowed, i in zip(costs, choices, at, strict=True))
+    while True:
+        steps = []
+        for pool, (want, allowed) in enumerate(zip(wanted, choices, strict=True)):
+            if at[pool] + 1 < len(allowed):
+                now, after = allowed[at[pool]], allowed[at[pool] + 1]
+                cost = costs[pool] * (after - now)
+                if cost > 0 and spent + cost / 2 <= total + 1e-6:
+                    deficit = round((want - now) / (after - now), 9)
+                    steps.append((-deficit, float(losses[pool][now:after].sum()), pool, cost))
+        if not steps:
+            return [allowed[i] for allowed, i in zip(choices, at, strict=True)]
+        _, _, pool, cost = min(steps)
+        at[pool] += 1
+        spent += cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform(Allocator):
+    """The same fraction everywhere."""
+
+    def targets(
+        self, pools: Sequence[Pool], costs: Sequence[float], total: float, profile: Tensor
+    ) -> list[float]:
+        """One ratio for all pools, as far as each may go."""
+        return _by_weight([1.0] * len(pools), self, pools, costs, total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Global(Allocator):
+    """One ranking over all pools: the units of the lowest score go first.
+
+    Attributes:
+        per_cost: Rank by score per amount of the budget that a unit removes; false: by the score itself,
+            whatever the unit (LLM-Pruner's `global_pruning`).
+    """
+
+    per_cost: bool = True
+
+    def targets(
+        self, pools: Sequence[Pool], costs: Sequence[float], total: float, profile: Tensor
+    ) -> list[float]:
+        """Units below the global threshold, per pool; those that remove nothing of the budget stay."""
+        units = [
+            (loss / (cost if self.per_cost else 1), pool, cost)
+            for pool, cost in enumerate(costs)
+            if cost > 0
+            for loss in pools[pool].losses()[: pools[pool].removable(self.max_ratio)[-1]].tolist()
+        ]
+        removed = [0.0] * len(pools)
+        for _, pool, cost in sorted(units):
+            if total < cost:
+                break
+            removed[pool] += 1
+            total -= cost
+        return removed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity(Allocator):
+    """KVPruner's phase A: a block whose loss rises more without its KV gives up less.
+
+    The paper (arXiv 2409.11057, figures 2 and 3) says that perplexity is the signal and that the probe
+    removes the KV of one block; the rule from sensitivities to ratios is our reconstruction:
+    `r_n = clip(level * w_n, 0, max_ratio)`, with `w_n = (S_n + epsilon) ** -temperature` ("inverse") or
+    `softmax(-S_n / temperature)` ("softmax"), and the level that meets the budget.
+
+    Attributes:
+        rule: "inverse" or "softmax".
+        temperature: Exponent of "inverse" (0 = uniform), temperature of "softmax" (large = uniform).
+        epsilon: Added to S (nats per token), for blocks whose removal costs nothing.
+        probe: "attention" removes the whole attention of one block, "partial" only `probe_ratio` of
+            its units, those of the lowest score.
+        probe_ratio: Fraction removed by the partial probe.
+        probe_samples: Calibration samples to probe on, the first ones; None for all.
+    """
+
+    rule: Literal["inverse", "softmax"] = "inverse"
+    temperature: float = 0.75
+    epsilon: float = 0.01
+    probe: Literal["attention", "partial"] = "attention"
+    probe_ratio: float = 0.5
+    probe_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rule not in ("inverse", "softmax"):
+            raise ValueError(f"allocator.rule must be inverse or softmax, got {self.rule!r}")
+        if self.probe not in ("attention", "partial"):
+            raise ValueError(f"allocator.probe must be attention or partial, got {self.probe!r}")
+        if self.temperature < 0 or (self.rule == "softmax" and self.temperature == 0):
+            raise ValueError(f"allocator.temperature must be >= 0 (softmax: > 0), got {self.temperature}")
+        if self.epsilon <= 0:
+            raise ValueError(f"allocator.epsilon must be > 0, got {self.epsilon}")
+        if self.probe_samples is not None and self.probe_samples < 1:
+            raise ValueError(f"allocator.probe_samples must be >= 1 or null, got {self.probe_samples}")
+        if not 0 < self.probe_ratio <= 1:
+            raise ValueError(f"allocator.probe_ratio must be in (0, 1], got {self.probe_ratio}")
+
+    def weights(self, profile: Tensor) -> list[float]:
+        """(layers,) weights from sensitivities S_n = NLL without block n - NLL, in nats per token."""
+        sensitivity = profile.double().clamp(min=0)
+        if self.rule == "softmax":
+            return torch.softmax(-sensitivity / self.temperature, dim=0).tolist()
+        return ((sensitivity + self.epsilon) ** -self.temperature).tolist()
+
+    def targets(
+        self, pools: Sequence[Pool], costs: Sequence[float], total: float, profile: Tensor
+    ) -> list[float]:
+        """Ratios proportional to the weights of the pools' layers."""
+        weights = self.weights(profile)
+        by_pool = [math.fsum(weights) / len(weights) if p.layer is None else weights[p.layer] for p in pools]
+        return _by_weight(by_pool, self, pools, costs, total)
+
+
+def _by_weight(
+    weights: Sequence[float],
+    allocator: Allocator,
+    pools: Sequence[Pool],
+    costs: Sequence[float],
+    total: float,
+) -> list[float]:
+    """Units to remove so that each pool's *ratio* is proportional to its weight."""
+    amounts = [cost * pool.units for cost, pool in zip(costs, pools, strict=True)]
+    capacities = [c * p.removable(allocator.max_ratio)[-1] for c, p in zip(costs, pools, strict=True)]
+    shares = water_fill([w * a for w, a in zip(weights, amounts, strict=True)], capacities, total)
+    return [share / cost if cost else 0.0 for share, cost in zip(shares, costs, strict=True)]

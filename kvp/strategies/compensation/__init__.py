@@ -1,0 +1,1 @@
+"""What the kept weights can do for those that were cut."""

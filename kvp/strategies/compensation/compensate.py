@@ -1,0 +1,147 @@
+"""Compensation: what the kept columns of o_proj and down_proj can do for those that were cut.
+
+Both projections write to the residual stream, so a cut value channel or neuron is lost as a term of their
+sum. From the calibration inputs X (tokens, in_features) of the dense projection W (out, in), with kept
+columns K and removed columns R:
+
+* `Bias` (FLAP, arXiv:2312.11983; `compress` in its `lib/prune.py`): the removed term's mean,
+  W_R mean(X_R), becomes a bias.
+* `LeastSquares`: W_K and a bias are refitted to give the dense output again,
+  argmin ||X W^T - X_K V^T - b||^2 + ridge ||V - W_K||^2, in closed form. With an unlimited ridge V is W_K
+  and b the bias above. Without the intercept b it is Numerical Pruning's (arXiv:2412.12441).
+* `Sequential`: the same fit, but to what really arrives: the inputs are those that the cut and refitted layers
+  before give (SparseGPT and SliceGPT calibrate so), the outputs still the dense model's.
+
+Any strategy takes one as `strategy/compensation=bias|least_squares|sequential`. Query-key channels and whole
+sublayers enter no projection, so nothing is compensated for them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvp.models.masks import edited, masks_of
+from kvp.models.plans import edits_file, found_or_made
+from kvp.strategies.signals.moments import Moments, input_moments
+from kvp.strategies.signals.walk import Visit, walk
+from kvp.types import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Compensation(ABC):
+    """Rewrites what a plan keeps, from the inputs that calibration data give."""
+
+    @abstractmethod
+    def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:
+        """The plan with the rewritten weights and biases in its edits; goes on after the last layer made.
+
+        Edits that the plan has already are a change of basis, under which the dense model is the same function.
+
+        Args:
+            model: The dense one.
+            batches: Calibration ids.
+            plan: What is kept.
+            directory: Where the layers that are done are kept, of the same model, batches and plan.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDenseInputs(Compensation):
+    """Projection by projection, from the inputs of the dense model."""
+
+    needs_covariance = False
+
+    @abstractmethod
+    def solve(self, weight: Tensor, keep: Tensor, inputs: Moments) -> tuple[Tensor, Tensor | None]:
+        """The kept columns (out, kept), and the bias (out,) to add if there is one.
+
+        Args:
+            weight: (out, in) of the dense projection, float64.
+            keep: (in,) boolean.
+            inputs: Of the dense projection.
+        """
+
+    def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:
+        """One layer's statistics at a time."""
+        keeps, edits = cut_inputs(model, plan), dict(plan.edits)
+        with edited(model, plan.edits):
+            for visit in walk(model, batches, "compensation") if keeps else ():
+                edits |= found_or_made(edits_file(directory, visit.layer), partial(self._edits, visit, keeps))
+        return replace(plan, edits=edits)
+
+    def _edits(self, visit: Visit, keeps: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = [name for name in keeps if name.startswith(f"{visit.name}.")]
+        edits: dict[str, Tensor] = {}
+        for name, moments in input_moments(visit, names, self.needs_covariance).items():
+            edits |= self._edit(visit.model, name, keeps[name], moments)
+        return edits
+
+    def _edit(self, model: PreTrainedModel, name: str, keep: Tensor, inputs: Moments) -> dict[str, Tensor]:
+        parameters = dict(model.get_submodule(name).named_parameters())
+        weight, keep = parameters["weight"].detach(), keep.to(inputs.mean.device)
+        columns, bias = self.solve(weight.double(), keep, inputs)
+        edited = weight.clone()
+        edited[:, keep] = columns.to(weight.dtype)
+        edits = {f"{name}.weight": edited.cpu()}
+        if bias is not None:
+            if "bias" in parameters:
+                bias = bias + parameters["bias"].detach().double()
+            edits[f"{name}.bias"] = bias.to(weight.dtype).cpu()
+        return edits
+
+
+def cut_inputs(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
+    """(in_features,) boolean per projection that loses inputs: True where they stay."""
+    keeps = {name: axes[1] for name, axes in masks_of(model.config, plan).items() if 1 in axes}
+    return {name: keep for name, keep in keeps.items() if not keep.all()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bias(OnDenseInputs):
+    """Adds the mean of what was removed; the weights stay."""
+
+    def solve(self, weight: Tensor, keep: Tensor, inputs: Moments) -> tuple[Tensor, Tensor]:
+        """W_K, and W_R mean(X_R)."""
+        return weight[:, keep], weight[:, ~keep] @ inputs.mean[~keep]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeastSquares(OnDenseInputs):
+    """Refits the kept columns, by the covariance C of the inputs.
+
+    V = W_K + W_R C_RK (C_KK + ridge d I)^-1, with d the mean of the diagonal of C_KK, and the bias that
+    keeps the mean output.
+
+    Attributes:
+        ridge: Relative to d; draws V to W_K where the data say little.
+        intercept: Whether a bias is fitted too; without it C is the uncentred X^T X / tokens.
+    """
+
+    needs_covariance = True
+    ridge: float = 0.01
+    intercept: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.ridge > 0:
+            raise ValueError(f"strategy.compensation.ridge must be > 0, got {self.ridge}")
+
+    def solve(self, weight: Tensor, keep: Tensor, inputs: Moments) -> tuple[Tensor, Tensor | None]:
+        """V and the bias."""
+        covariance = (inputs.scatter if self.intercept else inputs.gram) / inputs.count
+        kept, cross = covariance[keep][:, keep], covariance[~keep][:, keep]
+        ridge = self.ridge * kept.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        regular = kept + ridge * torch.eye(len(kept), dtype=kept.dtype, device=kept.device)
+        update = torch.linalg.solve(regular, (weight[:, ~keep] @ cross).T).T
+        columns = weight[:, keep] + update
+        bias = weight @ inputs.mean - columns @ inputs.mean[keep]
+        return columns, bias if self.intercept else None

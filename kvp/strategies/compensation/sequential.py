@@ -1,0 +1,185 @@
+"""Compensation layer by layer: every refit sees what the cut and refitted layers before it really give.
+
+With X the dense inputs of a projection W and Z the kept inputs that arrive in the cut model,
+
+    V = argmin ||X W^T - Z V^T||^2 + ridge d ||V - W_K||^2 = (W X^T Z + ridge d W_K) (Z^T Z + ridge d I)^-1,
+
+d the mean of the diagonal of Z^T Z. A projection that has a bias gets it refitted too (X and Z centred); none is
+added, so that stock engines still serve the model. The target is the dense output of the projection alone: with the
+residual stream's own drift added to it, the packaged model comes out worse (experiments/frontier).
+
+A sequence's first token is one among many in these sums, but every later token attends to it (StreamingLLM's attention
+sink, arXiv 2309.17453; massive activations, 2402.17762). Where a refit spoils what early layers make of it, a whole
+window is lost: `sink_weight` lets it count as so many tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvp.models.masks import edited, masked
+from kvp.models.plans import edits_file, found_or_made
+from kvp.strategies.compensation.compensate import Compensation, cut_inputs
+from kvp.strategies.signals.gradients import require_finite
+from kvp.strategies.signals.walk import Visit, walk
+from kvp.types import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequential(Compensation):
+    """Least squares on the inputs of the cut model.
+
+    Attributes:
+        ridge: Relative to d; draws V to W_K where the data say little.
+        sink_weight: Tokens that the first of a sequence counts as; None: one, as all others do.
+    """
+
+    ridge: float = 0.1
+    sink_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.ridge > 0:
+            raise ValueError(f"strategy.compensation.ridge must be > 0, got {self.ridge}")
+        if self.sink_weight is not None and not self.sink_weight > 0:
+            raise ValueError(f"strategy.compensation.sink_weight must be > 0 tokens, got {self.sink_weight}")
+
+    @torch.no_grad()
+    def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:
+        """One layer on the device at a time."""
+        keeps, edits = cut_inputs(model, plan), dict(plan.edits)
+        states: list[Tensor] | None = None  # of the cut model, before the layer
+        for visit in walk(model, batches, "compensation", offload=True) if keeps else ():
+            arriving = Visit(model, visit.layer, visit.states if states is None else states, ExitStack())
+            make = partial(self._edits, visit, arriving, keeps, replace(plan, edits=edits))
+            edits |= found_or_made(edits_file(directory, visit.layer), make)
+            with cut(visit, replace(plan, edits=edits)):
+                states = arriving.outputs()
+        return replace(plan, edits=edits)
+
+    def _edits(
+        self, dense: Visit, arriving: Visit, keeps: dict[str, Tensor], plan: Plan
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        names = [name for name in keeps if name.startswith(f"{dense.name}.")]
+        whole = list(dense.through(*names)) if names else []
+        for name in names:
+            so_far = replace(plan, edits={**plan.edits, **found})
+            entering = [inputs.pop(name) for inputs in whole]
+            found |= self._refitted(arriving, name, entering, keeps[name], so_far)
+        return found
+
+    def _refitted(
+        self, arriving: Visit, name: str, entering: Sequence[Tensor], keep: Tensor, plan: Plan
+    ) -> dict[str, Tensor]:
+        """`entering`: per batch, what enters the projection in the dense model."""
+        parameters = dict(arriving.model.get_submodule(name).named_parameters())
+        weight = parameters["weight"].detach()
+        keep = keep.to(weight.device)
+        prior = plan.edits.get(f"{name}.weight", weight).to(weight.device).double()[:, keep]
+        sums = Products(intercept="bias" in parameters)
+        with cut(arriving, plan):
+            for x, states, inputs in zip(entering, arriving.states, arriving.inputs(name), strict=True):
+                counts = torch.ones(states.shape[:2], device=states.device)
+                counts[:, 0] = self.sink_weight or 1
+                sums.add(at_work(x) @ at_work(weight).T, inputs[name][:, keep], counts.flatten())
+        require_finite(sums.sums["gram"].sum(), f"what enters {name}")
+        columns = sums.solve(prior, self.ridge)
+        full = torch.zeros_like(weight)
+        full[:, keep] = columns.to(weight.dtype)
+        found = {f"{name}.weight": full.cpu()}
+        if "bias" in parameters:
+            shift = sums.mean("wanted") - columns @ sums.mean("arriving")
+            found[f"{name}.bias"] = (parameters["bias"].detach().double() + shift).to(weight.dtype).cpu()
+        return found
+
+
+class Products:
+    """Means over tokens of what a fit of y = W x by z needs: batches in their dtype, float32 at least, sums in float64.
+
+    Attributes:
+        intercept: Whether a bias takes up the means.
+    """
+
+    def __init__(self, *, intercept: bool) -> None:
+        self.intercept, self.count = intercept, 0.0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, y: Tensor, z: Tensor, counts: Tensor | None = None) -> None:
+        """(tokens, out) and (tokens, kept), of the same tokens; `counts`: (tokens,) what each counts as, else one."""
+        counts = torch.ones(len(z), device=z.device) if counts is None else counts
+        y, z = at_work(y), at_work(z)
+        root = counts.to(z.dtype).sqrt()[:, None]
+        y, z = root * y, root * z
+        self.count += counts.sum().item()
+        for name, total in {
+            "gram": z.T @ z,
+            "cross": y.T @ z,
+            "square": y.square().sum(),
+            "wanted": (root * y).sum(0),
+            "arriving": (root * z).sum(0),
+        }.items():
+            self.sums[name] = self.sums[name].add_(total) if name in self.sums else total.double()
+
+    def mean(self, name: str) -> Tensor:
+        """Of z z^T, "gram", (kept, kept); y z^T, "cross", (out, kept); |y|^2, "square"; y, "wanted"; z, "arriving"."""
+        return self.sums[name] / self.count
+
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Gram and cross, about the means if there is a bias to take them up."""
+        gram, cross = self.mean("gram"), self.mean("cross")
+        if self.intercept:
+            arriving = self.mean("arriving")
+            gram -= torch.outer(arriving, arriving)
+            cross -= torch.outer(self.mean("wanted"), arriving)
+        return gram, cross
+
+    def solve(self, prior: Tensor, ridge: float) -> Tensor:
+        """V, (out, kept), from W_K.
+
+        Raises:
+            FloatingPointError: The inputs depend on each other, and the ridge is too small to tell them apart.
+        """
+        gram, cross = self.centred()
+        amount = _amount(gram, ridge)
+        gram.diagonal().add_(amount)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            raise FloatingPointError(
+                f"strategy.compensation.ridge={ridge} is lost in rounding: raise it, or calibrate on more tokens"
+            )
+        return torch.cholesky_solve((cross + amount * prior).T, factor).T
+
+    def residual(self, prior: Tensor, ridge: float) -> float:
+        """Mean over tokens of |W x - V z|^2, without an intercept; V Z^T Z is had from the equation that V solves."""
+        gram, cross = self.centred()
+        columns, amount = self.solve(prior, ridge), _amount(gram, ridge)
+        return (self.mean("square") + ((amount * (prior - columns) - cross) * columns).sum()).item()
+
+
+def _amount(gram: Tensor, ridge: float) -> Tensor:
+    """What is added to the diagonal."""
+    return ridge * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def at_work(tensor: Tensor) -> Tensor:
+    """In its dtype, float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextmanager
+def cut(visit: Visit, plan: Plan) -> Iterator[None]:
+    """The model with the layer visited as it is after the cut, for the time of a `with`."""
+    own = {name: edit for name, edit in plan.edits.items() if name.startswith(f"{visit.name}.")}
+    with edited(visit.model, own), masked(visit.model, plan):
+        yield

@@ -1,0 +1,115 @@
+"""One strategy after the other, each with a budget of its own: zeros in what a cut has left.
+
+The first cuts the model, compensation included; the second sees nothing but the cut model. `ratio` is the first
+one's budget, `strategy.ratio` the second's, a fraction of the matrices that are left.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kvp.models.family import family_of
+from kvp.models.plans import REFIT, edits_file
+from kvp.models.shapes import layer_shapes
+from kvp.models.uncut import uncut
+from kvp.strategies.base import Scores, Strategy, Target
+from kvp.strategies.signals.walk import move, on_cpu
+from kvp.strategies.templates.wrapper import Wrapper
+from kvp.types import Budget, Plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain(Wrapper):
+    """A cut, then zeros.
+
+    Attributes:
+        first: What cuts.
+        second: What zeroes single weights.
+        ratio: The budget of the second.
+    """
+
+    late: ClassVar[tuple[str, ...]] = (*Wrapper.late, "second", "ratio")
+
+    second: Strategy
+    ratio: Budget
+
+    def __post_init__(self) -> None:
+        if self.first.sparsifies or not self.second.sparsifies:
+            raise ValueError(
+                "strategy.first must cut and strategy.second zero single weights (magnitude_sparse, wanda, sparsegpt, "
+                f"alps, mosaic), got {type(self.first).__name__} and {type(self.second).__name__}: zeros that are "
+                "cut afterwards are no longer those that were asked for"
+            )
+        if self.first.slices:
+            raise ValueError(
+                f"strategy.first={type(self.first).__name__} slices the residual stream, after which nothing else can "
+                "be pruned: choose another first"
+            )
+        if self.compensation is not None:
+            raise ValueError("strategy.compensation belongs to what cuts: set strategy.first.compensation")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """If one of them does."""
+        compensated = self.first.compensation is not None
+        return self.first.needs_calibration or self.second.needs_calibration or compensated
+
+    @property
+    def sparsifies(self) -> bool:
+        """The second does."""
+        return True
+
+    @property
+    def then(self) -> tuple[Budget, ...]:
+        """The second's."""
+        return (self.ratio,)
+
+    def check(self, config: PretrainedConfig, budget: Budget) -> None:
+        """Both, the second on the model that is not cut yet."""
+        self.first.check(config, budget)
+        self.second.check(config, self.ratio)
+
+    def search(
+        self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
+    ) -> Plan:
+        """The first's plan, whose edits put the second's zeros into the matrices before the cut."""
+        from kvp.models.surgery import apply  # imports seconds of modelling code
+
+        places = [directory / name for name in ("first", "second")]
+        for place in places:
+            place.mkdir(exist_ok=True)
+        plan = self._cut(target, scores, budget, profile, places[0])
+        with on_cpu(target.model) as device:
+            cut = apply(target.model, plan)
+            self.second.check(cut.config, self.ratio)
+            move(cut, device)
+            none = torch.zeros(len(layer_shapes(cut.config)))
+            zeroed = self.second.search(replace(target, model=cut), {}, self.ratio, none, places[1])
+            edits = {**plan.edits, **uncut(target.model, plan, zeroed.edits)}
+        for layer in range(len(layer_shapes(target.config))):
+            prefix = f"{family_of(target.config).layers}.{layer}."
+            own = {name: edit for name, edit in edits.items() if name.startswith(prefix)}
+            save_file(own, edits_file(directory, layer))
+        for place in places:
+            shutil.rmtree(place)
+        return replace(plan, edits=edits)
+
+    def _cut(self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path) -> Plan:
+        if self.first.searches:
+            plan = self.first.search(target, scores, budget, profile, directory)
+        else:
+            plan = self.first.plan(target.config, scores, budget, profile)
+        compensation = self.first.compensation
+        if compensation is None:
+            return plan
+        return compensation.refit(target.model, target.batches, plan, directory / REFIT)

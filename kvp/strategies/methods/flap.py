@@ -1,0 +1,62 @@
+"""FLAP: prune what fluctuates least, and put its mean in a bias (arXiv:2312.11983, CASIA-IVA-Lab/FLAP).
+
+A column of o_proj or down_proj whose input is nearly constant can be replaced by a bias. With X_j the
+input of column j over all calibration tokens (`metrics` in `lib/prune.py`, the defaults of `main.py`):
+
+    wifv   var(X_j) sum_i W_ij^2     the default
+    ifv    var(X_j)
+    wifn   ||X_j||_2 mean_i |W_ij|
+
+The code squares this once more for o_proj; then it standardises the columns of each projection (z-score,
+per layer), and a head is worth the mean of its columns. One threshold cuts heads and neurons of all layers,
+where what remains has the weight asked for: a head counts as many parameters as 4 d_h / 3 neurons, 512/3 in
+the code. That is allocator=threshold ("AL-AM"); allocator=uniform is "UL-UM". The "MM" modes, in which a
+person fixes the number of heads, are not offered; allocator=tied fixes the attention's share.
+compensation=bias is the paper's.
+
+Otherwise than there: KV groups take the place of heads, which are the same in MHA, and a unit counts what
+it removes of the ratio's denominator (under kv_cache, neurons stay). The variance is the exact one: the
+code's is a running sum of squares around a running mean that leaves the first sequence out; the scale, the
+only other difference, does not survive the z-score. A layer keeps at least one group and one neuron.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kvp.strategies.signals.moments import Moments
+from kvp.strategies.templates.projections import ProjectionStrategy
+from kvp.types import Kind
+
+Metric = Literal["wifv", "ifv", "wifn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FLAP(ProjectionStrategy):
+    """KV groups and neurons by the fluctuation of what they put into the residual stream.
+
+    Attributes:
+        metric: See above.
+    """
+
+    metric: Metric = "wifv"
+
+    def __post_init__(self) -> None:
+        self._one_of("metric", get_args(Metric))
+
+    def columns(self, kind: Kind, weight: Tensor, inputs: Moments) -> Tensor:
+        """(in,) z-scores of the metric."""
+        match self.metric:
+            case "wifv":
+                raw = inputs.scatter / inputs.count * weight.square().sum(0)
+            case "ifv":
+                raw = inputs.scatter / inputs.count
+            case _:
+                raw = inputs.gram.sqrt() * weight.abs().mean(0)
+        if kind == "kv_group":
+            raw = raw.square()
+        return (raw - raw.mean()) / raw.std().clamp(min=torch.finfo(raw.dtype).tiny)

@@ -1,0 +1,36 @@
+"""KVPruner: prune KV channels, block by block as much as perplexity allows (arXiv 2409.11057).
+
+What the paper says (abstract, figures 2 and 3): (A) a global, perplexity-based sensitivity analysis
+gives each block its pruning ratio; (B) local channel importance, aggregated over the Q, K, V and O
+channels, decides which channels go; (C) LoRA recovers. Its formulas are in no text we could read: the
+rule of (A) in `kvp.strategies.allocation.allocate.Sensitivity` and the importances of (B) in
+`kvp.strategies.signals.importance` are our reconstruction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from kvp.strategies.signals.importance import Importance
+from kvp.strategies.templates.channels import ImportanceStrategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVPruner(ImportanceStrategy):
+    """The paper's strategy, with its open choices as options.
+
+    Attributes:
+        importance: One of `kvp.strategies.signals.importance`.
+    """
+
+    importance: Importance = "taylor_gate"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("importance", get_args(Importance))
+
+    @property
+    def criterion(self) -> Importance:
+        """As configured."""
+        return self.importance

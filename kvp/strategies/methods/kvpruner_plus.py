@@ -1,0 +1,230 @@
+"""KVPruner+: drop directions, not channels, and let every byte of the cache go where it is worth the most. Ours.
+
+KVPruner drops channels as they come. Here
+
+1. every KV group is first turned into a basis in which its values, and the keys that as good as do not rotate, are
+   sorted by what they are worth (`kvp.strategies.signals.heads`): what is dropped then is the least there is;
+2. all directions of all layers are compared in one currency, nats per token. If an attention's output moves by e, the
+   loss rises by about 1/2 e^T H e. H is replaced by s I, s the mean square of the loss's derivative by that output
+   (`output_slopes`; the Fisher information stands for the curvature), so a direction is worth s / 2 times the mean
+   square of what it adds to the output. What it adds to the *logits* is brought to that scale by one measurement per
+   layer: what the lower half of the pairs changes at the output, against what it adds to the logits;
+3. the budget is then one ranking over rope pairs and value channels of all layers (grouping=apart,
+   allocator=global), and these worths add up well enough for that (experiments/frontier);
+4. the layers are refitted one after the other to what really arrives there (compensation=sequential).
+
+Before all that, `num_key_value_heads` joins KV heads to fewer and wider ones (`kvp.models.joined`), so that what
+several heads have in common is cached once, for larger q_proj and o_proj.
+
+Each is an option of its own: `values`, `context`, `importance`, the grouping and the allocator, the compensation.
+`scope=model grouping=separate strategy/allocator=uniform` keeps one width and one set of pairs in the whole model,
+which stock engines serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kvp.models.family import family_of
+from kvp.models.joined import joined_config
+from kvp.models.masks import edited, masked, masks_of
+from kvp.models.plans import edits_file, found_or_made
+from kvp.models.shapes import layer_shapes
+from kvp.models.spaces import find_spaces
+from kvp.strategies.base import Scores, Target
+from kvp.strategies.compensation.sequential import Products, at_work
+from kvp.strategies.signals.gradients import backward_by_sample, require_finite
+from kvp.strategies.signals.heads import Turned, first_folded, turn
+from kvp.strategies.signals.importance import Importance, announce_memory, score_spaces
+from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.templates.channels import ChannelStrategy
+from kvp.types import Budget, Plan, Space
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+Basis = Literal["rank", "channels"]
+Worth = Literal["output"] | Importance
+RIDGE = 0.1  # of the refit that worth is measured with, as compensation=sequential has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVPrunerPlus(ChannelStrategy):
+    """The parts as options.
+
+    Attributes:
+        values: "rank": value channels are turned into directions sorted by worth; "channels": they stay.
+        context: Tokens over which folded pairs hold; None: no pair is folded. For a theta of 10,000 and 64 pairs,
+            1024 tokens fold the slowest 5; for 100,000 and 32 pairs the slowest 8.
+        angle: Radians by which a folded pair may be off at that distance.
+        num_key_value_heads: KV heads per layer before the cut, a divisor of the model's; None: as many as it has.
+        importance: "output": worth in nats per token, as above; or one of `kvp.strategies.signals.importance`,
+            in the new basis.
+    """
+
+    values: Basis = "rank"
+    context: int | None = 1024
+    angle: float = 0.2
+    num_key_value_heads: int | None = None
+    importance: Worth = "output"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("values", get_args(Basis))
+        self._one_of("importance", ("output", *get_args(Importance)))
+        self._one_of("grouping", ("apart", "separate", "vo"))
+        if self.context is not None and self.context < 1:
+            raise ValueError(
+                f"strategy.context must be >= 1 token, or null to fold no pair, got {self.context}"
+            )
+        if not 0 < self.angle < 1:
+            raise ValueError(f"strategy.angle must be in (0, 1) radians, got {self.angle}")
+
+    @property
+    def joins(self) -> int | None:
+        """The option says."""
+        return self.num_key_value_heads
+
+    def check(self, config: PretrainedConfig, budget: Budget) -> None:
+        """Of the model as joined; what joining adds to the parameters is no budget to prune them from.
+
+        Raises:
+            ValueError: As any strategy, or heads are joined under a budget of parameters or blocks.
+        """
+        if self.joins and budget.of in ("params", "block_params", "blocks"):
+            raise ValueError(
+                f"strategy.num_key_value_heads={self.joins} adds parameters, so it goes with ratio=kv_cache only; "
+                f"got ratio.of={budget.of}, for which leave it null"
+            )
+        super().check(joined_config(config, self.joins), budget)
+
+    @property
+    def searches(self) -> bool:
+        """A new basis is made with the model at hand."""
+        return self.values == "rank" or self.context is not None
+
+    def score(self, target: Target) -> dict[Space, Tensor]:
+        """(groups, pairs) and (groups, v_head_dim), in the new basis: by "output", nats per token that are lost."""
+        spaces = find_spaces(target.config, self.kinds())
+        if self.importance != "output":
+            edits = {name: edit for _, turned in self._turned(target) for name, edit in turned.edits.items()}
+            with (
+                edited(target.model, edits),
+                masked(target.model, Plan({}, folded=self._folded(target.model))),
+            ):
+                return score_spaces(target, spaces, self.importance, self.gradient_checkpointing)
+        slopes, scores = output_slopes(target, self.gradient_checkpointing), {}
+        for visit, turned in self._turned(target):
+            energies = {"qk": turned.qk, "vo": turned.vo}
+            here = {space: energies[space.kind] for space in spaces if space.layer == visit.layer}
+            for space, lost in self._lost_per_energy(visit, turned, here).items():
+                scores[space] = (slopes[visit.layer] / 2 * lost * here[space]).float().cpu()
+        for space, score in scores.items():
+            require_finite(score.sum(), f"the worth of {space.key}")
+        return scores
+
+    def search(
+        self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
+    ) -> Plan:
+        """The plan, with the heads in the basis that the scores belong to; goes on after the last layer made."""
+        plan = self.plan(target.config, scores, budget, profile)
+        edits: dict[str, Tensor] = {}
+        for visit in self._visits(target):
+            edits |= found_or_made(edits_file(directory, visit.layer), partial(self._edits, visit))
+        return replace(plan, edits=edits, folded=self._folded(target.model))
+
+    def _lost_per_energy(
+        self, visit: Visit, turned: Turned, energies: Mapping[Space, Tensor]
+    ) -> dict[Space, float]:
+        """What the attention's output loses per energy, without the lower half of a space."""
+        plans, gone = [], []
+        for space, energy in energies.items():
+            order = energy.argsort(dim=1, descending=True)
+            half = order.shape[1] // 2
+            keep = {space: order[:, :half].sort(dim=1).values}
+            plans.append(Plan(keep, turned.edits, folded=self._folded(visit.model)))
+            gone.append(energy.gather(1, order[:, half:]).sum().item())
+        lost = refit_errors(visit, plans)
+        return {space: lost[n] / gone[n] if gone[n] else 0.0 for n, space in enumerate(energies)}
+
+    def _visits(self, target: Target) -> Iterator[Visit]:
+        shapes = layer_shapes(target.config)
+        visits = walk(target.model, target.batches, "heads", offload=True)
+        return (visit for visit in visits if shapes[visit.layer].num_key_value_heads)
+
+    def _turned(self, target: Target) -> Iterator[tuple[Visit, Turned]]:
+        return ((visit, self._turn(visit)) for visit in self._visits(target))
+
+    def _turn(self, visit: Visit) -> Turned:
+        return turn(visit, values=self.values == "rank", folded=self._folded(visit.model))
+
+    def _edits(self, visit: Visit) -> dict[str, Tensor]:
+        return self._turn(visit).edits
+
+    def _folded(self, model: PreTrainedModel) -> int | None:
+        return first_folded(model, self.context if "qk" in self.kinds() else None, self.angle)
+
+
+def output_slopes(target: Target, gradient_checkpointing: bool = False) -> Tensor:
+    """(layers,) mean square, over tokens and channels, of the derivative by an attention's output.
+
+    Of the sum of the losses of a sample's tokens, in nats; zero for a layer without attention.
+
+    Raises:
+        FloatingPointError: The loss is not finite.
+    """
+    announce_memory(target, "output", gradient_checkpointing)
+    family, shapes = family_of(target.config), layer_shapes(target.config)
+    slopes = torch.zeros(len(shapes), dtype=torch.float64)
+    assert target.calibration is not None
+    samples, length = target.calibration.shape
+
+    def watch(layer: int, output: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            of_the_sum = gradient.double() * (length - 1)  # each sample's loss is a mean
+            slopes[layer] += of_the_sum.square().mean().item() * len(gradient) / samples
+
+        output.register_hook(add)
+
+    hooks = [
+        (f"{family.layers}.{n}.{family.attention}.{family.o}", lambda inputs, output, n=n: watch(n, output))
+        for n, shape in enumerate(shapes)
+        if shape.num_key_value_heads
+    ]
+    backward_by_sample(
+        target.model, hooks, target.batches, "slopes", gradient_checkpointing=gradient_checkpointing
+    )
+    return slopes
+
+
+def refit_errors(visit: Visit, plans: Sequence[Plan]) -> list[float]:
+    """Mean square, summed over channels, of what a refitted o_proj leaves of the dense output under each plan.
+
+    The plans differ in what they keep, and in nothing else; one that keeps all pairs needs no pass of its own.
+    """
+    family = family_of(visit.model.config)
+    output = f"{visit.name}.{family.attention}.{family.o}"
+    errors = []
+    with edited(visit.model, plans[0].edits):
+        weight = at_work(visit.model.get_parameter(f"{output}.weight").detach())
+        with masked(visit.model, replace(plans[0], keep={})):
+            whole = [at_work(inputs[output]) for inputs in visit.inputs(output)]
+        wanted = [x @ weight.T for x in whole]
+        for plan in plans:
+            stays = masks_of(visit.model.config, plan).get(output, {}).get(1, torch.ones(weight.shape[1]) > 0)
+            products = Products(intercept=False)
+            with masked(visit.model, plan):
+                same = all(space.kind == "vo" for space in plan.keep)
+                arriving = whole if same else (inputs[output] for inputs in visit.inputs(output))
+                for y, z in zip(wanted, arriving, strict=True):
+                    products.add(y, z[:, stays.to(z.device)])
+            ridge = RIDGE * stays.double().mean().item()  # of all columns, zero or not
+            errors.append(products.residual(weight[:, stays.to(weight.device)].double(), ridge))
+    return errors

@@ -1,0 +1,53 @@
+"""Numerical Pruning: how much of a column its layer's output needs, by Newton's method (arXiv:2412.12441).
+
+For o_proj and down_proj the paper relaxes the mask z of the D columns and asks for the least change of the
+output, with a penalty on the number of columns kept (ratio rho removed):
+
+    min_z  1/2 sum_i ||X W_i - X (z * W_i)||^2 + lambda/2 (1^T z - (1 - rho) D)^2,   W_i row i of W
+
+Its gradient is K (z - 1) + lambda (1^T z - (1 - rho) D) 1 with K = (W^T W) o (X^T X), and 50 Newton steps
+solve it. It is quadratic, so one exact step does: z = 1 - rho D lambda u / (1 + lambda 1^T u), u = K^-1 1.
+A head is worth the mean z of its columns, a neuron its z. One threshold over all layers cuts units of z below
+it; o_proj and down_proj are then refitted by least squares on the kept columns, without intercept
+(compensation=least_squares_no_bias).
+
+There is no public code. Ours, where the paper says nothing we could read:
+* lambda: infinity, at which the constraint holds exactly and neither lambda nor the scale of X matters.
+  The score is then (z - 1) / rho = -D u / 1^T u: every projection's mean is -1, and rho, common to all,
+  changes no ranking. The box 0 <= z <= 1 is not enforced, as the paper's update does not enforce it.
+* The threshold: the paper's alpha = 4 d_h / 3 is read as how many neurons a head counts for, not as a factor
+  of its score, which would protect all attention (allocator=threshold). KV groups take the place of heads,
+  the ratio's denominator that of parameters (under kv_cache, neurons stay).
+* K is damped by 1e-6 of its diagonal and of the diagonal's mean; the ridge of the refit is
+  `compensation.ridge` (the paper adds gamma I if singular). X is the dense model's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvp.strategies.signals.moments import Moments
+from kvp.strategies.templates.projections import ProjectionStrategy
+from kvp.types import Kind
+
+DAMPING = 1e-6  # of K's diagonal, and of its mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerical(ProjectionStrategy):
+    """KV groups and neurons by the optimal soft mask of o_proj's and down_proj's columns."""
+
+    needs_covariance: ClassVar[bool] = True
+
+    def columns(self, kind: Kind, weight: Tensor, inputs: Moments) -> Tensor:
+        """(in,) (z - 1) / rho; mean -1."""
+        curvature = (weight.T @ weight) * (inputs.gram / inputs.count)
+        diagonal = curvature.diagonal()
+        damping = DAMPING * (diagonal + diagonal.mean())
+        ones = torch.ones_like(diagonal)[:, None]
+        needless = torch.cholesky_solve(ones, torch.linalg.cholesky(curvature + damping.diag()))[:, 0]
+        return -needless / needless.mean()

@@ -1,0 +1,156 @@
+"""Prune deeper than asked, then grow back what the pruned model misses most: GraNet's step, for structured units.
+
+GraNet (arXiv:2106.10404, NeurIPS 2021; VITA-Group/GraNet) removes a part of the connections that are left, by
+magnitude, and regrows as many by the magnitude of their gradient, to raise pruning plasticity: what continued
+training wins back. There it happens again and again in the course of training, to single weights.
+
+Here, ours, it happens once, before recovery, to rope pairs, value channels, KV groups or neurons:
+* `first` plans a cut that leaves 1 - `growth` of what the budget leaves. It is any strategy that plans from its
+  scores; magnitude with norm=l1 ranks units as Li et al. (arXiv:1608.08710) rank filters, by sum |w|.
+* Every unit has a gate on the activations that carry it (keys, values, up_proj's outputs): 1 if it was kept, 0 if
+  not. What is gone is worth mean over samples |dL/dgate| in the model so cut, with L a sample's loss in nats per
+  token. A unit of zeros would have no gradient, so a unit keeps its weights, and comes back with them.
+* Then `first` plans the asked budget by other scores: the units kept rank above all others, as they did; those gone
+  rank by their gates. Where units grow back is therefore a matter of its allocator, as where they are cut is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kvp.models.spaces import Member, fold, keep_mask, members
+from kvp.strategies.base import Scores, ScoreStrategy, Target
+from kvp.strategies.signals.gradients import backward_by_sample
+from kvp.strategies.signals.importance import announce_memory
+from kvp.strategies.templates.wrapper import Wrapper
+from kvp.types import Budget, Kind, Plan, Space
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GATED: dict[Kind, int] = {"qk": 1, "vo": 0, "kv_group": 2, "ffn": 1}  # which member: k, v, v, up
+ABOVE = 1e6  # times the largest score of what is gone: also per parameter, whatever the units weigh
+TINY = 1e-30  # where all scores are equal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regrow(Wrapper):
+    """A strategy, corrected by the gradients of what it removed.
+
+    Attributes:
+        first: What prunes.
+        growth: Part of what is left in the end that is cut before and grown back, in [0, 1).
+    """
+
+    late: ClassVar[tuple[str, ...]] = (*Wrapper.late, "growth")
+
+    first: ScoreStrategy
+    growth: float = 0.5
+
+    def __post_init__(self) -> None:
+        name = type(self.first).__name__
+        if not isinstance(self.first, ScoreStrategy) or self.first.searches:
+            raise ValueError(
+                f"strategy.first must plan from its scores, which are changed to grow units back; {name} looks for "
+                "its plan in another way: choose kvpruner, magnitude, llm_pruner, flap, wanda_sp, ..."
+            )
+        if unknown := set(self.first.kinds()) - set(GATED):
+            raise ValueError(
+                f"strategy.first must cut {', '.join(GATED)}, which have activations to gate; {name} cuts "
+                f"{', '.join(sorted(unknown))}"
+            )
+        if self.first.compensation is not None:
+            raise ValueError(
+                "strategy.compensation comes after regrowth: set strategy.first.compensation=null and "
+                "strategy/compensation"
+            )
+        if not 0 <= self.growth < 1:
+            raise ValueError(f"strategy.growth must be in [0, 1), got {self.growth}")
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """The first's."""
+        return self.first.kinds()
+
+    def deeper(self, budget: Budget) -> Budget:
+        """What is cut before anything grows back."""
+        return replace(budget, value=1 - (1 - budget.value) * (1 - self.growth))
+
+    def check(self, config: PretrainedConfig, budget: Budget) -> None:
+        """The budget, and the deeper one."""
+        self.first.check(config, budget)
+        try:
+            self.first.check(config, self.deeper(budget))
+        except ValueError as error:
+            raise ValueError(
+                f"strategy.growth={self.growth} cuts {self.deeper(budget).value:.4f} before it grows back to "
+                f"{budget.value}, lower it: {error}"
+            ) from error
+
+    def search(
+        self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
+    ) -> Plan:
+        """The first's plan for the deeper budget, its gradients, and the first's plan by these."""
+        pruned = self.first.plan(target.config, scores, self.deeper(budget), profile)
+        regrown = corrected(scores, pruned, gated_worth(target, pruned))
+        return self.first.plan(target.config, regrown, budget, profile)
+
+
+def corrected(scores: Scores, plan: Plan, worth: Scores) -> dict[Space, Tensor]:
+    """`scores` of what the plan keeps, moved to [ABOVE, 2 ABOVE], and `worth` of what it removes, to [0, 1]."""
+    low, high = _extremes(scores)
+    _, most = _extremes(worth)
+    return {
+        space: torch.where(
+            keep_mask(space, plan.keep[space]).view(space.shape),
+            ABOVE * (1 + (score.double() - low) / max(high - low, TINY)),
+            worth[space] / max(most, TINY),
+        )
+        for space, score in scores.items()
+    }
+
+
+def _extremes(scores: Scores) -> tuple[float, float]:
+    low, high = torch.cat([score.double().flatten() for score in scores.values()]).aminmax()
+    return low.item(), high.item()
+
+
+def gated_worth(target: Target, plan: Plan) -> dict[Space, Tensor]:
+    """Mean over samples of |dL/dgate| of every unit of the plan's spaces, in the model that the plan leaves.
+
+    Raises:
+        FloatingPointError: The loss is not finite.
+    """
+    assert target.calibration is not None
+    announce_memory(target, "regrowth", gradient_checkpointing=False)
+    model, samples = target.model, len(target.calibration)
+    worth = {space: torch.zeros(space.shape, dtype=torch.float64) for space in plan.keep}
+
+    def gate(space: Space, member: Member) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        gone = ~keep_mask(space, plan.keep[space])[member.index].to(model.device)
+
+        def collect(output: Tensor, gradient: Tensor) -> None:
+            for sample in (output.float() * gradient.float()).sum(1).cpu():
+                worth[space] += fold(sample, member, space).abs() / samples
+
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            gated = output.masked_fill(gone, 0)
+            gated.register_hook(partial(collect, output.detach()))
+            return gated
+
+        return hook
+
+    with ExitStack() as stack:
+        for space in plan.keep:
+            member = members(target.config, space)[GATED[space.kind]]
+            handle = model.get_submodule(member.name).register_forward_hook(gate(space, member))
+            stack.callback(handle.remove)
+        backward_by_sample(model, [], target.batches, "regrowth")
+    return worth

@@ -1,0 +1,67 @@
+"""ShortGPT: remove the blocks that turn the hidden states least (arXiv:2403.03853).
+
+Block influence: BI_n = 1 - mean over tokens of cos(h_n, h_n+1), the residual stream before and after
+block n. The blocks of the lowest BI go, all at once; nothing is protected, nothing tuned.
+
+`distance=angular` averages arccos(cos) / pi instead, an option of the function `block_influence` in
+icip-cas/ShortGPT. Where this differs from that code: it reads `hidden_states` of Hugging Face, whose last
+entry has passed the final norm, so its BI of the last block includes that norm; here it is the formula's.
+Their calibration (PG19, windows of 256 tokens) is the `calibration` group's affair. BI of an `attention`
+or `mlp` grouping is that of the sublayer with its residual addition: our extension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import pi
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvp.models.masks import without
+from kvp.strategies.base import Target
+from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.templates.blocks import DepthStrategy
+from kvp.types import Space
+
+Distance = Literal["cosine", "angular"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortGPT(DepthStrategy):
+    """Depth pruning by block influence.
+
+    Attributes:
+        distance: Of the states before and after a block: "cosine" (1 - cos, in [0, 2]) or "angular" (in [0, 1]).
+    """
+
+    distance: Distance = "cosine"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._one_of("distance", get_args(Distance))
+
+    def score(self, target: Target) -> dict[Space, Tensor]:
+        """Block influence, float64."""
+        space = self.space(target.config)
+        influence = torch.zeros(space.shape, dtype=torch.float64)
+        for visit in walk(target.model, target.batches, "block influence"):
+            pairs = zip(*self._around(visit), strict=True)
+            tokens = torch.cat([self._distances(before, after).flatten() for before, after in pairs])
+            influence[visit.layer] = tokens.double().mean()
+        return {space: influence}
+
+    def _around(self, visit: Visit) -> tuple[list[Tensor], list[Tensor]]:
+        """The states before and after the part, per batch."""
+        if self.grouping == "block":
+            return visit.states, visit.outputs()
+        with without(visit.model, visit.layer, "mlp"):
+            between = visit.outputs()
+        return (visit.states, between) if self.grouping == "attention" else (between, visit.outputs())
+
+    def _distances(self, before: Tensor, after: Tensor) -> Tensor:
+        """(batch, seq_len) in float32."""
+        similarity = F.cosine_similarity(before.float(), after.float(), dim=-1)
+        return 1 - similarity if self.distance == "cosine" else similarity.clamp(-1, 1).arccos() / pi

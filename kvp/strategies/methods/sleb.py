@@ -1,0 +1,76 @@
+"""SLEB: remove one block after the other, each time the one without which the loss is lowest.
+
+arXiv:2402.09025; `sleb.py` of jiwonsong-dev/SLEB. Every step tries each remaining block on
+the model that has lost the earlier ones already; the first and the last block stay. A step depends on
+the steps before it, not on how many follow: the order is the same for every budget, and a block's score
+is its place in it. Within a step the variants share the hidden states before their block, which is exact.
+
+The authors remove 7 of 32 blocks, and calibrate on the first 128 rows of a shuffled WikiText-2, joined:
+the `calibration` group's affair.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from kvp.models.masks import without
+from kvp.strategies.base import Strategy, Target
+from kvp.strategies.templates.blocks import DepthStrategy
+from kvp.types import Space
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLEB(DepthStrategy):
+    """Greedy depth pruning.
+
+    Attributes:
+        max_ratio: Fraction of the blocks that are ranked; budgets beyond it are refused. A step costs
+            half a pass of the remaining model per remaining block.
+        samples: Calibration samples that a step is decided on, the first ones; None: all, as the authors.
+    """
+
+    late: ClassVar[tuple[str, ...]] = Strategy.late  # what is protected is never tried
+
+    protect_first: int = 1
+    protect_last: int = 1
+    max_ratio: float = 0.5
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.max_ratio <= 1:
+            raise ValueError(f"strategy.max_ratio must be in (0, 1], got {self.max_ratio}")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"strategy.samples must be >= 1 or null, got {self.samples}")
+
+    def most(self, config: PretrainedConfig) -> int:
+        """As many as are ranked."""
+        return min(super().most(config), int(self.max_ratio * self.space(config).shape[0] + 1e-9))
+
+    def score(self, target: Target) -> dict[Space, Tensor]:
+        """Place in the order of removal, from 0; their number for all that stay."""
+        space, steps = self.space(target.config), self.most(target.config)
+        assert target.calibration is not None
+        target = replace(target, calibration=target.calibration[: self.samples])
+        place, left = torch.full(space.shape, float(steps)), self.candidates(target.config)
+        with ExitStack() as removed:
+            for step in tqdm(range(steps), desc="SLEB", unit=self.grouping):
+                losses = self.losses(target, left, f"step {step + 1} of {steps}")
+                least = int(losses.argmin())
+                layer = left.pop(least)
+                place[layer] = step
+                removed.enter_context(without(target.model, layer, self.grouping))
+                log.info("%s %d goes: %.4f nats per token without", self.grouping, layer, losses[least])
+        return {space: place}

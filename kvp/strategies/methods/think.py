@@ -1,0 +1,76 @@
+"""ThinK, made static: key channels that hardly move a logit (arXiv:2407.21018, SalesforceAIResearch/ThinK).
+
+ThinK keeps, for every prompt and head, the channels of the largest ||Q[:, j] K[:, j]^T||_F, with Q the last 32
+queries and K all keys, both rotated (`key_pruner_query_driven` in `kv_pruning_utils.py` computes its square,
+mean_t q_j^2 mean_t k_j^2); every head loses the same fraction. Values stay, so at most half of the KV cache goes.
+
+There the channels of the cached keys go at run time, prompt by prompt, and the last `recent_size` keys stay
+whole. Here they go once, from q_proj and k_proj, so that memory and time are really saved. What that changes,
+ours:
+* A rope pair p goes together. Its score is the same norm of its two columns, ||Q[:, p] K[:, p]^T||_F^2, which is
+  what its removal changes in the logits: the sum of both channels' scores and their cross term.
+* One set serves all text: squares are averaged over calibration samples, queries of the window and keys.
+* A KV group adds up the squares of its query heads; the code chooses per query head, on repeated keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from kvp.models.family import family_of
+from kvp.strategies.base import ScoreStrategy, Target
+from kvp.strategies.signals.gradients import require_finite
+from kvp.strategies.signals.logits import observed_attention, pair_interactions
+from kvp.types import Kind, Space
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinK(ScoreStrategy):
+    """Rope pairs by what they add to the logits of the last queries.
+
+    Attributes:
+        window: Queries observed, the last ones of each calibration sample.
+    """
+
+    window: int = 32
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"strategy.window must be >= 1, got {self.window}")
+        if self.compensation is not None:
+            raise ValueError(
+                "query-key channels enter no projection, so nothing can compensate for them; "
+                "use strategy/compensation=none"
+            )
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """Keys, with their queries."""
+        return ("qk",)
+
+    def score(self, target: Target) -> dict[Space, Tensor]:
+        """(groups, pairs) per layer: the mean squared change of a logit without the pair.
+
+        Raises:
+            FloatingPointError: A query or key is not finite.
+        """
+        model, family = target.model, family_of(target.config)
+        scores = {space: torch.zeros(space.shape) for space in self.spaces(target.config)}
+        space_of = {
+            model.get_submodule(f"{family.layers}.{space.layer}.{family.attention}"): space
+            for space in scores
+        }
+
+        def add(module: nn.Module, query: Tensor, key: Tensor) -> None:
+            share = len(query) / len(target.calibration)  # type: ignore[arg-type]
+            scores[space_of[module]] += share * pair_interactions(query[:, :, -self.window :], key).cpu()
+
+        with torch.inference_mode(), observed_attention(model, add):
+            for ids in tqdm(target.batches, desc="ThinK", unit="batch"):
+                model.base_model(input_ids=ids.to(model.device), use_cache=False)
+        for space, score in scores.items():
+            require_finite(score.sum(), f"a query-key product of layer {space.layer}")
+        return scores

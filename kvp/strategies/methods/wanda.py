@@ -1,0 +1,42 @@
+"""Wanda: weights times the norms of their inputs, compared within each output row.
+
+arXiv:2306.11695 (ICLR 2024); `prune_wanda` in locuslab/wanda, `lib/prune.py`. With the inputs X (tokens, in)
+of a matrix W (out, in), the score of a weight is |W_ij| ||X_j||_2. Of each row the int(sparsity in) lowest
+become zero, or by N:M the lowest of M consecutive inputs. No update of what stays, no gradient, one pass.
+
+The code's norm is a root mean square over sequences, which is the same order. Its `use_variant` (a share of
+each row's total score in place of a count) is not here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvp.strategies.signals.moments import Moments
+from kvp.strategies.templates.sparse import Prune, SparseStrategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanda(SparseStrategy):
+    """Zeroes the weights that move their output least."""
+
+    comparisons: ClassVar[tuple[str, ...]] = ("row", "matrix")
+
+    compare: str = "row"
+
+    def pruner(self, inputs: Moments | None) -> Prune:
+        """By the norms of these inputs."""
+        assert inputs is not None
+        norms = inputs.squares.sqrt()
+
+        def prune(weight: Tensor, ratio: float) -> Tensor:
+            return weight.masked_fill(self.zeros(weight.abs() * norms, ratio), 0)
+
+        return prune
+
+    def workspace(self, rows: int, columns: int) -> int:
+        """Weight and result in float32, the score in float64, and what choosing takes."""
+        return 48 * rows * columns

@@ -1,0 +1,80 @@
+"""Wanda-sp: Wanda's |W| ||X||, one number per structure (CASIA-IVA-Lab/FLAP, `prune_wanda_sp`).
+
+Wanda (arXiv:2306.11695) scores a weight by |W_ij| ||X_j||_2, with X_j the inputs of its column over all
+calibration tokens. FLAP's authors made a structural baseline of it: a column of o_proj or down_proj is
+worth the mean of its weights' scores, ||X_j||_2 mean_i |W_ij|; a head the sum of its columns, a neuron its
+column. Every layer loses the same fraction of heads and of neurons (allocator=uniform), and a layer is
+measured on what comes out of the layers before it after their cut (`sequential`). Nothing is compensated.
+Layers are never compared; where the widths of few KV groups do not come out even, see `by_share`.
+
+Otherwise than there: KV groups take the place of heads; a unit is worth the mean of its columns, which is
+the same order within a layer; each layer loses as much of each as the budget asks, where the code takes
+int(ratio n) of n.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from kvp.models.masks import masked
+from kvp.strategies.allocation.pools import Pool
+from kvp.strategies.base import Scores, Target
+from kvp.strategies.signals.moments import Moments
+from kvp.strategies.signals.walk import walk
+from kvp.strategies.templates.projections import ProjectionStrategy, shares
+from kvp.types import Budget, Kind, Plan, Space
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandaSP(ProjectionStrategy):
+    """KV groups and neurons by weight times activation norm.
+
+    Attributes:
+        sequential: Choose a layer's units on the states that the cut layers before it give; false: on the
+            dense model's.
+        by_share: Where layers cannot all lose the same number of units, those lose one more whose next unit is
+            the smallest share of its layer's score; false: the smallest score, which is in the first layers.
+    """
+
+    late: ClassVar[tuple[str, ...]] = (*ProjectionStrategy.late, "sequential", "by_share")
+
+    sequential: bool = True
+    by_share: bool = True
+
+    @property
+    def searches(self) -> bool:
+        """The cut layers' states are the budget's."""
+        return self.sequential
+
+    def columns(self, kind: Kind, weight: Tensor, inputs: Moments) -> Tensor:
+        """(in,) ||X_j||_2 mean_i |W_ij|."""
+        return inputs.gram.sqrt() * weight.abs().mean(0)
+
+    def pools(self, config: PretrainedConfig, scores: Scores) -> list[Pool]:
+        """By layer."""
+        pools = super().pools(config, scores)
+        return shares(pools) if self.by_share else pools
+
+    def search(
+        self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
+    ) -> Plan:
+        """The widths of `plan`; which units stay is chosen layer by layer, on the model cut so far."""
+        config, keep = target.config, dict(self.plan(target.config, scores, budget, profile).keep)
+        with ExitStack() as cut:
+            for visit in walk(target.model, target.batches, "Wanda-sp, cut so far"):
+                cut.close()  # the states after the layer before are taken
+                chosen: dict[Space, Tensor] = {}
+                spaces = [space for space in keep if space.layer == visit.layer]
+                for pool in self.pools(config, self.layer_scores(visit, spaces)):
+                    chosen |= pool.keep(len(keep[pool.parts[0].space]))
+                cut.enter_context(masked(target.model, Plan(chosen)))
+                keep |= chosen
+        return Plan(keep)

@@ -1,0 +1,1 @@
+"""Searches for a plan that survive a kill."""

@@ -1,0 +1,1 @@
+"""What calibration text and weights tell of a model."""

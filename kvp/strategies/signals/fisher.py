@@ -1,0 +1,70 @@
+"""Second-order signals: the diagonal Fisher of weights, without a copy of the gradients per sample.
+
+A sample's gradient of a linear map y = x W^T is the product of two thin matrices, (dL/dy)^T x with a row
+per token. So one backward pass of a batch gives every sample's own gradient of one matrix at a time, in
+float32 (in float16 its square would vanish), reduced as soon as it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvp.models.spaces import Member
+from kvp.strategies.signals.gradients import backward_by_sample, require_finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FisherReduce = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def fisher_sums(
+    model: PreTrainedModel,
+    members: Sequence[Member],
+    batches: Sequence[Tensor],
+    reduce: FisherReduce,
+    *,
+    gradient_checkpointing: bool = False,
+) -> dict[tuple[str, int], Tensor]:
+    """Per row (axis 0) or column (axis 1) of each member: the sum of `reduce(weight, gradient, fisher)`.
+
+    The gradient is that of a batch's mean loss (nats per token), fisher the mean over its samples of their
+    squared gradients; both have the weight's shape, and so has the result, or (..., *shape) for several sums
+    at once. Results are averaged over the batches, by their samples. Held at once: weights, activations, the
+    inputs of the members and four float32 copies of the largest.
+
+    Raises:
+        FloatingPointError: The loss or a score is not finite.
+    """
+    axes: dict[str, set[int]] = {}
+    for member in members:
+        axes.setdefault(member.name, set()).add(member.axis)
+    num_samples = sum(map(len, batches))
+    sums: dict[tuple[str, int], Tensor] = {}
+
+    def collect(name: str, inputs: Tensor, output: Tensor) -> None:
+        @torch.no_grad()
+        def hook(gradients: Tensor) -> None:
+            weight = model.get_parameter(f"{name}.weight").float()
+            gradient, fisher = torch.zeros_like(weight), torch.zeros_like(weight)
+            for derivatives, rows in zip(gradients, inputs, strict=True):
+                sample = derivatives.float().T @ rows.float()
+                gradient.add_(sample, alpha=1 / len(inputs))
+                fisher.addcmul_(sample, sample, value=1 / len(inputs))
+            values = reduce(weight, gradient, fisher)
+            for axis in axes[name]:
+                row = values.sum(-1 - axis).cpu() * (len(inputs) / num_samples)
+                sums[name, axis] = sums[name, axis] + row if (name, axis) in sums else row
+
+        if output.requires_grad:
+            output.register_hook(hook)
+
+    hooks = [(name, lambda x, y, name=name: collect(name, x.detach(), y)) for name in axes]
+    backward_by_sample(model, hooks, batches, "fisher", gradient_checkpointing=gradient_checkpointing)
+    for (name, _), total in sums.items():
+        require_finite(total.sum(), f"the score of {name}")
+    return sums

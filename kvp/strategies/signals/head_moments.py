@@ -1,0 +1,135 @@
+"""What the heads of a layer do on calibration text: second moments of queries, keys and values, per KV group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvp.models.family import family_of
+from kvp.models.shapes import layer_shapes
+from kvp.strategies.signals.gradients import require_finite
+from kvp.strategies.signals.logits import observed_attention, pair_interactions
+from kvp.strategies.signals.walk import Visit
+
+
+@dataclass
+class Statistics:
+    """Means over samples and tokens, float64; `queries` and `values` are sums over the query heads of a group.
+
+    Attributes:
+        pairs: (groups, pairs) mean square of each pair's term in the logits.
+        turning_queries, turning_keys: (groups, pairs, pairs) Hermitian second moments of the pairs, keys centred after
+            rotation.
+        queries, keys: (groups, width, width) second moments before rotation, keys centred.
+        values: (groups, v width, v width) second moment of what attention makes of the values.
+    """
+
+    samples: int = 0
+    pairs: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    turning_queries: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.complex128))
+    turning_keys: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.complex128))
+    queries: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    keys: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    values: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    def add(self, samples: int, **means: Tensor) -> None:
+        """The means over `samples` more."""
+        self.samples += samples
+        for name, mean in means.items():
+            before = getattr(self, name).to(mean.device)
+            setattr(self, name, before + (mean.to(before.dtype) - before) * (samples / self.samples))
+
+
+def statistics(visit: Visit) -> Statistics:
+    """Of the heads of the layer visited; one pass of the layer."""
+    heads, found = Heads(visit), Statistics()
+    shape = layer_shapes(visit.model.config)[visit.layer]
+    work = torch.promote_types(visit.model.dtype, torch.float32)
+    query, key = (heads.rows(part).to(work).flatten(0, 2) for part in "qk")
+    entry, output = heads.name("q"), heads.name("o")
+    seen: list[tuple[Tensor, Tensor]] = []
+    with observed_attention(visit.model, lambda module, q, k: seen.append((q, k))):
+        for states, inputs in zip(visit.states, visit.through(entry, output), strict=True):
+            rotated_query, rotated_key = seen.pop()
+            samples, length = states.shape[:2]
+            x = heads.extended(inputs[entry].to(work))
+            k = (x @ key.T).view(samples, length, -1)
+            centred = rotated_key - rotated_key.mean(2, keepdim=True)
+            found.add(
+                samples,
+                pairs=pair_interactions(rotated_query, centred),
+                turning_queries=heads.turning_moment(rotated_query),
+                turning_keys=heads.turning_moment(centred),
+                queries=heads.second_moment(x @ query.T, shape.qk_head_dim),
+                keys=heads.second_moment((k - k.mean(1, keepdim=True)).flatten(0, 1), shape.qk_head_dim),
+                values=heads.second_moment(inputs[output].to(work), shape.v_head_dim),
+            )
+    for name in ("pairs", "queries", "keys", "values"):
+        require_finite(getattr(found, name).sum(), f"the {name} of layer {visit.layer}")
+    return found
+
+
+def output_columns(visit: Visit) -> Tensor:
+    """(groups, queries per group, hidden_size, v_head_dim) of o_proj, float64."""
+    heads = Heads(visit)
+    weight = visit.model.get_parameter(f"{heads.name('o')}.weight").detach().double()
+    return weight.unflatten(1, (heads.groups, heads.queries, -1)).permute(1, 2, 0, 3).contiguous()
+
+
+class Heads:
+    """The projections of the layer visited, head by head, a bias as their last column."""
+
+    def __init__(self, visit: Visit) -> None:
+        self.model, self.family = visit.model, family_of(visit.model.config)
+        self.prefix = f"{visit.name}.{self.family.attention}"
+        shape = layer_shapes(visit.model.config)[visit.layer]
+        self.groups, self.queries = (
+            shape.num_key_value_heads,
+            shape.num_attention_heads // shape.num_key_value_heads,
+        )
+        self.biased = f"{self.name('q')}.bias" in dict(visit.model.named_parameters())
+
+    def name(self, part: str) -> str:
+        """The module's: of q, k, v or o."""
+        return f"{self.prefix}.{getattr(self.family, part)}"
+
+    def extended(self, inputs: Tensor) -> Tensor:
+        """(tokens, in) inputs, with the 1 that a bias is multiplied by."""
+        return torch.nn.functional.pad(inputs, (0, int(self.biased)), value=1.0)
+
+    def second_moment(self, states: Tensor, width: int) -> Tensor:
+        """(groups, width, width) mean over tokens, sum over a group's heads, of states (tokens, heads * width)."""
+        rows = states.unflatten(1, (self.groups, -1, width)).transpose(0, 1).flatten(1, 2)
+        return rows.transpose(1, 2) @ rows / len(states)
+
+    def turning_moment(self, states: Tensor) -> Tensor:
+        """(groups, pairs, pairs) the same, of rotated states (batch, heads, tokens, width) as complex numbers."""
+        turning = torch.complex(*states.float().chunk(2, dim=-1))
+        rows = turning.unflatten(1, (self.groups, -1)).transpose(0, 1).flatten(1, 3)
+        return rows.mT @ rows.conj() / (len(states) * states.shape[2])
+
+    def rows(self, part: str) -> Tensor:
+        """(groups, heads per group, width, in), float64; for "v" (groups, width, in)."""
+        weight = self.model.get_parameter(f"{self.name(part)}.weight").detach().double()
+        if self.biased:
+            bias = self.model.get_parameter(f"{self.name(part)}.bias").detach().double()
+            weight = torch.cat([weight, bias[:, None]], dim=1)
+        if part == "v":
+            return weight.unflatten(0, (self.groups, -1)).clone()
+        return weight.unflatten(0, (self.groups, self.queries if part == "q" else 1, -1)).clone()
+
+    def edits(self, part: str, rows: Tensor) -> dict[str, Tensor]:
+        """The parameters that such rows make."""
+        rows = rows.flatten(0, -2)
+        if not self.biased:
+            return {f"{self.name(part)}.weight": self.stored(rows)}
+        return {
+            f"{self.name(part)}.weight": self.stored(rows[:, :-1]),
+            f"{self.name(part)}.bias": self.stored(rows[:, -1]),
+        }
+
+    def stored(self, tensor: Tensor) -> Tensor:
+        """On the CPU, in the model's dtype."""
+        return tensor.to("cpu", self.model.dtype).contiguous()

@@ -1,0 +1,117 @@
+"""Depth: whole blocks fall in the order of their scores.
+
+The budget fixes nothing but how many of them fall. That number is found by counting, so it is exact for
+models whose blocks differ too. Every block that falls takes its share of the KV cache along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kvp.models.masks import without
+from kvp.models.shapes import cut, layer_shapes, size
+from kvp.models.spaces import find_spaces, members
+from kvp.strategies.base import Scores, Strategy, Target
+from kvp.strategies.signals.gradients import require_finite
+from kvp.strategies.signals.losses import losses_without
+from kvp.types import Budget, Kind, Plan, Space
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Grouping = Literal["block", "attention", "mlp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthStrategy(Strategy):
+    """Remove the blocks of the lowest scores, as many as bring the model nearest to the budget.
+
+    Leaves write `score`: (layers,), higher = kept; among equals the lower index goes first.
+
+    Attributes:
+        grouping: "block", or only its "attention" or "mlp" (no paper's default).
+        protect_first: Blocks at the input that stay.
+        protect_last: Blocks at the output that stay.
+    """
+
+    late: ClassVar[tuple[str, ...]] = (*Strategy.late, "protect_first", "protect_last")
+
+    grouping: Grouping = "block"
+    protect_first: int = 0
+    protect_last: int = 0
+
+    def __post_init__(self) -> None:
+        self._one_of("grouping", get_args(Grouping))
+        for name in ("protect_first", "protect_last"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"strategy.{name} must be >= 0, got {getattr(self, name)}")
+        if self.compensation is not None:
+            raise ValueError(
+                "a removed block leaves no projection behind that could compensate for it; "
+                "use strategy/compensation=none"
+            )
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """As grouped."""
+        return (self.grouping,)
+
+    def space(self, config: PretrainedConfig) -> Space:
+        """The one space that is cut."""
+        return find_spaces(config, self.kinds())[0]
+
+    def candidates(self, config: PretrainedConfig) -> list[int]:
+        """The layers that may lose the part, ascending."""
+        inner = range(self.protect_first, self.space(config).shape[0] - self.protect_last)
+        return sorted(self._present(config) & set(inner))
+
+    def most(self, config: PretrainedConfig) -> int:
+        """How many of the candidates may go; one layer keeps the part."""
+        return min(len(self.candidates(config)), len(self._present(config)) - 1)
+
+    def _present(self, config: PretrainedConfig) -> set[int]:
+        return {int(member.index[0]) for member in members(config, self.space(config))}
+
+    def losses(self, target: Target, layers: list[int], desc: str) -> Tensor:
+        """(len(layers),) calibration loss without each layer's part, in nats per token.
+
+        Raises:
+            FloatingPointError: A loss is not finite.
+        """
+        removals = [(n, partial(without, target.model, n, self.grouping)) for n in layers]
+        _, losses = losses_without(target.model, target.batches, removals, desc)
+        require_finite(losses.sum(), f"a calibration loss without one {self.grouping}")
+        return losses
+
+    def check(self, config: PretrainedConfig, budget: Budget) -> None:
+        """Plan with scores of zero: among blocks of one width, how many fall is the same."""
+        if self.grouping == "attention" and len(set(getattr(config, "layer_types", None) or ())) > 1:
+            raise ValueError(
+                "strategy.grouping=attention is not for models that mix sliding and full attention: their "
+                "cache could not tell the layers apart; use grouping=block"
+            )
+        space = self.space(config)
+        self.plan(config, {space: torch.zeros(space.shape)}, budget, torch.zeros(space.shape))
+
+    def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
+        """The number of blocks nearest to the budget, fewer if two are as near; the lowest scores go."""
+        space, shapes, most = self.space(config), layer_shapes(config), self.most(config)
+        order = sorted(self.candidates(config), key=lambda n: float(scores[space][n]))[:most]
+        kept = [sorted(set(range(space.shape[0])) - set(order[:n])) for n in range(most + 1)]
+        plans = [Plan({space: torch.tensor(layers)}) for layers in kept]
+        dense = size(config, shapes).count(budget.of)
+        removed = [1 - size(config, cut(shapes, plan)).count(budget.of) / dense for plan in plans]
+        count = min(range(most + 1), key=lambda n: (round(abs(removed[n] - budget.value), 9), n))
+        if abs(removed[count] - budget.value) > budget.tolerance + 1e-9:
+            raise ValueError(
+                f"ratio.value={budget.value} of {budget.of} cannot be reached by whole {self.grouping}s: the "
+                f"nearest is {removed[count]:.4f}, {count} of {space.shape[0]}; at most {most} may go "
+                f"({removed[most]:.4f}). Ask for ratio.value={removed[count]:.4f}, or change ratio.of, "
+                f"ratio.tolerance or what the strategy protects (first {self.protect_first}, "
+                f"last {self.protect_last})"
+            )
+        return plans[count]

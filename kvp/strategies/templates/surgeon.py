@@ -1,0 +1,126 @@
+"""Optimal Brain Surgeon, column by column, with one Hessian for all rows: SparseGPT's solver.
+
+As `fasterprune` in IST-DASLab/sparsegpt (`sparsegpt.py`, arXiv:2301.00774). The Hessian of ||X W^T - X V^T||^2 for
+every row is H = X^T X (damped). With the upper Cholesky factor U of its inverse, H^-1 = U^T U, U_jj^2 is
+[(H_j:,j:)^-1]_00: the inverse Hessian once the columns before j are settled. For the columns from left to right, a
+weight that goes costs W_ij^2 / U_jj^2, and what it takes from the output is made up for by the columns to its
+right, W_i,j: -= W_ij / U_jj U_j,j:. Kept weights of settled columns stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvp.strategies.signals.moments import Moments
+from kvp.strategies.templates.selection import Pattern
+from kvp.strategies.templates.sparse import Prune, SparseStrategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurgeonStrategy(SparseStrategy):
+    """Zeroes weights column by column, with updates.
+
+    Attributes:
+        block_size: Columns whose weights compete (`compare=row`: within each row).
+        damping: Of X^T X, relative to the mean of its diagonal.
+    """
+
+    late: ClassVar[tuple[str, ...]] = (*SparseStrategy.late, "block_size", "damping")
+    comparisons: ClassVar[tuple[str, ...]] = ("block", "row")
+    needs_covariance: ClassVar[bool] = True
+
+    compare: str = "block"
+    block_size: int = 128
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size < 1:
+            raise ValueError(f"strategy.block_size must be >= 1, got {self.block_size}")
+        if self.groups and self.block_size % self.groups.of:
+            raise ValueError(
+                f"strategy.block_size must be a multiple of the {self.groups.of} of strategy.pattern="
+                f"{self.pattern}, got {self.block_size}"
+            )
+        if not self.damping > 0:
+            raise ValueError(f"strategy.damping must be > 0, got {self.damping}")
+
+    def pruner(self, inputs: Moments | None) -> Prune:
+        """With one factor for all matrices that these inputs feed."""
+        assert inputs is not None
+        gram = inputs.gram
+        silent, factor = gram.diagonal() == 0, inverse_factor(gram, self.damping)
+        del gram
+
+        def prune(weight: Tensor, ratio: float) -> Tensor:
+            return settle(
+                weight.masked_fill(silent, 0),
+                factor.to(weight.dtype),
+                lambda scores: self.zeros(scores, ratio),
+                self.groups,
+                self.block_size,
+            )
+
+        return prune
+
+    def count(self, rows: int, columns: int, ratio: float) -> int:
+        """Of each block its share."""
+        widths = [min(self.block_size, columns - start) for start in range(0, columns, self.block_size)]
+        return sum(super(SurgeonStrategy, self).count(rows, width, ratio) for width in widths)
+
+    def workspace(self, rows: int, columns: int) -> int:
+        """X^T X, damped, inverted, factored, copied by LAPACK; three weights; a block and what choosing takes."""
+        return 48 * columns**2 + 12 * rows * columns + 48 * rows * self.block_size
+
+
+def inverse_factor(gram: Tensor, damping: float) -> Tensor:
+    """U (in, in), float64.
+
+    Args:
+        gram: X^T X, (in, in) float64.
+        damping: Added to its diagonal, relative to the diagonal's mean.
+    """
+    mean = gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    damped = gram.clone()
+    damped.diagonal().add_(damping * mean)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True)
+
+
+def settle(
+    weight: Tensor,
+    factor: Tensor,
+    choose: Callable[[Tensor], Tensor],
+    groups: Pattern | None,
+    block_size: int,
+) -> Tensor:
+    """The pruned weight (out, in).
+
+    Args:
+        weight: (out, in)
+        factor: U, in the dtype of the weight.
+        choose: From scores (out, block), or (out, M) with `groups`, to which of them go.
+        groups: N:M, chosen as the columns are reached; None: chosen per block of columns.
+        block_size: Columns per block; those after it are updated when it is settled.
+    """
+    weight, diagonal = weight.clone(), factor.diagonal()
+    for start in range(0, weight.shape[1], block_size):
+        block = slice(start, min(start + block_size, weight.shape[1]))
+        columns, inner = weight[:, block], factor[block, block]
+        errors, gone = torch.zeros_like(columns), torch.zeros_like(columns, dtype=torch.bool)
+        if groups is None:
+            gone = choose((columns / diagonal[block]).square())
+        for j in range(columns.shape[1]):
+            if groups and j % groups.of == 0:
+                run = slice(j, j + groups.of)
+                gone[:, run] = choose((columns[:, run] / diagonal[block][run]).square())
+            errors[:, j] = columns[:, j].masked_fill(~gone[:, j], 0) / inner[j, j]
+            columns[:, j:].addr_(errors[:, j], inner[j, j:], alpha=-1)
+        columns.masked_fill_(gone, 0)
+        weight[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)
+    return weight

@@ -1,0 +1,157 @@
+"""What is done, running, died and failed, and how to retry; reads JSON files, imports nothing heavy.
+
+python -m kvp.status [outputs/runs] [--store outputs/store]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import socket
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kvp.sweep.words import reason, removed, stages
+
+WIDTH = 160  # of the tables in a file or pipe
+STAGE_COLUMNS = ("finished", "being computed", "left unfinished", "set aside", "MiB")
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run as its run.json and the processes of this machine show it.
+
+    Attributes:
+        name: Its directory.
+        status: "finished", "running", "died" (killed: its process is gone), "failed" or "unreadable".
+        told: How it ended, or who runs which stage since when.
+        retry: The command that goes on with it; empty if there is nothing to go on with.
+    """
+
+    name: str
+    status: str
+    told: str
+    retry: str = ""
+
+
+def look(path: Path) -> Look:
+    """One run."""
+    name = path.parent.name
+    try:
+        record = json.loads(path.read_text())
+        status = record.get("status", "finished")  # schema 1 had finished runs only
+        if status == "finished":
+            return Look(name, status, f"{removed(record)} removed; {stages(record)}")
+        started = datetime.fromisoformat(record["provenance"]["started"])
+        retry = _command(record)
+        if status == "failed":
+            where = f"{record['stage']}: " if record["stage"] else ""
+            error = record["error"]
+            return Look(name, status, where + reason(error["type"], error["message"]), retry)
+        stage = record["stage"] or "between stages"
+        who = f"{stage}, {record['host']} pid {record['pid']}, since {started:%Y-%m-%d %H:%M} UTC"
+        if is_alive(record["host"], record["pid"], started.timestamp()) is False:
+            return Look(name, "died", who, retry)
+        return Look(name, status, who)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return Look(name, "unreadable", f"{path}: {error!r}; delete it and repeat its command")
+
+
+def is_alive(host: str, pid: int, since: float) -> bool | None:
+    """Whether a process that ran at a time (seconds since 1970) still does; None: it is another machine's."""
+    if host != socket.gethostname():
+        return None
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() <= since + 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _command(record: Mapping[str, Any]) -> str:
+    if record["overrides"] is None:
+        return ""
+    return f"python -m kvp {shlex.join(record['overrides'])}".strip()
+
+
+def stage_counts(store: Path) -> dict[str, Counter[str]]:
+    """Per kind of stage: how many are there as `STAGE_COLUMNS` says, and the MiB of the finished ones."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for manifest in store.rglob("manifest.json"):
+        stage = manifest.parent
+        if not stage.name.startswith("."):
+            sizes = (file["size"] for file in json.loads(manifest.read_bytes())["files"].values())
+            counts[_kind(stage, store)] += Counter({"finished": 1, "MiB": sum(sizes) / 2**20})
+    for partial in store.rglob(".*.partial"):
+        counts[_kind(partial, store)]["being computed" if _is_held(partial) else "left unfinished"] += 1
+    for aside in [*store.rglob(".*.corrupt-*"), *store.rglob(".*.replaced-*")]:
+        counts[_kind(aside, store)]["set aside"] += 1
+    return counts
+
+
+def _kind(stage: Path, store: Path) -> str:
+    return stage.parent.relative_to(store).as_posix()
+
+
+def _is_held(partial: Path) -> bool:
+    holder = partial.with_suffix(".holder")
+    if not holder.exists():
+        return False
+    host, _, pid = holder.read_text().split()
+    return is_alive(host, int(pid), holder.stat().st_mtime) is not False
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="?", type=Path, default=Path("outputs/runs"))
+    parser.add_argument("--store", type=Path, help="tell of the stages in a store, too")
+    args = parser.parse_args()
+    looks = [look(file) for file in sorted(args.runs.glob("*/run.json"))]
+    if not looks:
+        sys.exit(f"kvp: error: there is no run below {args.runs}: name the directory that runs=DIR named")
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console.print(_runs(looks))
+    if args.store:
+        console.print(_stages(args.store))
+    retries = [each for each in looks if each.retry]
+    if retries:
+        print("The command of a sweep, repeated, goes on with all of its jobs; one alone:")
+    for each in retries:
+        print(f"  {each.retry}")
+
+
+def _runs(looks: Sequence[Look]) -> Table:
+    counts = Counter(each.status for each in looks)
+    title = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    table = Table("run", "status", "", title=title, title_justify="left")
+    table.columns[0].no_wrap = True
+    for each in looks:
+        table.add_row(each.name, each.status, Text(each.told))
+    return table
+
+
+def _stages(store: Path) -> Table:
+    table = Table("stage", title=f"stages in {store}", title_justify="left")
+    for name in STAGE_COLUMNS:
+        table.add_column(name, justify="right")
+    for kind, count in sorted(stage_counts(store).items()):
+        table.add_row(kind, *(f"{count[name]:,.0f}" for name in STAGE_COLUMNS))
+    return table
+
+
+if __name__ == "__main__":
+    main()

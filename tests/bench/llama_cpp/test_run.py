@@ -1,0 +1,88 @@
+"""The benchmark of llama.cpp compares like with like, goes on where it was, and writes what it measured."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+
+from kvp.bench.llama_cpp.__main__ import PROMPTS, find_models, run
+from kvp.bench.llama_cpp.table import table
+from kvp.data.corpora import PackagedCorpus
+from kvp.evaluation.perplexity import Perplexity
+from kvp.models.load import load_model, load_tokenizer
+from tests.export.test_gguf import saved
+
+
+def record_of(path, **changes):
+    part = {"checkpoint": str(path), "evaluation": {"perplexity": {"squad": {"protocol": PROTOCOL}}}}
+    record = {"status": "finished", "ratio": {"asked": {"value": 0.25, "of": "kv_cache"}}}
+    return record | {"dense": part, "pruned": part} | changes
+
+
+PROTOCOL = {"stride": 128, "window": 128}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"status": "failed"}, "is failed: finish the run first"),
+        ({"ratio": {"asked": None}}, "name runs that prune"),
+        ({"pruned": {"checkpoint": "x", "evaluation": None}}, "use evaluation=packaged"),
+    ],
+)
+def test_a_run_that_cannot_be_compared_is_refused(changes, message, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(record_of(tmp_path, **changes)))
+    with pytest.raises(ValueError, match=message):
+        find_models([tmp_path / "run.json"], tmp_path)
+
+
+def test_the_table_has_medians_and_ratios_of_rounds():
+    text = {
+        "prompt": "One",
+        "transformers": "two",
+        "llama_cpp": " two\nthree",
+        "tokens": 2,
+        "equal_tokens": 1,
+    }
+    perplexity = {"squad": {"transformers": 7.389, "llama_cpp": 7.4, "nll": 2.0, "window_nll": [1.9, 2.11]}}
+    model = {"gguf_bytes": 2**20, "perplexity": perplexity, "texts": [text]}
+    seconds = {"dense": [1.0, 2.0, 4.0], "pruned": [0.5, 1.0, 1.0]}
+    point = {
+        "clock": "cpu",
+        "threads": 1,
+        "cache_bytes_per_token": {"dense": 200.0, "pruned": 100.0},
+        "seconds": {name: {"prefill": times, "decode": times} for name, times in seconds.items()},
+    }
+    said = table({"models": {"dense": model, "pruned": model}, "speed": {"8+4": point}})
+    assert "| dense | 1.0 | 7.389 / 7.400 | 0.0050 |" in said
+    assert "| pruned | 100 | 8.0 [8.0, 12.0] | 2.00 | 4.0 [4.0, 6.0] | 2.00 |" in said
+    assert "**pruned**, 1 of 2 tokens as in transformers: One *two three*" in said
+
+
+@pytest.mark.slow
+def test_a_tiny_model_from_run_to_table(tmp_path):
+    pytest.importorskip("llama_cpp")
+    checkpoint = saved(tmp_path / "model")
+    perplexity = Perplexity(corpora=["squad"], window=32, max_tokens=128)
+    model = load_model(checkpoint, dtype=torch.float32, device="cpu")
+    known = perplexity.evaluate(model, load_tokenizer(checkpoint), PackagedCorpus(source="squad"))
+    part = {"checkpoint": str(checkpoint), "evaluation": {"perplexity": {"squad": known}}}
+    (tmp_path / "run.json").write_text(json.dumps(record_of(checkpoint, dense=part, pruned=part)))
+    options = Namespace(
+        runs=[tmp_path / "run.json"], out=tmp_path, prompt=[80], steps=4, rounds=2, threads=1, clock="cpu"
+    )
+    run(options)
+    record = json.loads((tmp_path / "results.json").read_text())
+    for one in record["models"].values():
+        squad = one["perplexity"]["squad"]
+        assert squad["llama_cpp"] == pytest.approx(known["value"], rel=1e-3)  # whose cache has 16 bits
+        assert [text["prompt"] for text in one["texts"]] == list(PROMPTS)
+    point = record["speed"]["80+4"]
+    assert point["cache_bytes_per_token"]["dense"] == 3 * 2 * (6 + 6) * 2  # layers, groups, channels, bytes
+    assert len(point["seconds"]["pruned 25% of kv_cache"]["decode"]) == 2
+    before = (tmp_path / "results.json").read_text()
+    run(options)
+    assert json.loads((tmp_path / "results.json").read_text())["speed"] == json.loads(before)["speed"]

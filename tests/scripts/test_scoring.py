@@ -1,0 +1,54 @@
+"""What pruning costs: steps, peaks, a failing method beside one that works, and the table."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from experiments.scripts.meter import measure
+from experiments.scripts.scoring import COMMON, METHODS, parse, run
+
+SMOKE = (*COMMON, "debug=smoke")
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        (["strategy=kvpruner"], {"score", "sensitivity", "plan"}),
+        (["strategy=flap"], {"score", "plan", "compensation"}),
+        (["strategy=adapruner", "strategy.trials=2"], {"score", "search"}),
+    ],
+)
+def test_cost_of_a_method_step_by_step(words, steps, tmp_path):
+    line = measure([*SMOKE, f"store={tmp_path}", *words])
+    assert line["failed"] is None and line["model"] == "tiny"
+    assert line["steps"].keys() == steps
+    for unit in ("seconds", "cpu_seconds"):
+        assert line[unit] == pytest.approx(math.fsum(step[unit] for step in line["steps"].values()))
+        assert line[unit] > 0
+    assert line["peak_bytes"] == max(step["peak_bytes"] for step in line["steps"].values())
+    assert line["peak_bytes"] > line["weights_bytes"] == 3279104  # the weights are in the peak
+    assert line["calibration"] == {"samples": 4, "length": 64, "batch_size": 4}
+    assert line["dtype"] == "float32" and {"commit", "versions", "threads"} <= line["provenance"].keys()
+
+
+def test_a_method_that_fails_does_not_stop_the_others(tmp_path):
+    out, common = tmp_path / "out", [*SMOKE, f"store={tmp_path / 'store'}"]
+    earlier = {"strategy": "random", "model": "other", "failed": "killed by signal 9, see above"}
+    out.mkdir()
+    (out / "cost.jsonl").write_text(json.dumps(earlier) + "\n")
+    lines = run({"slicegpt": [], "magnitude": ["strategy.norm=l1"]}, common, out, "the command")
+    assert [bool(line["failed"]) for line in lines] == [True, False]
+    assert "narrower" in lines[0]["failed"] and lines[0]["provenance"]["command"] == "the command"
+    assert [json.loads(line) for line in (out / "cost.jsonl").read_text().splitlines()] == [earlier, *lines]
+    text = (out / "cost.md").read_text()
+    assert "| magnitude | strategy.norm=l1 |" in text and "batches of 4; float32" in text
+    assert "- slicegpt failed: ValueError" in text and "- random failed: killed" in text
+
+
+def test_a_strategy_brings_its_options_or_takes_the_small_budget():
+    asked = parse("flap,adapruner strategy.trials=50 strategy.parts=2,search_llm")
+    assert asked["flap"] == [] and asked["search_llm"] == METHODS["search_llm"]
+    assert asked["adapruner"] == ["strategy.trials=50", "strategy.parts=2"]

@@ -1,0 +1,51 @@
+"""The printed estimate of scoring is an upper bound of what a process really takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import json, re, sys
+from pathlib import Path
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from kvp.models.spaces import find_spaces
+from kvp.strategies.base import Target
+from kvp.strategies.signals.importance import score_spaces
+from kvp.strategies.signals.gradients import scoring_bytes
+
+def memory(key):
+    return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+config = LlamaConfig(vocab_size=8000, hidden_size=512, intermediate_size=1376, num_hidden_layers=12,
+                     num_attention_heads=8, num_key_value_heads=4, dtype="float32")
+model = LlamaForCausalLM(config).eval()
+ids = torch.randint(8000, (4, 256))
+score_spaces(Target(model, ids[:1, :8], 1, 0), find_spaces(config, ["qk"]), sys.argv[1])  # warm-up
+Path("/proc/self/clear_refs").write_text("5")
+before, checkpointing = memory("VmRSS"), sys.argv[2] == "True"
+score_spaces(Target(model, ids, 4, 0), find_spaces(config, ["qk", "vo"]), sys.argv[1], checkpointing)
+estimate = scoring_bytes(config, batch_size=4, length=256, gradient_checkpointing=checkpointing)
+print(json.dumps([memory("VmHWM") - before, estimate["total"] - estimate["weights"]]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
+@pytest.mark.parametrize("importance", ["taylor_gate", "taylor_element"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_scoring_stays_within_its_estimate(importance, checkpointing):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, importance, str(checkpointing)],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    taken, estimate = json.loads(done.stdout.splitlines()[-1])
+    assert taken <= estimate
+    assert taken > 0.2 * estimate or checkpointing, "an estimate this far off helps nobody"
