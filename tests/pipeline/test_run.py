@@ -21,6 +21,7 @@ from kvp.models.load import load_config, load_tokenizer
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import foretell
 from kvp.pipeline.run import run
+from kvp.record import RunRecord
 from tests.process import start_kvp
 from tests.test_tracking import records
 
@@ -96,7 +97,7 @@ def test_wandb_holds_the_run(finished):
 def test_record_holds_what_the_readme_promises(finished):
     _, record = finished
     written = json.loads(Path(record["directory"], "run.json").read_text())
-    assert written == json.loads(json.dumps(record))
+    assert written == json.loads(json.dumps(record)) == RunRecord.read(written).data()
     assert (written["schema"], written["status"]) == (3, "finished")
     for name in ("dense", "pruned", "recovered"):
         model = written[name]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvp.identity import named
+from kvp.upgrade import upgraded
 
-SCHEMAS = (1, 2, 3)  # of run.json; `_upgraded` brings old ones up to date
+SCHEMAS = (1, 2, 3)  # of run.json; `upgraded` brings old ones up to date
 ROOT = Path(__file__).resolve().parents[3]
 EXPERIMENTS = (Path("experiments"), ROOT / "experiments")  # not part of an installed wheel
 
@@ -120,34 +120,7 @@ def _parse(text: bytes, place: str) -> dict[str, Any]:
         raise ValueError(
             f"{place} has schema {record['schema']}, this kvp reads {known}: use the kvp that wrote it"
         )
-    return _upgraded(record)
-
-
-def _upgraded(record: dict[str, Any]) -> dict[str, Any]:
-    """The record as this kvp writes it: those before schema 3 name classes by path and no chosen option.
-
-    Their options are guessed from the classes, so `kvpruner_stock` reads as its parent, `kvpruner`.
-    """
-    if record["schema"] == 3:
-        return record
-    choices = dict(_guessed_options(record["config"]))
-    config = named(record["config"])
-    return {"status": "finished", **record, "schema": 3, "config": config, "choices": choices}
-
-
-def _guessed_options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, node in config.items():
-        if isinstance(node, Mapping):
-            if "_target_" in node:
-                yield prefix + name, _option(node["_target_"])
-            yield from _guessed_options(node, f"{prefix}{name}.")
-
-
-def _option(target: str) -> str:
-    """What conf/ called a class: its module if that is named like it (llm_pruner), else the class."""
-    module, name = ("", *target.split("."))[-2:]
-    alike = module.replace("_", "") == name.lower() or name == "NoPruning"
-    return module if alike else re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    return dict(upgraded(record))
 
 
 def _portable(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from kvp.report import choices, layers, losses, panels, quality, speed
+from kvp.report.plots import choices, layers, losses, panels, quality, speed
 from kvp.report.plots.points import find_points, means
 from kvp.report.plots.style import INK, looks, style
 from kvp.report.plots.write import figures, write_plots

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kvp.report import runs as module
+from kvp.report.records import runs as module
 from kvp.report.records.runs import collect, read_runs
 from tests.report.sample_records import make_failed, make_record, write
 

@@ -1,0 +1,42 @@
+"""Records of old schemas, brought up to date.
+
+Schema 1 has finished runs only, without a status and without overrides. Schemas 1 and 2 name classes by module path
+and do not say which options were chosen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kvp.identity import named
+
+SCHEMA = 3  # of run.json; raised when a key changes its meaning
+
+
+def upgraded(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a record as this kvp writes it.
+
+    The chosen options are guessed from the classes, so `kvpruner_stock` reads as its parent, `kvpruner`.
+    """
+    if record["schema"] == SCHEMA:
+        return record
+    choices = dict(_guessed_options(record["config"]))
+    config = named(record["config"])
+    return {"status": "finished", **record, "schema": SCHEMA, "config": config, "choices": choices}
+
+
+def _guessed_options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, node in config.items():
+        if isinstance(node, Mapping):
+            if "_target_" in node:
+                yield prefix + name, _option(node["_target_"])
+            yield from _guessed_options(node, f"{prefix}{name}.")
+
+
+def _option(target: str) -> str:
+    """Return what conf/ called a class: its module if that is named like it (llm_pruner), else the class."""
+    module, name = ("", *target.split("."))[-2:]
+    alike = module.replace("_", "") == name.lower() or name == "NoPruning"
+    return module if alike else re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
