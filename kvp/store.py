@@ -51,7 +51,7 @@ class StageError(OSError):
 
 
 @dataclass(frozen=True)
-class Stage:
+class Finished:
     """A finished stage: its directory, and the mapping its work returned, as JSON gives it back.
 
     `seconds` and `peak_bytes` (see `measured`) are those of the process that did the work. `found`
@@ -101,7 +101,7 @@ class Store:
         version: int = 1,
         resumable: bool = False,
         since: float | None = None,
-    ) -> Stage:
+    ) -> Finished:
         """Finds the stage finished, or lets `work` write it; never both, never half.
 
         Args:
@@ -119,7 +119,7 @@ class Store:
             TypeError, ValueError: `inputs` or the result are not JSON data, or hold a NaN.
         """
         digest = fingerprint(stage, version, inputs)
-        final = self.root / stage / digest[:16]
+        final = self.place(stage, digest)
         found = self._unfit(final, digest, since) is None
         if not found:
             with _locked(final):
@@ -131,11 +131,15 @@ class Store:
                     _finish(partial, final, work, head | {"fingerprint": digest}, resumable)
                     self._verified.add(final)
         manifest, result = (json.loads((final / name).read_bytes()) for name in (MANIFEST, RESULT))
-        return Stage(stage, digest, final, result, manifest["seconds"], manifest["peak_bytes"], found)
+        return Finished(stage, digest, final, result, manifest["seconds"], manifest["peak_bytes"], found)
+
+    def place(self, stage: str, digest: str) -> Path:
+        """Return the directory of a stage, finished or not."""
+        return self.root / stage / digest[:16]
 
     def stands(self, stage: str, digest: str, since: float | None = None) -> bool:
         """Whether `once` would look for damage only, not compute; reads no file."""
-        final = self.root / stage / digest[:16]
+        final = self.place(stage, digest)
         return (final / MANIFEST).exists() and not _older(final, since)
 
     def _unfit(self, final: Path, digest: str, since: float | None) -> str | None:

@@ -3,44 +3,18 @@
 from __future__ import annotations
 
 import ast
+import runpy
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted((ROOT / "kvp").rglob("*.py"))
 
-ALLOWED = {  # what each package may import of kvp, from the bottom up
-    "types": set(),
-    "identity": set(),
-    "options": set(),
-    "record": {"results", "upgrade"},
-    "results": set(),
-    "upgrade": {"identity"},
-    "store": set(),
-    "tracking": set(),
-    "provenance": set(),
-    "models": {"models", "types"},
-    "data": {"data", "types"},
-    "strategies": {"strategies", "models", "types"},
-    "recovery": {"recovery", "data", "types"},
-    "evaluation": {"evaluation", "data", "models", "types"},
-    "measurement": {"measurement", "models", "types"},
-    "export": {"export", "models", "types"},
-    "report": {"report", "record", "results", "tracking", "types", "upgrade"},
-    "pipeline": {
-        "pipeline", "data", "evaluation", "identity", "measurement", "models", "provenance", "recovery", "store",
-        "record", "results", "strategies", "tracking", "types",
-    },
-    "sweep": {"sweep", "pipeline", "models", "record", "results", "strategies", "tracking"},
-    "bench": {
-        "bench", "data", "export", "measurement", "models", "pipeline", "provenance", "report", "store", "strategies",
-        "types",
-    },
-    "check": {"export"},
-    "status": {"sweep"},
-}  # fmt: skip
+TABLE = yaml.safe_load((ROOT / "docs" / "imports.yaml").read_text())
 BEHIND = {
     "wandb": {"tracking"},
     "lm_eval": {"evaluation.zeroshot"},
@@ -65,21 +39,42 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_imports_go_one_way(path):
     name, imported = name_of(path), imports(path)
-    part = name.partition(".")[0]
-    parts = {module.split(".")[1] for module in imported if module.startswith("kvp.")}
-    if part in ALLOWED:
-        assert parts <= ALLOWED[part] | {"options"}, f"{name} imports {parts - ALLOWED[part]}"
+    room = name.partition(".")[0]
+    rooms = {module.split(".")[1] for module in imported if module.startswith("kvp.")} - {room}
+    if room not in ("__init__", "__main__"):
+        more = rooms - {*TABLE["rooms"][room]["imports"], *TABLE["anywhere"]}
+        assert not more, f"{name} imports {more}, docs/imports.yaml does not allow it"
     for package, owners in BEHIND.items():
         if package in {module.partition(".")[0] for module in imported}:
             assert name in owners, f"only {owners} may import {package}"
     assert "utils" not in name
+
+
+def test_the_table_of_rooms_has_no_circle_and_none_too_many():
+    order = list(TABLE["rooms"])
+    for room, row in TABLE["rooms"].items():
+        assert all(order.index(other) < order.index(room) for other in row["imports"]), room
+    present = {name_of(path).partition(".")[0] for path in MODULES} - {"__init__", "__main__"}
+    assert present == {*order}
+
+
+def test_the_architecture_page_shows_the_table():
+    draw = runpy.run_path(str(ROOT / "docs" / "draw_imports.py"))
+    assert (ROOT / "docs" / "architecture.md").read_text() == draw["page"](), "run docs/draw_imports.py"
+
+
+def test_no_module_imports_in_a_circle():
+    """Imports inside functions count, those for type checkers too: a circle is a circle."""
+    known = {f"kvp.{name_of(path).removesuffix('.__init__')}": path for path in MODULES}
+    graph = {name: imports(path) & known.keys() - {name} for name, path in known.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 def test_every_package_is_in_the_wheel():

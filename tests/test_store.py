@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvp.store import Stage, StageError, Store, fingerprint
+from kvp.store import Finished, StageError, Store, fingerprint
 
 STAGE_FILE = Path(__file__).parents[1] / "kvp" / "store.py"
 INPUTS = {"model": "tiny", "strategy": {"ratio": 0.25, "layers": [1, 2]}, "seed": None}
@@ -57,7 +57,7 @@ def partials(root: Path) -> list[Path]:
 def test_second_call_does_no_work(tmp_path):
     first = Store(tmp_path).once("score", INPUTS, write)
     second = Store(tmp_path).once("score", INPUTS, never)
-    assert not first.found and second == Stage(**{**vars(first), "found": True})
+    assert not first.found and second == Finished(**{**vars(first), "found": True})
     assert first.result == {"loss": 3.25, "widths": [8, 16]}  # as JSON gives it back, both times
     assert first.path.parent == tmp_path / "score" and not partials(tmp_path)
 

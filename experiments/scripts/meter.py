@@ -18,12 +18,12 @@ from kvp.bench.models import Subject, find_subjects
 from kvp.measurement import memory
 from kvp.models.joined import joined
 from kvp.models.load import RandomModel
-from kvp.models.plans import REFIT
-from kvp.models.shapes import layer_shapes
 from kvp.pipeline.experiment import Experiment
-from kvp.pipeline.stages import dense
+from kvp.pipeline.session import Session
+from kvp.pipeline.stages import make
 from kvp.provenance import provenance
 from kvp.strategies.base import Target
+from kvp.strategies.steps import Job, find_plan
 
 T = TypeVar("T")
 
@@ -71,8 +71,9 @@ def _cost(x: Experiment) -> dict[str, Any]:
     model = subject.load(device=device, dtype=x.dtype, seed=0)
     meter = Meter(device)
     target = Target(joined(model, x.strategy.joins), ids, x.calibration.batch_size, x.node["seed"])
+    job = Job(x.strategy, x.budget, target.config, lambda: target)
     with TemporaryDirectory() as directory:
-        _prune(x, target, meter, Path(directory))
+        find_plan(job, Path(directory), meter=meter)
     for step in meter.steps.values():
         step["peak_bytes"] -= empty
     return {
@@ -89,28 +90,11 @@ def _cost(x: Experiment) -> dict[str, Any]:
     }
 
 
-def _prune(x: Experiment, target: Target, meter: Meter, directory: Path) -> None:
-    """As `kvp.pipeline.stages.prune` does it, up to the cut."""
-    strategy, budget, config = x.strategy, x.budget, target.config
-    scores = meter("score", lambda: strategy.score(target))
-    profile = torch.zeros(len(layer_shapes(config)))
-    if strategy.probes:
-        profile = meter("sensitivity", lambda: strategy.sensitivity(target, scores))
-    if strategy.searches:
-        plan = meter("search", lambda: strategy.search(target, scores, budget, profile, directory))
-    else:
-        plan = meter("plan", lambda: strategy.plan(config, scores, budget, profile))
-    if compensation := strategy.compensation:
-        meter(
-            "compensation", lambda: compensation.refit(target.model, target.batches, plan, directory / REFIT)
-        )
-
-
 def _subject(x: Experiment) -> Subject:
     """The model; shapes of random weights are drawn on the device, not written."""
     if isinstance(x.source, RandomModel):
         return find_subjects(x.source.name)[0]
-    checkpoint = dense(x)
+    checkpoint = make(Session(x), "dense")
     return Subject(name=x.source.name, config=checkpoint.config, checkpoint=checkpoint.path)
 
 
@@ -118,6 +102,8 @@ def _tokens(x: Experiment) -> Tensor:
     """(samples, length) what the calibration samples, or as many random ids for random weights."""
     if not isinstance(x.source, RandomModel):
         x.check_sources()
-        return x.sample(dense(x))
+        session = Session(x)
+        make(session, "dense")
+        return session.calibration
     shape = (x.calibration.num_samples, x.calibration.length)
     return torch.randint(x.source.config["vocab_size"], shape, generator=torch.Generator().manual_seed(0))

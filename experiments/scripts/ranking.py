@@ -31,11 +31,13 @@ from torch import Tensor
 from experiments.scripts.chosen import chosen
 from kvp.models.masks import masked
 from kvp.models.spaces import find_spaces
-from kvp.pipeline.experiment import Checkpoint, Experiment
-from kvp.pipeline.stages import dense, score
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.session import Checkpoint, Session
+from kvp.pipeline.stages import Planning, make
 from kvp.provenance import provenance
 from kvp.strategies.base import Scores, ScoreStrategy
 from kvp.strategies.signals.losses import losses_without
+from kvp.strategies.steps import Score
 from kvp.types import Plan, Space
 
 METHODS = (
@@ -57,17 +59,18 @@ log = logging.getLogger(__name__)
 Rises = Mapping[Space, Tensor]  # (groups,) nats per token, per layer
 
 
-def rises(x: Experiment, model: Checkpoint, samples: int) -> Rises:
+def rises(session: Session, samples: int) -> Rises:
     """What the loss gains with each KV group removed alone; a stage of the store per sample."""
+    x, model = session.x, session.checkpoint("dense")
     groups = [
         (space, group) for space in find_spaces(model.config, ["kv_group"]) for group in range(*space.shape)
     ]
-    ids = x.sample(model)[:samples]
+    ids = session.calibration[:samples]
     total = torch.zeros(len(groups), dtype=torch.float64)
     for number, batch in enumerate(ids.split(1), start=1):
 
         def work(directory: Path, batch: Tensor = batch) -> dict[str, Any]:
-            target = x.load(model)
+            target = session.load(model)
             plans = [Plan({s: torch.tensor([i for i in range(*s.shape) if i != g])}) for s, g in groups]
             removals = [
                 (space.layer or 0, partial(masked, target, plan))
@@ -105,6 +108,14 @@ def planned_rise(x: Experiment, model: Checkpoint, scores: Scores, rise: Rises) 
     return sum(float(rise[space][group]) for space in rise for group in gone.get(space, ()))
 
 
+def scores_of(x: Experiment) -> Scores:
+    """Return the strategy's scores, from its stage of the store."""
+    session = Session(x)
+    make(session, "dense")
+    session.once(Planning(Score()))
+    return session.values["score"]
+
+
 def spearman(first: Tensor, second: Tensor) -> float:
     """The correlation of ranks; ties are broken by place."""
     ranks = torch.stack([values.argsort(stable=True).argsort(stable=True) for values in (first, second)])
@@ -116,8 +127,9 @@ def compare(methods: Sequence[str], samples: int, options: Sequence[str]) -> dic
     common = ["recovery=none", "measure=none", "evaluation=none", "tracker=none", "ratio.value=0.2"]
     x = chosen([*common, "strategy=none", *options])
     x.calibration.check(x.corpora)
-    model = dense(x)
-    rise = rises(x, model, samples)
+    session = Session(x)
+    model = make(session, "dense")
+    rise = rises(session, samples)
     rows: dict[str, dict[str, Any]] = {}
     for method in methods:
         name, *own = method.split()
@@ -126,7 +138,7 @@ def compare(methods: Sequence[str], samples: int, options: Sequence[str]) -> dic
             words = [f"strategy={name}", f"strategy/allocator={allocator}", *own, *WIDTHS]
             tried = chosen([*common, *words, *options])
             tried.check_model(model.config)
-            _, scores = score(tried, model)
+            scores = scores_of(tried)
             row |= {**agreement(scores, rise), f"rise_{allocator}": planned_rise(tried, model, scores, rise)}
     best = torch.cat(list(rise.values())).sort().values
     count = round(x.budget.value * len(best))

@@ -18,7 +18,8 @@ import torch
 
 from experiments.scripts.chosen import chosen
 from kvp.models.linears import linears
-from kvp.pipeline.stages import dense
+from kvp.pipeline.session import Session
+from kvp.pipeline.stages import make
 from kvp.strategies.base import Target
 from kvp.strategies.methods.alps import ALPS
 from kvp.strategies.methods.magnitude_sparse import MagnitudeSparse
@@ -58,10 +59,10 @@ def main() -> None:
     assert isinstance(x.strategy, SparseStrategy)
     methods = {name: replace(method, pattern=x.strategy.pattern) for name, method in METHODS.items()}
     x.check_sources()
-    model = dense(x)
-    x.check_model(model.config)
+    session = Session(x)
+    x.check_model(make(session, "dense").config)
     found = {}
-    for name, lost in errors(x.target(model), methods, x.budget.value):
+    for name, lost in errors(session.target(), methods, x.budget.value):
         found[name] = lost
         print(json.dumps({"matrix": name, **lost}), flush=True)
     result = {

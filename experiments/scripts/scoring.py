@@ -49,7 +49,6 @@ METHODS: dict[str, list[str]] = {
     "adapruner": ["strategy.trials=20"],
 }
 COMMON = ("recovery=none", "measure=none", "evaluation=none", "tracker=none", "ratio.value=0.2")
-STEPS = ("score", "sensitivity", "search", "plan", "compensation")
 
 Line = dict[str, Any]
 
@@ -145,7 +144,7 @@ def _title(line: Line) -> str:
 
 def table(title: str, lines: Sequence[Line]) -> str:
     """Markdown; seconds per step, cheapest method first."""
-    steps = [step for step in STEPS if any(step in line["steps"] for line in lines)]
+    steps = list(dict.fromkeys(step for line in lines for step in line["steps"]))
     ends = ("all s", "CPU s", "peak MiB", "peak / weights")
     heads = ["strategy", "options", *(f"{step} s" for step in steps), *ends]
     rows = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]

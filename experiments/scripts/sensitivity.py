@@ -28,7 +28,8 @@ from transformers import PreTrainedModel
 from experiments.scripts.chosen import chosen
 from kvp.models.masks import without
 from kvp.models.shapes import layer_shapes
-from kvp.pipeline.stages import dense
+from kvp.pipeline.session import Session
+from kvp.pipeline.stages import make
 from kvp.provenance import provenance
 from kvp.strategies.signals.losses import losses_without
 from kvp.strategies.templates.blocks import Grouping
@@ -106,7 +107,9 @@ def main() -> None:
     args = parser.parse_args()
     x = chosen(["calibration.num_samples=4", "recovery=none", *args.options])
     x.check_sources()
-    target = x.target(dense(x))
+    session = Session(x)
+    make(session, "dense")
+    target = session.target()
     result = compare(target.model, target.batches, args.kind, args.rounds)
     command = " ".join(["python -m experiments.scripts.sensitivity", *sys.argv[1:]])
     print(json.dumps({**result, "provenance": {**provenance(x.device), "command": command}}))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvp.types import Plan, Space
 
-EDITS, BASES, REFIT = "edits", "bases", "refit"
+EDITS, BASES = "edits", "bases"
 SUBLAYERS = ("attention", "mlp")
 
 
@@ -47,11 +47,15 @@ def read_plan(directory: Path) -> Plan:
     plan = json.loads((directory / "plan.json").read_text())
     spaces = plan["spaces"].items()
     keep = {space_of(key, tuple(node["shape"])): torch.tensor(node["keep"]) for key, node in spaces}
-    files = (directory / EDITS).glob("*.safetensors")
-    edits = {name: edit for file in files for name, edit in load_file(file).items()}
     sliced = sorted((directory / BASES).glob("*.safetensors"), key=lambda file: int(file.stem))
     bases = [load_file(file)[part] for file in sliced for part in SUBLAYERS]
-    return Plan(keep, edits, bases, plan.get("folded"))
+    return Plan(keep, read_edits(directory), bases, plan.get("folded"))
+
+
+def read_edits(directory: Path) -> dict[str, Tensor]:
+    """Return the rewritten parameters that a search or a refit left layer by layer."""
+    files = (directory / EDITS).glob("*.safetensors")
+    return {name: edit for file in files for name, edit in load_file(file).items()}
 
 
 def edits_file(directory: Path, layer: int) -> Path:

@@ -1,17 +1,12 @@
-"""An experiment: the instantiated nodes of a configuration, and what all its stages share.
-
-`kvp.pipeline.run` tells the story, `kvp.pipeline.stages` does what its sentences say.
-"""
+"""An experiment: the instantiated nodes of a configuration, its names, and what can be refused before it runs."""
 
 from __future__ import annotations
 
 import json
-import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +15,6 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from kvp.data.calibration import Calibration
 from kvp.data.corpora import Corpus, find
@@ -28,68 +22,28 @@ from kvp.evaluation.perplexity import Perplexity
 from kvp.evaluation.zeroshot import ZeroShot
 from kvp.identity import chosen_options, named
 from kvp.measurement.measure import Measure
-from kvp.models.load import (
-    ModelSource,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-)
+from kvp.models.load import ModelSource, resolve_device
 from kvp.models.mustafar import Mustafar
 from kvp.models.shapes import require_whole_stream
 from kvp.recovery.lora import Lora
-from kvp.store import Stage, Store
-from kvp.strategies.base import Strategy, Target
-from kvp.strategies.methods.none import NoPruning
+from kvp.store import Store
+from kvp.strategies.base import Strategy
+from kvp.strategies.steps import Asked
 from kvp.tracking import Tracker
 from kvp.types import Budget
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
-log = logging.getLogger(__name__)
-
-VERSIONS = {  # raised in the commit that changes a stage's numbers
-    "model": 1,
-    "join": 1,
-    "score": 1,
-    "sensitivity": 1,
-    "search": 2,
-    "prune": 1,
-    "recover": 1,
-    "sparsity": 1,
-    "perplexity": 1,
-    "zero_shot": 1,
-    "measure": 1,
-}
 # Where results go and when they are made, not what they are.
 NOT_INPUTS = ("store", "runs", "tracker", "hydra", "rows", "force", "since")
 OPTIONAL = ("cache", "recovery", "measure", "evaluation.perplexity", "evaluation.zero_shot")  # may be none
 
-Record = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A Hugging Face directory, and the fingerprint of what made it."""
-
-    path: Path
-    fingerprint: str
-
-    @cached_property
-    def config(self) -> PretrainedConfig:
-        """Its config; no weights are read."""
-        return load_config(self.path)
-
-
-def _kinds(force: Any) -> tuple[str, ...]:
-    unknown = [str(kind) for kind in force if kind not in VERSIONS] if OmegaConf.is_list(force) else [force]
-    if unknown:
-        raise ValueError(
-            f"force is a list of stages to compute again, such as [prune], of {', '.join(VERSIONS)}; got "
-            f"{', '.join(unknown)}"
-        )
-    return tuple(force)
+def _listed(force: Any) -> tuple[str, ...]:
+    if not OmegaConf.is_list(force):
+        raise ValueError(f"force must be a list of stages to compute again, such as [prune], got {force}")
+    return tuple(map(str, force))
 
 
 def _without_presets(config: DictConfig) -> DictConfig:
@@ -103,23 +57,16 @@ def _without_presets(config: DictConfig) -> DictConfig:
     return chosen
 
 
-@lru_cache(maxsize=1)
-def _loaded(path: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    return load_model(path, dtype=dtype, device=device)
-
-
-@dataclass
+@dataclass(frozen=True)
 class Experiment:
-    """The instantiated nodes of a configuration, the stages run so far, and the model in memory.
+    """The instantiated nodes of a configuration; nothing of it changes while it runs.
 
     Attributes:
         node: The resolved configuration, without what changes no number; classes by name.
         choices: The option chosen for each node: {"strategy": "kvpruner", "strategy.allocator": "sensitivity"}.
         overrides: The words that composed it; None if they are not known.
-        force: Kinds of stages to compute again, and what follows from them,
+        force: Kinds of stages to compute again, and all that builds on them,
         since: where they were finished before this moment (seconds since 1970).
-        forced: Fingerprints of those met so far.
-        watch: Told the name of each stage before it is computed or found.
     """
 
     node: dict[str, Any]
@@ -142,12 +89,6 @@ class Experiment:
     overrides: Sequence[str] | None = None
     force: Sequence[str] = ()
     since: float = 0.0
-    forced: set[str] = field(default_factory=set)
-    watch: Callable[[str], None] = lambda stage: None
-    stages: list[Stage] = field(default_factory=list)
-    profile: list[float] | None = None
-    recovery_result: Record | None = None
-    losses: list[Record] = field(default_factory=list)
 
     @classmethod
     def compose(
@@ -205,7 +146,7 @@ class Experiment:
             device=device,
             dtype=getattr(torch, config.dtype),
             overrides=overrides,
-            force=_kinds(config.force),
+            force=_listed(config.force),
             since=config.since or time.time(),
         )
 
@@ -239,7 +180,7 @@ class Experiment:
     @property
     def unpruned(self) -> bool:
         """Whether the pruned model has the weights of the dense one."""
-        return isinstance(self.strategy, NoPruning)
+        return not self.strategy.prunes
 
     @property
     def untouched(self) -> bool:
@@ -304,48 +245,22 @@ class Experiment:
                     "all of these tokens whole"
                 )
 
-    def once(
-        self, name: str, kind: str, inputs: Mapping[str, Any], work: Any, *, resumable: bool = False
-    ) -> Stage:
-        """Run a stage or find it finished, and note it for the record."""
-        self.watch(name)
-        since = self.since if self.is_forced(kind, inputs) else None
-        version = VERSIONS[kind]
-        stage = self.store.once(name, inputs, work, version=version, resumable=resumable, since=since)
-        if since:
-            self.forced.add(stage.fingerprint)
-        log.info("%s %s (%.1f s)", stage.name, "found" if stage.found else "computed", stage.seconds)
-        self.stages.append(stage)
-        return stage
-
-    def is_forced(self, kind: str, inputs: Mapping[str, Any]) -> bool:
-        """Whether `force` names the kind of a stage, or of one whose fingerprint is among its inputs."""
-        return kind in self.force or any(parent in json.dumps(inputs) for parent in self.forced)
-
-    def load(self, checkpoint: Checkpoint) -> PreTrainedModel:
-        """The model of a checkpoint; the last one stays in memory."""
-        return _loaded(checkpoint.path, self.dtype, self.device)
-
-    @staticmethod
-    def unload() -> None:
-        """Let go of the model in memory, before another process or the Trainer loads its own."""
-        _loaded.cache_clear()
-
-    def target(self, dense: Checkpoint) -> Target:
-        """What the strategy may look at."""
-        calibration = self.sample(dense) if self.reads_calibration else None
-        return Target(self.load(dense), calibration, self.calibration.batch_size, self.node["seed"])
-
-    def sample(self, dense: Checkpoint) -> Tensor:
-        """(num_samples, length) calibration ids."""
-        return self.calibration.sample(self.corpora, load_tokenizer(dense.path))
-
     def calibration_identity(self) -> dict[str, Any] | None:
         """Which text the strategy reads, None if it reads none."""
         return self.calibration.identity(self.corpora) if self.reads_calibration else None
 
-    def calibration_facts(self, dense: Checkpoint) -> dict[str, Any]:
-        """The hash of the calibration ids."""
-        if not self.reads_calibration:
-            return {}
-        return {"calibration_hash": sha256(self.sample(dense).numpy().tobytes()).hexdigest()}
+    @property
+    def asked(self) -> Asked:
+        """What decides the plan, as data."""
+        return Asked(
+            options=self.node["strategy"],
+            ratio=self.node["ratio"],
+            calibration=self.calibration_identity(),
+            dtype=str(self.dtype),
+            seed=self.node["seed"],
+        )
+
+    @property
+    def directory(self) -> Path:
+        """Where the run keeps its record."""
+        return self.runs / self.name

@@ -1,85 +1,168 @@
-"""The record of a run: what `run.json` says of it, and what the tracker is told."""
+"""From the stages of a session to the record of a run."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from kvp.pipeline.experiment import Experiment, Record
+from kvp.evaluation.zeroshot import average
+from kvp.models.shapes import layer_shapes, size
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.session import Checkpoint, Session
 from kvp.provenance import provenance
-from kvp.tracking import Log
+from kvp.record import ProvenanceRecord, RecoveryRecord, RunRecord
+from kvp.results import ModelRecord
+from kvp.store import Finished
 from kvp.types import DENOMINATORS, Size
-
-SCHEMA = 3  # of run.json; documented in the README, raised when a key changes its meaning
+from kvp.upgrade import SCHEMA
 
 
 def make_record(
-    x: Experiment, models: Mapping[str, Record], directory: Path, tracker: str | None, started: float
-) -> Record:
-    """Everything a table or a reader needs; JSON data."""
+    session: Session, models: Mapping[str, ModelRecord], tracker: str | None, started: float
+) -> RunRecord:
+    """Return everything a table or a reader needs."""
+    x, dense = session.x, models["dense"]
+    sensed = session.done.get("sensitivity")
+    hashes = {corpus: result.data_hash for corpus, result in dense.evaluation.perplexity.items()}
+    origin = provenance_record(
+        x, started, model=x.source.identity(), data_hashes=hashes, seconds=time.time() - started
+    )
+    return RunRecord.model_validate(
+        {
+            **identity(x),
+            "status": "finished",
+            "ratio": {"asked": asked(x), "achieved": achieved(dense, models["pruned"])},
+            **models,
+            "sensitivity": sensed and sensed.result["nats_per_token"],
+            "recovery": recovery_record(session),
+            "stages": stages(session),
+            "tracker": tracker,
+            "provenance": origin,
+        }
+    )
+
+
+def model_record(x: Experiment, checkpoint: Checkpoint, examined: Mapping[str, Finished]) -> ModelRecord:
+    """Return what is known of one model, from the stages that looked at it."""
+    config, shapes = checkpoint.config, layer_shapes(checkpoint.config)
+    widths = [{k: v for k, v in asdict(shape).items() if k != "rope_pairs"} for shape in shapes]
+    results = {place: stage.result for place, stage in examined.items()}
+
+    def below(folder: str) -> dict[str, dict[str, Any]]:
+        return {
+            place.removeprefix(folder): {**result, "dtype": str(x.dtype)}
+            for place, result in results.items()
+            if place.startswith(folder)
+        }
+
+    perplexity, tasks = below("evaluate/perplexity/"), below("evaluate/zero_shot/")
+    for result in perplexity.values():
+        result["overlap"] = overlap(x, result["protocol"]["corpus"])
+    return ModelRecord.model_validate(
+        {
+            "checkpoint": str(checkpoint.path),
+            "size": {**asdict(size(config, shapes)), "layers": widths, "sparsity": results.get("sparsity")},
+            "evaluation": {
+                "perplexity": perplexity,
+                "zero_shot": {**tasks, "average": average(tasks) if tasks else None},
+            },
+            "measure": results.get("measure"),
+        }
+    )
+
+
+def identity(x: Experiment) -> dict[str, Any]:
+    """Return which run this is."""
     return {
         "schema": SCHEMA,
-        **identity(x, directory),
-        "status": "finished",
-        "ratio": {"asked": asked(x), "achieved": achieved(models["dense"], models["pruned"])},
-        **models,
-        "sensitivity": x.profile,
-        "recovery": x.recovery_result and {**x.recovery_result, **losses(x)},
-        "stages": stages(x),
-        "tracker": tracker,
-        "provenance": {
-            **origin(x, started),
-            "model": x.source.identity(),
-            "data_hashes": {
-                name: result["data_hash"]
-                for name, result in models["dense"]["evaluation"]["perplexity"].items()
-            },
-            "seconds": time.time() - started,
-        },
+        "name": x.name,
+        "hash": x.hash,
+        "group": x.group,
+        "directory": str(x.directory),
+        "config": x.node,
+        "choices": x.choices,
+        "overrides": x.overrides and list(x.overrides),
     }
 
 
-def identity(x: Experiment, directory: Path) -> Record:
-    """Which run this is."""
-    names = {"name": x.name, "hash": x.hash, "group": x.group, "directory": str(directory)}
-    words = x.overrides and list(x.overrides)
-    return {**names, "config": x.node, "choices": x.choices, "overrides": words}
-
-
-def asked(x: Experiment) -> Record | None:
-    """The budget, None for the dense model."""
+def asked(x: Experiment) -> dict[str, Any] | None:
+    """Return the budget; None for the dense model."""
     if x.unpruned:
         return None
     first, *then = ({"value": budget.value, "of": budget.of} for budget in (x.budget, *x.strategy.then))
     return first | ({"then": then} if then else {})
 
 
-def losses(x: Experiment) -> Record:
-    """(step, loss) pairs of a recovery, and those of the loss's parts if it has a teacher."""
+def achieved(dense: ModelRecord, pruned: ModelRecord) -> dict[str, float]:
+    """Return the fraction removed under every denominator; zeros only where they were counted."""
 
-    def curve(key: str) -> list[list[float]]:
-        return [[point["step"], point[key]] for point in x.losses]
+    def counts(model: ModelRecord) -> Size:
+        return Size(**{field.name: getattr(model.size, field.name) for field in fields(Size)})
 
-    parts = {key.removesuffix("_loss"): curve(key) for key in x.losses[0] if key.endswith("_loss")}
-    return {"losses": curve("loss"), **({"loss_parts": parts} if parts else {})}
+    sizes = {
+        of: 1 - counts(pruned).count(of) / counts(dense).count(of) for of in DENOMINATORS if of != "sparsity"
+    }
+    zeros = pruned.size.sparsity
+    return sizes | ({"sparsity": zeros.fraction} if zeros else {})
 
 
-def origin(x: Experiment, started: float) -> Record:
-    """Where its numbers come from."""
-    return {
-        **provenance(x.device),
-        "dtype": str(x.dtype),
-        "seed": x.node["seed"],
-        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+def overlap(x: Experiment, evaluated: Mapping[str, Any]) -> dict[str, str]:
+    """Return whether calibration or recovery read the evaluated text: "none", "same corpus", "same text"."""
+    read = {
+        "calibration": (x.calibration_identity() or {}).get("corpora", []) if not x.unpruned else [],
+        "recovery": x.recovery.data.identity(x.corpora).get("corpora", []) if x.recovery else [],
     }
 
+    def kind(other: Mapping[str, Any]) -> int:
+        return 2 if other == evaluated else int(other["name"] == evaluated["name"])
 
-def stages(x: Experiment) -> list[Record]:
-    """Those computed or found so far."""
+    names = ("none", "same corpus", "same text")
+    return {reader: names[max(map(kind, sources), default=0)] for reader, sources in read.items()}
+
+
+def recovery_record(session: Session) -> RecoveryRecord | None:
+    """Return what the recovery cost and gained, with its curves; None if there was none."""
+    done, recovery = session.done.get("recover"), session.x.recovery
+    if done is None or recovery is None:
+        return None
+    points = losses(session)
+
+    def curve(key: str) -> list[tuple[int, float]]:
+        return [(point["step"], point[key]) for point in points]
+
+    parts = {key.removesuffix("_loss"): curve(key) for key in points[0] if key.endswith("_loss")}
+    teacher = {"teacher": session.checkpoint("dense").fingerprint} if recovery.distillation else {}
+    curves = {"losses": curve("loss"), **({"loss_parts": parts} if parts else {})}
+    return RecoveryRecord.model_validate({**done.result, **teacher, **curves})
+
+
+def losses(session: Session) -> list[dict[str, Any]]:
+    """Return one point per optimizer step of the recovery; none if there was none."""
+    if "recover" not in session.done:
+        return []
+    lines = (session.done["recover"].path / "losses.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def provenance_record(x: Experiment, started: float, **more: Any) -> ProvenanceRecord:
+    """Return where the numbers come from."""
+    return ProvenanceRecord.model_validate(
+        {
+            **provenance(x.device),
+            "dtype": str(x.dtype),
+            "seed": x.node["seed"],
+            "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+            **more,
+        }
+    )
+
+
+def stages(session: Session) -> list[dict[str, Any]]:
+    """Return those computed or found so far."""
     return [
         {
             "name": stage.name,
@@ -89,64 +172,5 @@ def stages(x: Experiment) -> list[Record]:
             "peak_bytes": stage.peak_bytes,
             "found": stage.found,
         }
-        for stage in x.stages
+        for stage in session.finished
     ]
-
-
-def achieved(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, float]:
-    """The fraction removed under every denominator; zeros only where they were counted."""
-
-    def size(model: Mapping[str, Any]) -> Size:
-        return Size(**{field.name: model["size"][field.name] for field in fields(Size)})
-
-    sizes = {
-        of: 1 - size(pruned).count(of) / size(dense).count(of) for of in DENOMINATORS if of != "sparsity"
-    }
-    zeros = pruned["size"]["sparsity"]
-    return sizes | ({"sparsity": zeros["fraction"]} if zeros else {})
-
-
-def announce(record: Record, x: Experiment, tracked: Log) -> None:
-    """Tell the tracker: stage costs, finals, loss curve, widths, sensitivity profile, plan."""
-    for stage in x.stages:
-        cost = {"seconds": stage.seconds, "peak_bytes": stage.peak_bytes or 0}
-        tracked.metrics({f"stage/{stage.name}/{key}": value for key, value in cost.items()})
-    for point in x.losses:
-        values = {f"recover/{k}": v for k, v in point.items() if k != "step" and v is not None}
-        tracked.metrics(values, step=point["step"])
-    models = {name: record[name] for name in ("dense", "pruned", "recovered") if name in record}
-    tracked.summary(
-        {name: finals(model) for name, model in models.items()} | {"ratio": record["ratio"]["achieved"]}
-    )
-    widths = record["pruned"]["size"]["layers"]
-    tracked.table("widths", ["layer", *widths[0]], [[i, *row.values()] for i, row in enumerate(widths)])
-    if x.profile:
-        tracked.bar(
-            "sensitivity", range(len(x.profile)), x.profile, "NLL without the block's KV - NLL (nats/token)"
-        )
-    for plan in (stage.path / "plan.json" for stage in x.stages if stage.name == "prune"):
-        tracked.artifact(plan, f"plan-{x.hash}", "plan")
-
-
-def finals(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The headline numbers of one model."""
-    zero_shot, measured = model["evaluation"]["zero_shot"], model["measure"]
-    numbers = {
-        "params": model["size"]["params"],
-        "kv_bytes_per_token": model["size"]["kv_bytes_per_token"],
-        "perplexity": {name: result["value"] for name, result in model["evaluation"]["perplexity"].items()},
-        "zero_shot": {
-            task: {key: result[key] for key in ("acc", "acc_norm") if result.get(key) is not None}
-            for task, result in zero_shot.items()
-            if task != "average"
-        },
-    }
-    if zeros := model["size"]["sparsity"]:
-        numbers["sparsity"] = zeros["fraction"]
-    if zero_shot["average"]:
-        numbers["zero_shot_average"] = zero_shot["average"]["value"]
-    if measured:
-        numbers["decode_tokens_per_second"] = measured["decode"]["tokens_per_second"]
-        numbers["prefill_tokens_per_second"] = measured["prefill"]["tokens_per_second"]
-        numbers["peak_bytes"] = measured["memory"]["peak_bytes"]
-    return numbers

@@ -7,44 +7,50 @@ from __future__ import annotations
 
 import time
 
-from kvp.pipeline import stages as steps
-from kvp.pipeline.experiment import Experiment, Record
-from kvp.pipeline.recording import announce, make_record
-from kvp.pipeline.runfile import finished_before, recorded, write_record
+from kvp.pipeline.announce import announce
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.recording import make_record, model_record
+from kvp.pipeline.runfile import RUN, finished_before, recorded
+from kvp.pipeline.session import Session
+from kvp.pipeline.stages import check_force, examine, make
+from kvp.record import RunRecord
 from kvp.tracking import Null
 
 
-def run(x: Experiment) -> Record:
-    """Run an experiment; everything finished before is found, and `run.json` tells how far it is.
+def run(x: Experiment) -> RunRecord:
+    """Run an experiment; finished stages are found, and `run.json` says how far it is.
 
     Returns:
         The record, as in `run.json`.
 
     Raises:
-        ValueError: A budget or space is not to be had; nothing was computed.
+        ValueError: A budget, space or option is out of reach; nothing was computed.
         FileNotFoundError: Data or model are missing; the message names the ways out.
         FloatingPointError: A loss is not finite.
         StageError: The store cannot be written.
     """
-    started, directory = time.time(), x.runs / x.name
-    earlier = None if x.force else finished_before(directory)
+    started, session = time.time(), Session(x)
+    earlier = None if x.force else finished_before(x.directory)
     tracker = Null() if earlier else x.tracker
-    with recorded(x, directory, started):
+    with recorded(session, started):
+        check_force(x)
         x.check_sources()
-        dense = steps.dense(x)
+        dense = make(session, "dense")
         x.check_model(dense.config)
         with tracker.run(
-            name=x.name, run_id=x.hash, directory=directory, config=x.node, group=x.group, job_type="run"
+            name=x.name, run_id=x.hash, directory=x.directory, config=x.node, group=x.group, job_type="run"
         ) as tracked:
-            models = {"dense": steps.examine(x, dense)}
-            pruned = steps.prune(x, dense)
-            models["pruned"] = steps.examine(x, pruned)
-            recovered = steps.recover(x, dense, pruned)
-            if recovered is not None:
-                models["recovered"] = steps.examine(x, recovered)
+            models = {"dense": model_record(x, dense, examine(session, "dense"))}
+            pruned = make(session, "pruned")
+            models["pruned"] = models["dense"]
+            if not x.untouched:
+                models["pruned"] = model_record(x, pruned, examine(session, "pruned"))
+            if x.recovery is not None:
+                recovered = make(session, "recovered")
+                models["recovered"] = model_record(x, recovered, examine(session, "recovered"))
 
-            location = tracked.location or (earlier or {}).get("tracker")
-            record = make_record(x, models, directory, location, started)
-            write_record(record, directory)
-            announce(record, x, tracked)
+            location = tracked.location or (earlier.tracker if earlier else None)
+            record = make_record(session, models, location, started)
+            record.write(x.directory / RUN)
+            announce(record, session, tracked)
     return record

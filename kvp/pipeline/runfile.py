@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import traceback
@@ -11,69 +10,61 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kvp.pipeline.experiment import Experiment, Record
-from kvp.pipeline.recording import SCHEMA, asked, identity, origin, stages
+from kvp.pipeline.recording import asked, identity, provenance_record, stages
+from kvp.pipeline.session import Session
+from kvp.record import ErrorRecord, RunRecord
+
+RUN = "run.json"
 
 
 @contextmanager
-def recorded(x: Experiment, directory: Path, started: float) -> Iterator[None]:
-    """`run.json` says "running" and in which stage, and if the block raises "failed" and why.
+def recorded(session: Session, started: float) -> Iterator[None]:
+    """Keep `run.json` at "running" and its stage, and if the block raises at "failed" and why.
 
     The block writes "finished". A finished record that still stands is left as it is.
     """
+    x = session.x
     head = {
-        "schema": SCHEMA,
-        **identity(x, directory),
+        **identity(x),
         "ratio": {"asked": asked(x)},
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "provenance": origin(x, started),
+        "provenance": provenance_record(x, started),
     }
-    begun: tuple[str | None, int] = None, 0  # the last stage, and its place among those done
+    entered: tuple[str | None, int] = None, 0  # the last stage, and how many were finished before it
 
-    def tell(status: str, **more: Any) -> None:
-        if finished_before(directory) is None:
-            stage = begun[0] if begun[1] == len(x.stages) else None
-            reached = {"stage": stage, "stages": stages(x)}
-            write_record({**head, "status": status, **reached, **more}, directory)
+    def write(status: str, **more: Any) -> None:
+        if finished_before(x.directory) is None:
+            stage = entered[0] if entered[1] == len(session.finished) else None
+            reached = {"status": status, "stage": stage, "stages": stages(session)}
+            RunRecord.model_validate({**head, **reached, **more}).write(x.directory / RUN)
 
-    def watch(name: str) -> None:
-        nonlocal begun
-        begun = name, len(x.stages)
-        tell("running")
+    def watch(place: str) -> None:
+        nonlocal entered
+        entered = place, len(session.finished)
+        write("running")
 
-    x.watch = watch
-    tell("running")
+    session.watch = watch
+    write("running")
     try:
         yield
     except BaseException as error:
         with suppress(OSError):  # a full disk must not hide why
-            tell("failed", error=_error(error))
+            write("failed", error=_error(error))
         raise
 
 
-def _error(error: BaseException) -> Record:
+def _error(error: BaseException) -> ErrorRecord:
     message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
     trace = "".join(traceback.format_exception(error))
-    return {"type": type(error).__name__, "message": message, "traceback": trace}
+    return ErrorRecord(type=type(error).__name__, message=message, traceback=trace)
 
 
-def write_record(record: Record, directory: Path) -> None:
-    """Write `run.json` whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".run.json.{os.getpid()}.partial"
-    partial.write_text(json.dumps(record, indent=2, allow_nan=False))
-    os.replace(partial, directory / "run.json")
-
-
-def finished_before(directory: Path) -> Record | None:
-    """The record of an earlier, finished run of this configuration, if all its stages still stand."""
-    path = directory / "run.json"
-    if not path.exists():
-        return None
+def finished_before(directory: Path) -> RunRecord | None:
+    """Return the record of an earlier, finished run of this configuration, if all its stages still stand."""
     try:
-        record = json.loads(path.read_text())
-        finished = record["schema"] == SCHEMA and record["status"] == "finished"
-        return record if finished and all(Path(s["path"]).exists() for s in record["stages"]) else None
-    except (ValueError, LookupError, TypeError):
-        return None  # corrupt: written anew
+        record = RunRecord.read(directory / RUN)
+    except (OSError, ValueError):
+        return None  # none, or a corrupt one: written anew
+    whole = record.status == "finished" and all(Path(stage.path).exists() for stage in record.stages)
+    return record if whole else None

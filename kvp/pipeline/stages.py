@@ -1,260 +1,209 @@
-"""The steps of an experiment, each a stage of the store or several.
+"""Every stage of a run, declared once: its name, version, needs, inputs and work.
 
-A stage is named by a fingerprint of everything that decides its result; one that is there already is
-found, not computed.
+`chain` gives them in their order. A run does them (`kvp.pipeline.session`), a sweep foretells them
+(`kvp.pipeline.foretell`). A further stage is a class here and its place in `CHAIN` or `examination`; a further step
+from a model to a plan belongs to `kvp.strategies.steps`.
+
+Inputs name what a stage builds on by fingerprint, not by result: so a whole run is known before any of it is done.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
+from typing_extensions import override
 
-from kvp.data.corpora import find
-from kvp.evaluation.zeroshot import average
 from kvp.models.joined import joined
-from kvp.models.load import load_model, load_tokenizer, resolve_dtype
-from kvp.models.load import save as save_checkpoint
-from kvp.models.mustafar import bytes_per_token
-from kvp.models.plans import REFIT, read_plan, read_scores, write_plan, write_scores
-from kvp.models.shapes import layer_shapes, size
-from kvp.models.sparsity import count_zeros
+from kvp.models.load import load_tokenizer, save
+from kvp.models.plans import write_plan
 from kvp.models.surgery import apply
-from kvp.pipeline import inputs
-from kvp.pipeline.experiment import Checkpoint, Experiment, Record
-from kvp.store import Stage
-from kvp.strategies.base import Scores
-from kvp.types import Plan
+from kvp.pipeline.examination import EXAMINING, examination
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.session import Before, Checkpoint, Inputs, Session, Stage, maker
+from kvp.store import Finished
+from kvp.strategies.steps import STEPS, Step, final_plan
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-def dense(x: Experiment) -> Checkpoint:
-    """The model to prune, as a Hugging Face directory."""
-    identity = x.source.identity()
-    if located := x.source.locate():
-        return Checkpoint(located, inputs.identity_hash(identity))
-    stage = x.once("model", "model", inputs.model(x, identity), x.source.write)
-    return Checkpoint(stage.path, stage.fingerprint)
+MODELS = ("dense", "pruned", "recovered")
 
 
-def join(x: Experiment, dense: Checkpoint) -> Checkpoint:
-    """The dense model with fewer and wider KV heads; itself, unless the strategy asks for them."""
-    if not x.strategy.joins:
-        return dense
+class Model(Stage):
+    """Write the model to prune as a Hugging Face directory; a source that is one already needs no stage."""
 
-    def work(directory: Path) -> dict[str, Any]:
-        model = joined(_stored(dense), x.strategy.joins)
-        save_checkpoint(model, load_tokenizer(dense.path), directory / "model")
-        return {}
+    name = "model"
+    writes_model = True
 
-    stage = x.once("join", "join", inputs.join(x, dense.fingerprint), work)
-    return Checkpoint(stage.path / "model", stage.fingerprint)
+    @override
+    def applies(self, x: Experiment) -> bool:
+        return x.source.locate() is None
 
+    @override
+    def inputs(self, x: Experiment, before: Before) -> Inputs:
+        return {
+            "node": {k: v for k, v in x.node["model"].items() if k not in ("dtype", "name")},
+            "identity": x.source.identity(),
+        }
 
-def score(x: Experiment, dense: Checkpoint) -> tuple[Stage, Scores]:
-    """Local importance of every unit; knows neither budget nor allocator."""
-
-    def work(directory: Path) -> dict[str, Any]:
-        scores = x.strategy.score(x.target(dense))
-        write_scores(directory / "scores.safetensors", scores)
-        return {"spaces": len(scores), **x.calibration_facts(dense)}
-
-    stage = x.once("score", "score", inputs.score(x, dense.fingerprint), work)
-    return stage, read_scores(stage.path / "scores.safetensors")
+    @override
+    def work(self, session: Session, directory: Path) -> Mapping[str, Any] | None:
+        return session.x.source.write(directory / "model")
 
 
-def sensitivity(x: Experiment, dense: Checkpoint, scored: Stage, scores: Scores) -> Stage | None:
-    """Phase A of KVPruner: what the loss loses with each block's KV. None if nobody asks."""
-    if not x.strategy.probes:
-        return None
+class Join(Stage):
+    """Write the dense model with fewer and wider KV heads."""
 
-    def work(directory: Path) -> dict[str, Any]:
-        return {"nats_per_token": x.strategy.sensitivity(x.target(dense), scores).tolist()}
+    name = "join"
+    writes_model = True
 
-    decisive = inputs.sensitivity(x, dense.fingerprint, scored.fingerprint)
-    return x.once("sensitivity", "sensitivity", decisive, work)
+    @override
+    def applies(self, x: Experiment) -> bool:
+        return x.strategy.joins is not None
+
+    @override
+    def inputs(self, x: Experiment, before: Before) -> Inputs:
+        return {"model": before["model"], "num_key_value_heads": x.strategy.joins}
+
+    @override
+    def work(self, session: Session, directory: Path) -> None:
+        dense = session.checkpoint("dense")
+        save(
+            joined(dense.stored(), session.x.strategy.joins), load_tokenizer(dense.path), directory / "model"
+        )
 
 
-def search(
-    x: Experiment, dense: Checkpoint, scored: Stage, sensed: Stage | None, scores: Scores, profile: Tensor
-) -> Stage | None:
-    """The plan of a strategy that looks for it with the model at hand. None if it plans from its scores."""
-    if not x.strategy.searches:
-        return None
+class Planning(Stage):
+    """Take one step from the model to a plan, and keep its value in the store."""
 
-    def work(directory: Path) -> dict[str, Any]:
-        plan = x.strategy.search(x.target(dense), scores, x.budget, profile, directory)
+    def __init__(self, step: Step) -> None:
+        self.step, self.name = step, step.name
+        self.version, self.resumable = step.version, step.resumable
+
+    @override
+    def applies(self, x: Experiment) -> bool:
+        return not x.untouched and self.step.applies(x.strategy)
+
+    @override
+    def inputs(self, x: Experiment, before: Before) -> Inputs:
+        needs = {name: before[name] for name in self.step.needs(x.strategy) if name in before}
+        return {"model": before[maker("joined", before)], **needs, **self.step.inputs(x.strategy, x.asked)}
+
+    @override
+    def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
+        value = self.step.make(session.job, session.values, directory)
+        return {**self.step.write(value, directory), **session.calibration_facts()}
+
+    @override
+    def take(self, session: Session, done: Finished) -> None:
+        session.values.add(self.name, lambda: self.step.read(done.path, done.result, session.values))
+
+
+class Prune(Stage):
+    """Cut the model by its plan."""
+
+    name = "prune"
+    writes_model = True
+
+    @override
+    def applies(self, x: Experiment) -> bool:
+        return not x.untouched
+
+    @override
+    def inputs(self, x: Experiment, before: Before) -> Inputs:
+        plan = {name: before[name] for name in ("plan", "refit") if name in before}
+        return {"model": before[maker("joined", before)], **plan, "cache": x.node["cache"]}
+
+    @override
+    def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
+        x, dense, plan = session.x, session.checkpoint("joined"), final_plan(session.values)
+        cut = apply(dense.stored(), plan)
+        if x.cache is not None:
+            x.cache.check(cut.config)
+            cut.config.kvp_cache = asdict(x.cache)
         write_plan(directory, plan)
-        return x.calibration_facts(dense)
-
-    sensed_by = sensed.fingerprint if sensed else None
-    decisive = inputs.search(x, dense.fingerprint, scored.fingerprint, sensed_by)
-    return x.once("search", "search", decisive, work, resumable=True)
-
-
-def prune(x: Experiment, dense: Checkpoint) -> Checkpoint:
-    """Join KV heads if asked to, score, allocate the budget or search for a plan, compensate if asked to, cut."""
-    if x.untouched:
-        return dense
-    dense = join(x, dense)
-    scored, scores = score(x, dense)
-    sensed = sensitivity(x, dense, scored, scores)
-    x.profile = sensed.result["nats_per_token"] if sensed else None
-    profile = torch.tensor(x.profile or [0.0] * len(layer_shapes(dense.config)))
-    found = search(x, dense, scored, sensed, scores, profile)
-
-    def work(directory: Path) -> dict[str, Any]:
-        plan = read_plan(found.path) if found else x.strategy.plan(dense.config, scores, x.budget, profile)
-        if compensation := x.strategy.compensation:
-            target = x.target(dense)
-            plan = compensation.refit(target.model, target.batches, plan, directory / REFIT)
-        write_plan(directory, plan)
-        _cut(x, dense, plan, directory / "model")
-        shutil.rmtree(directory / REFIT, ignore_errors=True)
+        save(cut, load_tokenizer(dense.path), directory / "model")
         return {"kept": {space.key: list(keep.shape) for space, keep in plan.keep.items()}}
 
-    sensed_by = sensed.fingerprint if sensed else None
-    found_by = found.fingerprint if found else None
-    decisive = inputs.prune(x, dense.fingerprint, scored.fingerprint, sensed_by, found_by)
-    stage = x.once("prune", "prune", decisive, work, resumable=True)
-    return Checkpoint(stage.path / "model", stage.fingerprint)
 
+class Recover(Stage):
+    """Tune the pruned model by LoRA and merge; the dense one teaches if it is asked to."""
 
-def _cut(x: Experiment, dense: Checkpoint, plan: Plan, directory: Path) -> None:
-    cut = apply(_stored(dense), plan)
-    if x.cache is not None:
-        x.cache.check(cut.config)
-        cut.config.kvp_cache = asdict(x.cache)
-    save_checkpoint(cut, load_tokenizer(dense.path), directory)
+    name = "recover"
+    resumable = True
+    writes_model = True
 
+    @override
+    def applies(self, x: Experiment) -> bool:
+        return x.recovery is not None
 
-def _stored(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model as its files hold it, on the CPU."""
-    dtype = resolve_dtype(str(checkpoint.config.dtype).removeprefix("torch."), "cpu")
-    return load_model(checkpoint.path, dtype=dtype, device="cpu")
+    @override
+    def inputs(self, x: Experiment, before: Before) -> Inputs:
+        assert x.recovery is not None
+        teacher = {"teacher": before["model"]} if x.recovery.distillation else {}
+        options = x.recovery.identity(x.corpora)
+        return {
+            "model": before[maker("pruned", before)],
+            "recovery": options,
+            "seed": x.node["seed"],
+            **teacher,
+        }
 
-
-def recover(x: Experiment, dense: Checkpoint, pruned: Checkpoint) -> Checkpoint | None:
-    """LoRA on the pruned model, merged; the dense one teaches if it is asked to."""
-    recovery = x.recovery
-    if recovery is None:
-        return None
-
-    def work(directory: Path) -> dict[str, Any]:
-        x.unload()
-        return recovery.recover(
-            pruned.path,
+    @override
+    def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
+        x = session.x
+        assert x.recovery is not None
+        session.unload()
+        return x.recovery.recover(
+            session.checkpoint("pruned").path,
             directory,
             corpora=x.corpora,
             seed=x.node["seed"],
             device=x.device,
-            teacher=dense.path,
+            teacher=session.checkpoint("dense").path,
         )
 
-    decisive = inputs.recover(x, dense.fingerprint, pruned.fingerprint)
-    stage = x.once("recover", "recover", decisive, work, resumable=True)
-    x.recovery_result = stage.result | ({"teacher": dense.fingerprint} if recovery.distillation else {})
-    x.losses = [json.loads(line) for line in (stage.path / "losses.jsonl").read_text().splitlines()]
-    return Checkpoint(stage.path / "model", stage.fingerprint)
+
+CHAIN: dict[str, tuple[Stage, ...]] = {  # what makes each model
+    "dense": (Model(),),
+    "pruned": (Join(), *map(Planning, STEPS), Prune()),
+    "recovered": (Recover(),),
+}
+KINDS = (*(stage.name for made in CHAIN.values() for stage in made), *(kind.name for kind in EXAMINING))
 
 
-def evaluate(x: Experiment, checkpoint: Checkpoint) -> Record:
-    """Perplexity per corpus and accuracy per task, each a stage of its own."""
-    perplexity = {
-        name: _perplexity(x, checkpoint, name) for name in (x.perplexity.corpora if x.perplexity else ())
-    }
-    tasks = {name: _zero_shot(x, checkpoint, name) for name in (x.zero_shot.tasks if x.zero_shot else ())}
-    return {
-        "perplexity": perplexity,
-        "zero_shot": {**tasks, "average": average(tasks) if tasks else None},
-    }
+def making(x: Experiment, model: str) -> list[Stage]:
+    """Return the stages of a run that make a model."""
+    return [stage for stage in CHAIN[model] if stage.applies(x)]
 
 
-def _perplexity(x: Experiment, checkpoint: Checkpoint, name: str) -> Record:
-    perplexity, corpus = x.perplexity, find(x.corpora, name)
-    assert perplexity is not None
-    decisive = inputs.perplexity(x, checkpoint.fingerprint, name)
-
-    def work(directory: Path) -> dict[str, Any]:
-        return perplexity.evaluate(x.load(checkpoint), load_tokenizer(checkpoint.path), corpus)
-
-    stage = x.once(f"evaluate/perplexity/{name}", "perplexity", decisive, work)
-    return {**stage.result, "dtype": str(x.dtype), "overlap": overlap(x, decisive["corpus"])}
+def chain(x: Experiment) -> Iterator[Stage]:
+    """Yield every stage of a run, in its order."""
+    for model in MODELS:
+        yield from making(x, model)
+        yield from examination(x, model)
 
 
-def _zero_shot(x: Experiment, checkpoint: Checkpoint, task: str) -> Record:
-    zero_shot = x.zero_shot
-    assert zero_shot is not None
-
-    def work(directory: Path) -> dict[str, Any]:
-        return zero_shot.evaluate(x.load(checkpoint), load_tokenizer(checkpoint.path), task)
-
-    decisive = inputs.zero_shot(x, checkpoint.fingerprint, task)
-    stage = x.once(f"evaluate/zero_shot/{task}", "zero_shot", decisive, work)
-    return {**stage.result, "dtype": str(x.dtype)}
+def make(session: Session, model: str) -> Checkpoint:
+    """Do the stages that make "dense", "pruned" or "recovered"."""
+    for stage in making(session.x, model):
+        session.once(stage)
+    return session.checkpoint(model)
 
 
-def overlap(x: Experiment, evaluated: Mapping[str, Any]) -> dict[str, str]:
-    """Whether calibration or recovery read the evaluated text: "none", "same corpus", "same text"."""
-    read = {
-        "calibration": (x.calibration_identity() or {}).get("corpora", []) if not x.unpruned else [],
-        "recovery": x.recovery.data.identity(x.corpora).get("corpora", []) if x.recovery else [],
-    }
-
-    def kind(other: Mapping[str, Any]) -> int:
-        return 2 if other == evaluated else int(other["name"] == evaluated["name"])
-
-    names = ("none", "same corpus", "same text")
-    return {reader: names[max(map(kind, sources), default=0)] for reader, sources in read.items()}
+def examine(session: Session, model: str) -> dict[str, Finished]:
+    """Do the stages that look at a model, and return them by place."""
+    return {stage.place: session.once(stage) for stage in examination(session.x, model)}
 
 
-def sparsity(x: Experiment, checkpoint: Checkpoint) -> Record | None:
-    """The zeros of a model, if the strategy makes any."""
-    if not x.strategy.sparsifies:
-        return None
+def check_force(x: Experiment) -> None:
+    """Refuse to compute a stage again that does not exist.
 
-    def work(directory: Path) -> dict[str, Any]:
-        return count_zeros(checkpoint.path, checkpoint.config)
-
-    return x.once("sparsity", "sparsity", inputs.sparsity(checkpoint.fingerprint), work).result
-
-
-def measure(x: Experiment, checkpoint: Checkpoint) -> Record | None:
-    """Tokens per second and memory, in a process of its own."""
-    protocol = x.protocol
-    if protocol is None:
-        return None
-
-    def work(directory: Path) -> dict[str, Any]:
-        x.unload()
-        dtype = str(x.dtype).removeprefix("torch.")
-        return protocol.measure(checkpoint.path, device=x.device, dtype=dtype)
-
-    result = x.once("measure", "measure", inputs.measure(x, checkpoint.fingerprint), work).result
-    expected = bytes_per_token(checkpoint.config, x.dtype.itemsize)
-    if result["kv_bytes_per_token"] != expected:
-        raise RuntimeError(
-            f"the cache of {checkpoint.path} holds {result['kv_bytes_per_token']} bytes per token, its shapes "
-            f"say {expected}: the checkpoint and its config disagree"
+    Raises:
+        ValueError: Names the stages there are.
+    """
+    if unknown := [kind for kind in x.force if kind not in KINDS]:
+        raise ValueError(
+            f"force is a list of stages to compute again, such as [prune], of {', '.join(KINDS)}; got "
+            f"{', '.join(unknown)}"
         )
-    return result
-
-
-def examine(x: Experiment, checkpoint: Checkpoint) -> Record:
-    """Everything the record says of one model."""
-    config, shapes = checkpoint.config, layer_shapes(checkpoint.config)
-    widths = [{k: v for k, v in asdict(shape).items() if k != "rope_pairs"} for shape in shapes]
-    return {
-        "checkpoint": str(checkpoint.path),
-        "size": {**asdict(size(config, shapes)), "layers": widths, "sparsity": sparsity(x, checkpoint)},
-        "evaluation": evaluate(x, checkpoint),
-        "measure": measure(x, checkpoint),
-    }

@@ -71,12 +71,14 @@ class Strategy(ABC):
 
     Class attributes:
         late: Fields that do not change the scores; they are left out of the score stage's fingerprint.
+        prunes: Whether it removes anything; false: the dense baseline.
 
     Attributes:
         compensation: What the kept weights do for those that were cut; None: nothing.
     """
 
     late: ClassVar[tuple[str, ...]] = ("compensation",)
+    prunes: ClassVar[bool] = True
 
     compensation: Compensation | None = None
 
@@ -132,8 +134,13 @@ class Strategy(ABC):
         """(layers,) how much the loss rises, in nats per token, without each layer's part."""
         raise AssertionError(f"{type(self).__name__} asks for no sensitivity profile")
 
-    def probe_inputs(self, scores: str) -> dict[str, Any]:
-        """What decides the profile, besides model and calibration; `scores` is their fingerprint."""
+    @property
+    def probes_by_score(self) -> bool:
+        """Whether `sensitivity` reads the scores."""
+        return False
+
+    def probe_inputs(self) -> dict[str, Any]:
+        """Return what decides the profile, besides model, calibration and scores."""
         raise AssertionError(f"{type(self).__name__} asks for no sensitivity profile")
 
     @abstractmethod
@@ -239,15 +246,24 @@ class ScoreStrategy(Strategy):
         profile[[n for n, _ in removals]] = losses - base
         return profile
 
-    def probe_inputs(self, scores: str) -> dict[str, Any]:
-        """Removing the whole attention depends on no score."""
+    @property
+    def probes_by_score(self) -> bool:
+        """Only the partial probe: removing the whole attention depends on no score."""
+        return isinstance(self.allocator, Sensitivity) and self.allocator.probe == "partial"
+
+    def probe_inputs(self) -> dict[str, Any]:
+        """Return the options of the probe, and for the partial one those that bind units together."""
         allocator = self.allocator
         assert isinstance(allocator, Sensitivity)
-        if allocator.probe == "attention":
+        if not self.probes_by_score:
             return {"probe": "attention", "samples": allocator.probe_samples}
         late = {name: getattr(self, name) for name in self.late if name not in ScoreStrategy.late}
-        ratio, samples = allocator.probe_ratio, allocator.probe_samples
-        return {"probe": "partial", "ratio": ratio, "samples": samples, "scores": scores, **late}
+        return {
+            "probe": "partial",
+            "ratio": allocator.probe_ratio,
+            "samples": allocator.probe_samples,
+            **late,
+        }
 
     def _partial_plans(self, config: PretrainedConfig, scores: Scores, ratio: float) -> dict[int, Plan]:
         """Per layer, the plan that removes `ratio` of its units and touches no other layer."""

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from kvp.models.joined import joined_config
 from kvp.models.load import load_config
 from kvp.models.shapes import itemsize, layer_shapes, size
-from kvp.pipeline.experiment import VERSIONS, Experiment
+from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import Foretold, foretell
 from kvp.pipeline.runfile import finished_before
+from kvp.pipeline.stages import KINDS
 from kvp.strategies.signals.gradients import scoring_bytes
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def census(experiments: Sequence[Experiment]) -> Iterator[str]:
     """Line by line; a stage that several jobs share is counted once."""
-    before = sum(finished_before(x.runs / x.name) is not None for x in experiments)
+    before = sum(finished_before(x.directory) is not None for x in experiments)
     yield f"{len(experiments)} jobs, {before} of them finished before"
     for runs, store in sorted({(str(x.runs), str(x.store.root)) for x in experiments}):
         yield f"runs in {runs}, stages in {store}"
@@ -42,7 +43,7 @@ def census(experiments: Sequence[Experiment]) -> Iterator[str]:
                     configs[dense] = load_config(dense) if there else x.source.expected()
                 config = joined_config(configs[dense], x.strategy.joins)
                 weights = size(config, layer_shapes(config)).params * itemsize(config)
-                made = [stage for stage in missing if stage.kind in ("model", "join", "prune", "recover")]
+                made = [stage for stage in missing if stage.writes_model]
                 checkpoints |= {stage.fingerprint: weights for stage in made}
                 memory = max(memory, _memory(x, missing, config))
         except (OSError, ValueError):
@@ -61,7 +62,7 @@ def census(experiments: Sequence[Experiment]) -> Iterator[str]:
 
 def _stages(stages: Sequence[Foretold], unknown: int) -> Iterator[str]:
     missing = Counter(stage.kind for stage in stages if not stage.stands)
-    kinds = ", ".join(f"{missing[kind]} {kind}" for kind in VERSIONS if missing[kind])
+    kinds = ", ".join(f"{missing[kind]} {kind}" for kind in KINDS if missing[kind])
     told = f"{len(stages)} stages: {len(stages) - missing.total()} stand, {missing.total()} to compute"
     yield f"{told} ({kinds})" if missing else told
     if unknown:

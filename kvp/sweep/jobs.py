@@ -34,4 +34,11 @@ def compose(loader: ConfigLoader, sweep: DictConfig, job: list[str]) -> Experime
     """The experiment of a job; fails on an option that is not to be had, before anything is launched."""
     config = loader.load_sweep_config(sweep, job)
     OmegaConf.set_readonly(config, False)
-    return Experiment.compose(config, job)
+    x = Experiment.compose(config, job)
+    if x.force:
+        from kvp.pipeline.stages import (
+            check_force,  # modelling code, which other sweeps need not wait for yet
+        )
+
+        check_force(x)
+    return x

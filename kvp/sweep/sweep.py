@@ -38,7 +38,7 @@ class Outcome:
     @classmethod
     def of(cls, x: Experiment, returned: JobReturn | None) -> Outcome:
         """From what the launcher returned; where it returned nothing, run.json knows."""
-        directory = x.runs / x.name
+        directory = x.directory
         if returned and returned.status == JobStatus.FAILED:
             return cls(directory.name, "failed", read(directory), str(returned._return_value))
         if returned:
@@ -68,7 +68,6 @@ def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: 
         if isinstance(x.tracker, Wandb) and x.tracker.group is None and x.group != group:
             job.append(f"tracker.group={group}")
         if x.force and not any(word.startswith("since=") for word in job):
-            x.since = began
             job.append(f"since={began}")  # what one job has made again, the others find
     for words in census(experiments):
         console.print(words, soft_wrap=True, highlight=False)

@@ -35,17 +35,16 @@ def attempt(x: Experiment, number: int) -> str:
     """
     from kvp.pipeline.run import run
 
-    directory, why = x.runs / x.name, None
+    directory, why = x.directory, None
     with _output_to(directory / LOG):
         try:
-            told = facts(run(x))
+            told = facts(run(x).data())
         except Exception as error:
             traceback.print_exc()
             why = told = reason(type(error).__name__, str(error))
             traceback.clear_frames(error.__traceback__)
     print(line(number, "failed" if why else "finished", x.name, told), flush=True)
     if why:
-        x.unload()
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()

@@ -41,7 +41,7 @@ def compose_here(tmp_path, *more):
 
 
 def run_here(tmp_path, *more):
-    return run(Experiment.compose(compose_here(tmp_path, *more)))
+    return run(Experiment.compose(compose_here(tmp_path, *more))).data()
 
 
 def main_here(monkeypatch, capsys, *words):

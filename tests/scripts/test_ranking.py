@@ -9,7 +9,8 @@ from experiments.scripts.chosen import chosen
 from experiments.scripts.ranking import agreement, compare, rises, spearman, table
 from kvp.models.load import load_model
 from kvp.models.surgery import apply
-from kvp.pipeline.stages import dense
+from kvp.pipeline.session import Session
+from kvp.pipeline.stages import make
 from kvp.types import Plan, Space
 
 WORDS = (
@@ -34,10 +35,11 @@ def experiment(store):
 
 @torch.no_grad()
 def test_rises_are_those_of_the_cut_models(experiment):
-    checkpoint = dense(experiment)
-    found = rises(experiment, checkpoint, samples=2)
+    session = Session(experiment)
+    checkpoint = make(session, "dense")
+    found = rises(session, samples=2)
     model = load_model(checkpoint.path, dtype=torch.float32, device="cpu")
-    ids = experiment.sample(checkpoint)[:2]
+    ids = session.calibration[:2]
     base = model(ids, labels=ids).loss
     assert len(found) == 10
     for space, rise in list(found.items())[::3]:

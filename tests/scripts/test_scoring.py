@@ -17,8 +17,8 @@ SMOKE = (*COMMON, "debug=smoke")
     ("words", "steps"),
     [
         (["strategy=kvpruner"], {"score", "sensitivity", "plan"}),
-        (["strategy=flap"], {"score", "plan", "compensation"}),
-        (["strategy=adapruner", "strategy.trials=2"], {"score", "search"}),
+        (["strategy=flap"], {"score", "plan", "refit"}),
+        (["strategy=adapruner", "strategy.trials=2"], {"score", "plan"}),
     ],
 )
 def test_cost_of_a_method_step_by_step(words, steps, tmp_path):

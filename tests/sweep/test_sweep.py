@@ -54,7 +54,7 @@ def kvp_here(monkeypatch, capsys, *words):
 
 def composed(*words):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return Experiment.compose(compose("config", overrides=list(words)))
+        return Experiment.compose(compose("config", overrides=list(words), return_hydra_config=True))
 
 
 def records(tmp_path):
@@ -109,7 +109,7 @@ def test_a_sweep_has_a_header_lines_a_table_and_an_exit_code(swept):
     lines = stdout.splitlines()
     assert lines[0] == "3 jobs, 0 of them finished before"
     assert lines[2] == (
-        "10 stages: 0 stand, 10 to compute (1 model, 1 score, 1 sensitivity, 3 prune, 4 perplexity)"
+        "13 stages: 0 stand, 13 to compute (1 model, 1 score, 1 sensitivity, 3 plan, 3 prune, 4 perplexity)"
     )
     assert lines[3].startswith("memory: about ")  # the model is not written yet
     told = [line for line in lines if line.startswith("[")]
@@ -120,7 +120,7 @@ def test_a_sweep_has_a_header_lines_a_table_and_an_exit_code(swept):
     ]
     assert "25.0 % of kv_cache; perplexity squad" in told[0]
     assert "the nearest is" in told[1]
-    assert "4 found, 2 computed" in told[2]  # scores, profile and the dense baseline are shared
+    assert "4 found, 3 computed" in told[2]  # scores, profile and the dense baseline are shared
     assert "2 of 3 jobs finished" in stdout
     assert stdout.count("│ tiny-kvpruner") == 3
     assert stderr.strip().splitlines()[-1].startswith("kvp: error: 1 of 3 jobs failed")
@@ -143,9 +143,9 @@ def test_the_same_command_finds_what_is_finished_and_tries_the_rest_again(swept,
     code, stdout, _ = kvp_here(monkeypatch, capsys, *words)
     assert code == 1
     assert "3 jobs, 2 of them finished before" in stdout
-    assert "10 stages: 8 stand, 2 to compute (1 prune, 1 perplexity)" in stdout
+    assert "13 stages: 10 stand, 3 to compute (1 plan, 1 prune, 1 perplexity)" in stdout
     assert "[2/3] failed   tiny-kvpruner-kv_cache0.9" in stdout
-    assert stdout.count("6 found, 0 computed") == 4  # two lines, two rows
+    assert stdout.count("7 found, 0 computed") == 4  # two lines, two rows
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/**/manifest.json")} == written
 
 
@@ -161,7 +161,7 @@ def test_stages_are_foretold_as_they_are_computed(swept):
             assert all(stage.stands for stage in chain)
             chain, _ = foretell(composed(*record["overrides"], "force=[sensitivity]"))
             again = [stage.name for stage in chain if not stage.stands]
-            assert again == ["sensitivity", "prune", "evaluate/perplexity/squad"]
+            assert again == ["sensitivity", "plan", "prune", "evaluate/perplexity/squad"]
 
 
 def test_force_computes_once_what_it_names_and_what_follows(swept, monkeypatch, capsys):
@@ -169,12 +169,12 @@ def test_force_computes_once_what_it_names_and_what_follows(swept, monkeypatch, 
     two = [word.replace("0.25,0.9,0.5", "0.25,0.5") for word in words]
     code, stdout, _ = kvp_here(monkeypatch, capsys, *two, "force=[score]")
     assert code == 0
-    assert "3 stand, 5 to compute (1 score, 2 prune, 2 perplexity)" in stdout  # the probe needs no scores
-    assert "3 found, 3 computed" in stdout
-    assert "4 found, 2 computed" in stdout  # the second job finds the new scores of the first
+    assert "3 stand, 7 to compute (1 score, 2 plan, 2 prune, 2 perplexity)" in stdout  # the probe needs no scores
+    assert "3 found, 4 computed" in stdout
+    assert "4 found, 3 computed" in stdout  # the second job finds the new scores of the first
     assert len(list(tmp_path.glob("store/score/.*.replaced-1"))) == 1
     code, stdout, _ = kvp_here(monkeypatch, capsys, *two)
-    assert stdout.count("6 found, 0 computed") == 4
+    assert stdout.count("7 found, 0 computed") == 4
 
 
 @pytest.mark.parametrize(

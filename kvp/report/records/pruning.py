@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-STAGES = ("join", "score", "sensitivity", "search", "prune")
+STAGES = ("join", "score", "sensitivity", "search", "plan", "refit", "prune")
 
 
 def pruning(record: Mapping[str, Any]) -> dict[str, float | None] | None:

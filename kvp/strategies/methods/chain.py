@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvp.models.family import family_of
-from kvp.models.plans import REFIT, edits_file
+from kvp.models.plans import edits_file
 from kvp.models.shapes import layer_shapes
 from kvp.models.uncut import uncut
 from kvp.strategies.base import Scores, Strategy, Target
 from kvp.strategies.signals.walk import move, on_cpu
+from kvp.strategies.steps import Job, find_plan
 from kvp.strategies.templates.wrapper import Wrapper
 from kvp.types import Budget, Plan
 
@@ -85,31 +86,21 @@ class Chain(Wrapper):
         """The first's plan, whose edits put the second's zeros into the matrices before the cut."""
         from kvp.models.surgery import apply  # imports seconds of modelling code
 
-        places = [directory / name for name in ("first", "second")]
-        for place in places:
-            place.mkdir(exist_ok=True)
-        plan = self._cut(target, scores, budget, profile, places[0])
+        job = Job(self.first, budget, target.config, lambda: target)
+        plan = find_plan(job, directory / "first", {"score": scores, "sensitivity": profile})
+        second = directory / "second"
+        second.mkdir(exist_ok=True)
         with on_cpu(target.model) as device:
             cut = apply(target.model, plan)
             self.second.check(cut.config, self.ratio)
             move(cut, device)
             none = torch.zeros(len(layer_shapes(cut.config)))
-            zeroed = self.second.search(replace(target, model=cut), {}, self.ratio, none, places[1])
+            zeroed = self.second.search(replace(target, model=cut), {}, self.ratio, none, second)
             edits = {**plan.edits, **uncut(target.model, plan, zeroed.edits)}
         for layer in range(len(layer_shapes(target.config))):
             prefix = f"{family_of(target.config).layers}.{layer}."
             own = {name: edit for name, edit in edits.items() if name.startswith(prefix)}
             save_file(own, edits_file(directory, layer))
-        for place in places:
+        for place in (directory / "first", second):
             shutil.rmtree(place)
         return replace(plan, edits=edits)
-
-    def _cut(self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path) -> Plan:
-        if self.first.searches:
-            plan = self.first.search(target, scores, budget, profile, directory)
-        else:
-            plan = self.first.plan(target.config, scores, budget, profile)
-        compensation = self.first.compensation
-        if compensation is None:
-            return plan
-        return compensation.refit(target.model, target.batches, plan, directory / REFIT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class NoPruning(Strategy):
     """Keeps everything, whatever the ratio."""
+
+    prunes: ClassVar[bool] = False
 
     @property
     def needs_calibration(self) -> bool:

@@ -47,9 +47,14 @@ class Wrapper(Strategy):
         """The first's."""
         return self.first.sensitivity(target, scores)
 
-    def probe_inputs(self, scores: str) -> dict[str, Any]:
+    @property
+    def probes_by_score(self) -> bool:
+        """As the first does."""
+        return self.first.probes_by_score
+
+    def probe_inputs(self) -> dict[str, Any]:
         """The first's."""
-        return self.first.probe_inputs(scores)
+        return self.first.probe_inputs()
 
     def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
         """Not to be had without the model: see `search`."""

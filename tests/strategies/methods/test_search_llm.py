@@ -216,7 +216,7 @@ def test_kill_in_the_middle_of_the_search_gives_the_same_plan(tmp_path):
     process = start_kvp(*overrides(tmp_path / "killed", *options))
     deadline, killed = time.time() + 120, ""
     while killed.count("\n") < 30 and process.is_alive() and time.time() < deadline:
-        partial = list((tmp_path / "killed" / "store" / "search").glob(".*.partial/trials.jsonl"))
+        partial = list((tmp_path / "killed" / "store" / "plan").glob(".*.partial/trials.jsonl"))
         killed = partial[0].read_text() if partial else ""
         time.sleep(0.001)
     process.kill()
@@ -227,17 +227,17 @@ def test_kill_in_the_middle_of_the_search_gives_the_same_plan(tmp_path):
     def written(record, stage, name):
         return Path(next(s["path"] for s in record["stages"] if s["name"] == stage), name).read_bytes()
 
-    trials = written(resumed, "search", "trials.jsonl")
+    trials = written(resumed, "plan", "trials.jsonl")
     assert trials.startswith(killed[: killed.rfind("\n") + 1].encode())  # found, not measured again
-    assert trials == written(undisturbed, "search", "trials.jsonl")
+    assert trials == written(undisturbed, "plan", "trials.jsonl")
     for stage, name in [
-        ("search", "plan.json"),
+        ("plan", "plan.json"),
         ("prune", "plan.json"),
         ("prune", "model/model.safetensors"),
     ]:
         assert written(resumed, stage, name) == written(undisturbed, stage, name)
     other = run_here(tmp_path / "whole", *options, "strategy/compensation=none")
-    assert next(s["found"] for s in other["stages"] if s["name"] == "search")
+    assert next(s["found"] for s in other["stages"] if s["name"] == "plan")
     assert not next(s["found"] for s in other["stages"] if s["name"] == "prune")
 
 

@@ -1,0 +1,176 @@
+"""The stages that look at a model, dense, pruned or recovered alike: zeros, perplexity, tasks, speed and memory."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from typing_extensions import override
+
+from kvp.data.corpora import find
+from kvp.models.load import load_tokenizer
+from kvp.models.mustafar import bytes_per_token
+from kvp.models.sparsity import count_zeros
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.session import Before, Inputs, Session, Stage, maker
+from kvp.provenance import hardware
+
+
+@dataclass(frozen=True)
+class Examining(Stage):
+    """Look at one of the models.
+
+    Attributes:
+        model: "dense", "pruned" or "recovered".
+    """
+
+    precedes = False
+    model: str
+
+    @classmethod
+    @abstractmethod
+    def of(cls, x: Experiment, model: str) -> list[Self]:
+        """Return the stages of this kind that a run has for a model."""
+
+
+class Sparsity(Examining):
+    """Count the zeros of a model."""
+
+    name = "sparsity"
+
+    @override
+    @classmethod
+    def of(cls, x: Experiment, model: str) -> list[Self]:
+        return [cls(model)] if x.strategy.sparsifies else []
+
+    @override
+    def inputs(self, x: Experiment, before: Before) -> Inputs:
+        return {"model": before[maker(self.model, before)]}
+
+    @override
+    def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
+        checkpoint = session.checkpoint(self.model)
+        return count_zeros(checkpoint.path, checkpoint.config)
+
+
+@dataclass(frozen=True)
+class Perplexity(Examining):
+    """Measure the perplexity of a model on one corpus."""
+
+    name = "perplexity"
+    corpus: str
+
+    @override
+    @classmethod
+    def of(cls, x: Experiment, model: str) -> list[Self]:
+        return [cls(model, corpus) for corpus in x.perplexity.corpora] if x.perplexity else []
+
+    @property
+    @override
+    def place(self) -> str:
+        return f"evaluate/perplexity/{self.corpus}"
+
+    @override
+    def inputs(self, x: Experiment, before: Before) -> Inputs:
+        assert x.perplexity is not None
+        return {
+            "model": before[maker(self.model, before)],
+            "dtype": str(x.dtype),
+            "protocol": without(asdict(x.perplexity), "corpora"),
+            "corpus": find(x.corpora, self.corpus).identity(x.perplexity.part),
+        }
+
+    @override
+    def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
+        x, checkpoint = session.x, session.checkpoint(self.model)
+        assert x.perplexity is not None
+        tokenizer, corpus = load_tokenizer(checkpoint.path), find(x.corpora, self.corpus)
+        return x.perplexity.evaluate(session.load(checkpoint), tokenizer, corpus)
+
+
+@dataclass(frozen=True)
+class ZeroShot(Examining):
+    """Measure the accuracy of a model on one task."""
+
+    name = "zero_shot"
+    task: str
+
+    @override
+    @classmethod
+    def of(cls, x: Experiment, model: str) -> list[Self]:
+        return [cls(model, task) for task in x.zero_shot.tasks] if x.zero_shot else []
+
+    @property
+    @override
+    def place(self) -> str:
+        return f"evaluate/zero_shot/{self.task}"
+
+    @override
+    def inputs(self, x: Experiment, before: Before) -> Inputs:
+        assert x.zero_shot is not None
+        return {
+            "model": before[maker(self.model, before)],
+            "dtype": str(x.dtype),
+            "protocol": without(asdict(x.zero_shot), "tasks"),
+            "task": self.task,
+        }
+
+    @override
+    def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
+        x, checkpoint = session.x, session.checkpoint(self.model)
+        assert x.zero_shot is not None
+        return x.zero_shot.evaluate(session.load(checkpoint), load_tokenizer(checkpoint.path), self.task)
+
+
+class Measure(Examining):
+    """Time a model and weigh its memory, in a process of its own."""
+
+    name = "measure"
+
+    @override
+    @classmethod
+    def of(cls, x: Experiment, model: str) -> list[Self]:
+        return [cls(model)] if x.protocol else []
+
+    @override
+    def inputs(self, x: Experiment, before: Before) -> Inputs:
+        assert x.protocol is not None
+        return {
+            "model": before[maker(self.model, before)],
+            "protocol": asdict(x.protocol),
+            "dtype": str(x.dtype).removeprefix("torch."),
+            "device": list(hardware(x.device).values()),
+        }
+
+    @override
+    def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
+        x, checkpoint = session.x, session.checkpoint(self.model)
+        assert x.protocol is not None
+        session.unload()
+        dtype = str(x.dtype).removeprefix("torch.")
+        result = x.protocol.measure(checkpoint.path, device=x.device, dtype=dtype)
+        expected = bytes_per_token(checkpoint.config, x.dtype.itemsize)
+        if result["kv_bytes_per_token"] != expected:
+            raise RuntimeError(
+                f"the cache of {checkpoint.path} holds {result['kv_bytes_per_token']} bytes per token, its shapes "
+                f"say {expected}: the checkpoint and its config disagree"
+            )
+        return result
+
+
+EXAMINING: tuple[type[Examining], ...] = (Sparsity, Perplexity, ZeroShot, Measure)
+
+
+def examination(x: Experiment, model: str) -> list[Examining]:
+    """Return the stages of a run that look at a model; none where it is the dense one again, or not made."""
+    if (model == "pruned" and x.untouched) or (model == "recovered" and x.recovery is None):
+        return []
+    return [stage for kind in EXAMINING for stage in kind.of(x, model)]
+
+
+def without(node: Mapping[str, Any], *names: str) -> Inputs:
+    """Return a mapping without some keys."""
+    return {key: value for key, value in node.items() if key not in names}
