@@ -149,8 +149,11 @@ def recover(x: Experiment, dense: Checkpoint, pruned: Checkpoint) -> Checkpoint 
         return None
 
     def work(directory: Path) -> dict[str, Any]:
+        from kvp.recovery.training import train  # imports seconds of peft and Trainer
+
         x.unload()
-        return recovery.recover(
+        return train(
+            recovery,
             pruned.path,
             directory,
             corpora=x.corpora,
