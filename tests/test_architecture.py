@@ -79,6 +79,29 @@ def test_imports_go_one_way(path):
     assert "utils" not in name
 
 
+def test_no_module_imports_itself_through_others():
+    """Imports inside functions count too: a module below never reaches up to one that stands on it."""
+    names = {f"kvp.{name_of(path)}".removesuffix(".__init__"): path for path in MODULES}
+    standing_on = {name: _modules(path, names) - {name} for name, path in names.items()}
+    assert sum(map(len, standing_on.values())) > 500
+    while free := [name for name, below in standing_on.items() if not below & standing_on.keys()]:
+        for name in free:
+            del standing_on[name]
+    assert not standing_on, f"in or above a circle: {sorted(standing_on)}"
+
+
+def _modules(path: Path, names: dict[str, Path]) -> set[str]:
+    """Return the modules of `names` that a file imports: `from package import module` means the module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            within = {f"{node.module}.{alias.name}" for alias in node.names} & names.keys()
+            found |= within or ({node.module} & names.keys())
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & names.keys()
+    return found
+
+
 def test_every_package_is_in_the_wheel():
     named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     files = [file for top in ("kvp", "hydra_plugins") for file in (ROOT / top).rglob("*.py")]
