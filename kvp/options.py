@@ -7,8 +7,8 @@
 
     Budget(value=1.5)  # ValueError: ratio.value must be in [0, 1), got 1.5: it is the fraction removed
 
-An error says the option, its bound, the value, and the field's description. What hangs on several fields is a
-`__post_init__` that raises ValueError in the same form.
+An error names the option, its bound, the value, and the field's description. A check that depends on several fields is
+a `__post_init__` that raises ValueError in the same form.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Space:
 
 @options
 class Budget:
-    """How much to remove: the fraction `value` of the denominator `of`.
+    """An amount to remove: the fraction `value` of the denominator `of`.
 
     | of           | counts                                                                            |
     | ------------ | --------------------------------------------------------------------------------- |
@@ -74,7 +74,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which indices stay, per space, and which parameters are rewritten before the cut.
+    """The indices that stay, per space, and the parameters that are rewritten before the cut.
 
     All indices refer to the model that the plan was made for.
 

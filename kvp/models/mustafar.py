@@ -29,7 +29,7 @@ WORD = 8  # channels per word of the bitmap
 
 @options
 class Mustafar:
-    """How sparse the cache is; a fraction of channels is rounded down."""
+    """The sparsity of a cache; a fraction of channels is rounded down."""
 
     node: ClassVar[str] = "cache"
     key_sparsity: float = Field(
@@ -97,7 +97,7 @@ def pack(states: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Values are (..., count). The bitmap is (..., width / 8) bytes; channel c is bit c % 8 of byte c // 8.
     """
-    index = states.abs().topk(count).indices.sort().values
+    index = states.abs().topk(count).indices.sort().values  # the paper's per-token magnitude pruning
     stays = torch.zeros_like(states, dtype=torch.uint8).scatter_(-1, index, 1)
     words = stays.unflatten(-1, (states.shape[-1] // WORD, WORD)) << _bits(states)
     return states.gather(-1, index), words.sum(-1, dtype=torch.uint8)

@@ -78,6 +78,7 @@ def divergence(student: Tensor, teacher: Tensor, counts: Tensor, temperature: fl
 
 
 def _divergence(student: Tensor, teacher: Tensor, counts: Tensor, temperature: float) -> Tensor:
+    # Hinton et al., section 2: both distributions at the temperature, the gradient scaled back by its square
     found, expected = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
     nats = functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1)
     return temperature**2 * (nats * counts).sum()
