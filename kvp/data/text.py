@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
 
 from kvp.data.corpora import Corpus, Selection, find
 from kvp.data.tokens import encode, windows
+from kvp.options import options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class PackedText(Selection):
-    """Non-overlapping windows over the documents of `corpora`.
+    """Non-overlapping windows over the documents of one or more corpora."""
 
-    Attributes:
-        length: Tokens of a window.
-        max_tokens: Tokens in all, an equal share from each corpus; None for everything.
-    """
-
-    length: int
-    max_tokens: int | None = None
+    node: ClassVar[str] = "recovery.data"
+    length: int = Field(ge=2, description="tokens of a window; one token predicts nothing")
+    max_tokens: int | None = Field(
+        default=None, description="tokens in all, an equal share per corpus; null: all"
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.length < 2:
-            raise ValueError(f"length must be >= 2, got {self.length}: one token predicts nothing")
         least = self.length * len(self.corpora)
         if self.max_tokens is not None and self.max_tokens < least:
             raise ValueError(
-                f"max_tokens must be >= {least} (a window per corpus) or null, got {self.max_tokens}"
+                f"recovery.data.max_tokens must be >= {least} (a window per corpus) or null, got {self.max_tokens}"
             )
 
     def examples(
         self, tokenizer: PreTrainedTokenizerBase, corpora: Mapping[str, Corpus]
     ) -> list[dict[str, list[int]]]:
-        """One example per window; its labels are its `input_ids`.
+        """Return one example per window; labels equal `input_ids`.
 
         Raises:
             ValueError: A corpus is unknown or fills no window.

@@ -13,26 +13,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+IGNORE = -100  # the label that the cross-entropy skips
+
+
 def encode(
     documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, join: str = "\n\n", bos: bool = False
 ) -> Tensor:
-    """The joined documents as one stream of ids, int64 of shape (tokens,), tokenised once as a whole.
+    """Return the joined documents as one stream of ids, int64 of shape (tokens,), tokenised once as a whole.
 
-    The tokenizer adds no special tokens of its own; with `bos` one BOS opens the stream.
+    The tokenizer adds no special tokens. With `bos` one BOS opens the stream.
 
     Raises:
-        ValueError: `bos` is asked for and the tokenizer has none.
+        ValueError: `bos` is set and the tokenizer has no BOS.
     """
-    # verbose=False: a stream is longer than any model's window, and is cut before a model sees it.
+    # verbose=False: the stream is longer than a model's window, and is cut before a model reads it.
     ids = tokenizer(join.join(documents), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor([bos_id(tokenizer), *ids] if bos else ids, dtype=torch.int64)
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the tokenizer's BOS token.
+    """Return the id of the tokenizer's BOS token.
 
     Raises:
-        ValueError: It has none.
+        ValueError: The tokenizer has no BOS.
     """
     if tokenizer.bos_token_id is None:
         raise ValueError(f"The tokenizer {tokenizer.name_or_path} has no BOS token: set bos to false")
@@ -40,10 +43,10 @@ def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def windows(ids: Tensor, length: int) -> Tensor:
-    """Non-overlapping windows of a stream, (windows, length); the tail that fills none is dropped."""
+    """Return non-overlapping windows of a stream, (windows, length), without the tail that fills none."""
     return ids[: len(ids) // length * length].view(-1, length)
 
 
 def digest(ids: Tensor) -> str:
-    """SHA-256 of token ids, whatever their shape and device: tells two tokenizers or texts apart."""
+    """Return the SHA-256 of token ids, whatever their shape and device."""
     return hashlib.sha256(ids.to("cpu", torch.int64).contiguous().numpy().tobytes()).hexdigest()

@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity and zero-shot accuracy."""
+"""Quality of a model: perplexity and zero-shot accuracy."""

@@ -1,26 +1,26 @@
 """Perplexity over fixed windows of a corpus: exp of the mean negative log-likelihood of the predicted tokens.
 
-LLM-Pruner (arXiv:2305.11627) and Shortened LLaMA (arXiv:2402.02834) cut the joined test split into
-non-overlapping windows of 128 tokens, drop the remainder, and average the 127 predictions of every
-window. Numbers of another window, join or BOS habit are not comparable, so the protocol goes into
-the result.
+LLM-Pruner (arXiv:2305.11627) and Shortened LLaMA (arXiv:2402.02834) cut the joined test split into non-overlapping
+windows of 128 tokens and drop the remainder. They average the 127 predictions of every window. Numbers of another
+window, join or use of BOS are not comparable, so the result carries the protocol.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from kvp.data.corpora import Corpus, Part, Selection
 from kvp.data.tokens import digest, encode
 from kvp.models.nll import token_nll
+from kvp.options import options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,9 +29,9 @@ Bos = Literal["none", "start", "window"]
 
 
 def window_nll(model: PreTrainedModel, windows: Tensor, scored: int) -> Tensor:
-    """(windows, scored) NLL of the last `scored` tokens of each window, from those before them.
+    """Return the NLL of the last `scored` tokens of each window given the tokens before them, (windows, scored).
 
-    One forward pass reads no cache: if the model's config asks for a sparse one, it decodes token by token.
+    A model with a sparse cache decodes token by token, because one forward pass would not read its cache.
     """
     if getattr(model.config, "kvp_cache", None) is None:
         logits = model(windows[:, :-1], logits_to_keep=scored, use_cache=False).logits
@@ -44,44 +44,41 @@ def window_nll(model: PreTrainedModel, windows: Tensor, scored: int) -> Tensor:
     return torch.cat(losses[-scored:], dim=1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Perplexity(Selection):
-    """Perplexity of a model on one part of each of `corpora`.
+    """exp of the mean negative log-likelihood of every predicted token, corpus by corpus.
 
-    Attributes:
-        window: Corpus tokens that the model sees at once; lowered to what its positions allow.
-        stride: Tokens between the starts of two windows, None for `window`. With a smaller one the
-            windows overlap, and each scores only the tokens that the one before it did not reach.
-        bos: "none", "start" (one BOS opens the stream, as the first token of the first window) or
-            "window" (a BOS before every window, on top of it: its first token is predicted too).
-        max_tokens: Length of the stream, None for all of it.
-        batch_size: Windows per forward pass.
+    With a stride below the window the windows overlap. Each then scores only the tokens that the window before it did
+    not reach. The model's positions bound the window.
+
+    | bos      | where a BOS stands                                                                      |
+    | -------- | --------------------------------------------------------------------------------------- |
+    | "none"   | nowhere                                                                                 |
+    | "start"  | first in the stream, as the first token of the first window                             |
+    | "window" | before every window, on top of its tokens, so that the first of them is predicted too   |
     """
 
-    part: Part = "test"
-    window: int = 128
-    stride: int | None = None
-    bos: Bos = "none"
-    max_tokens: int | None = None
-    batch_size: int = 8
+    node: ClassVar[str] = "evaluation.perplexity"
+    part: Part = Field(default="test", description="which documents of each corpus")
+    window: int = Field(ge=2, description="tokens of a window; one token predicts nothing")
+    stride: int | None = Field(
+        default=None, ge=1, description="tokens between window starts; null: the window"
+    )
+    bos: Bos = Field(default="none", description="where a BOS stands")
+    max_tokens: int | None = Field(ge=2, description="tokens of the stream; null: the whole corpus")
+    batch_size: int = Field(default=8, ge=1, description="windows per forward pass")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window < 2:
-            raise ValueError(f"window must be >= 2, got {self.window}: one token predicts nothing")
-        if self.stride is not None and not 1 <= self.stride <= self.window:
-            raise ValueError(f"stride must be in [1, window={self.window}] or null, got {self.stride}")
-        if self.bos not in get_args(Bos):
-            raise ValueError(f"bos must be one of {', '.join(get_args(Bos))}, got {self.bos!r}")
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise ValueError(f"max_tokens must be >= 2, or null for the whole corpus, got {self.max_tokens}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(
+                f"evaluation.perplexity.stride must be in [1, window={self.window}] or null, got {self.stride}: "
+                "a longer stride skips tokens"
+            )
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Corpus
     ) -> dict[str, Any]:
-        """The perplexity as "value", the mean NLL in nats per token as "nll", and how they were made.
+        """Return the perplexity as "value", the mean NLL in nats per token as "nll", and the protocol.
 
         Raises:
             ValueError: The corpus does not fill one window, or the tokenizer has no BOS to add.
@@ -116,9 +113,11 @@ class Perplexity(Selection):
         }
 
     def _stream(self, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, window: int) -> Tensor:
-        """The token ids of the corpus, (tokens,), at least one window of them."""
+        """Return the token ids of the corpus, (tokens,), at least one window."""
         if self.bos != "none" and tokenizer.bos_token_id is None:
-            raise ValueError(f"bos={self.bos}, but the tokenizer has no BOS token: set bos=none")
+            raise ValueError(
+                f"evaluation.perplexity.bos={self.bos}, but the tokenizer has no BOS token: set bos=none"
+            )
         ids = encode(corpus.documents(self.part), tokenizer, join=self.join, bos=self.bos == "start")
         ids = ids[: self.max_tokens]
         if len(ids) < window:
@@ -130,9 +129,9 @@ class Perplexity(Selection):
 
     @torch.inference_mode()
     def _score(self, model: PreTrainedModel, windows: Tensor, stride: int, name: str) -> tuple[float, int]:
-        """The sum of the NLL of all predictions, and their number; `windows` is (windows, tokens).
+        """Return the sum of the NLL of all predictions, in nats, and their number; `windows` is (windows, tokens).
 
-        The first window scores all it can predict, and goes alone; the others score their last `stride`.
+        The first window scores all its predictions, in a batch of its own. Every other scores its last `stride`.
         """
         bounds = [0, *range(1, len(windows), self.batch_size), len(windows)]
         predictions = windows.shape[1] - 1

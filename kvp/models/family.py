@@ -1,6 +1,6 @@
 """Families of decoders: the attribute names under which a Hugging Face model keeps its parts.
 
-Two families that differ in names only are two rows of `FAMILIES`.
+Families that differ only in names are rows of `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where a decoder keeps its layers, sublayers and projections.
+    """The names of a decoder's layers, sublayers and projections.
 
     Attributes:
         name: The `model_type` of the Hugging Face config.
-        prefix: Of the Hugging Face classes' names; they are imported when they are asked for.
-        qk_norm: A norm over `head_dim` follows the query and key projections (Qwen3): its statistics
-            run over all channels of a head, so rope pairs cannot be cut without changing the rest.
-        qkv_bias: q, k and v always have a bias and o never (Qwen2); otherwise the config's
-            `attention_bias` speaks for all four.
+        prefix: The beginning of the Hugging Face class names; the classes are imported on first use.
+        qk_norm: A norm over `head_dim` follows the query and key projections (Qwen3). The norm averages over all
+            channels of a head, so cutting a rope pair would change the others.
+        qkv_bias: q, k and v always have a bias and o never (Qwen2). Otherwise the config's `attention_bias` holds for
+            all four.
     """
 
     name: str
@@ -51,27 +51,27 @@ class Family:
 
     @property
     def causal_lm(self) -> type[PreTrainedModel]:
-        """The Hugging Face model class."""
+        """Return the Hugging Face model class."""
         return self._class("ForCausalLM")
 
     @property
     def attention_class(self) -> type:
-        """Its attention module, whose forward the pruned twin replaces."""
+        """Return the attention class, whose forward the pruned twin replaces."""
         return self._class("Attention")
 
     @property
     def layer_class(self) -> type:
-        """Its decoder layer, whose forward a sliced twin replaces."""
+        """Return the decoder layer's class, whose forward a sliced twin replaces."""
         return self._class("DecoderLayer")
 
     @property
     def rotary_class(self) -> type:
-        """Its rotary embedding, to which the pruned twin adds."""
+        """Return the rotary embedding's class, which the pruned twin extends."""
         return self._class("RotaryEmbedding")
 
     @property
     def config_class(self) -> type[PretrainedConfig]:
-        """The Hugging Face config class of the dense model."""
+        """Return the Hugging Face config class of the dense model."""
         config_class = self.causal_lm.config_class
         assert config_class is not None
         return config_class
@@ -91,15 +91,15 @@ PRUNED_PREFIX = "kvp_"
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a dense or pruned model.
+    """Return the family of a dense or pruned model.
 
     Raises:
-        ValueError: The `model_type` is none of the known ones.
+        ValueError: The `model_type` is unknown.
     """
     name = config.model_type.removeprefix(PRUNED_PREFIX)
     if name not in FAMILIES:
         raise ValueError(
             f"model_type {config.model_type!r} is not supported; known families: {', '.join(FAMILIES)}. "
-            "A family is one record in kvp/models/family.py."
+            "To add a family, add a row to FAMILIES in kvp/models/family.py."
         )
     return FAMILIES[name]

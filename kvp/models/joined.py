@@ -1,10 +1,16 @@
-"""KV heads joined: the same function with fewer and wider heads, whose channels can then be cut as one.
+"""KV heads joined: the same function with fewer and wider heads, whose channels can then be cut together.
 
-Neighbouring KV groups become one that holds all their channels, in the same bytes; a query head is as wide, and zero
-where the channels are not those of its own group. Nothing is gained by that alone. But what several heads have in
-common can now be kept once for all of them, as multi-head latent attention does (MHA2MLA, arXiv 2502.14837, and
-TransMLA, 2502.07864, rewrite a model so). It is paid for in q_proj and o_proj: with m heads joined and a share c of the
-channels cut, they are m (1 - c) times as large as they were.
+Neighbouring KV groups become one group that holds all their channels, in the same bytes. A query head becomes as wide;
+it is zero in the channels of the other groups. Joining alone gains nothing. But a later cut can keep once what several
+heads share, as multi-head latent attention does. MHA2MLA (arXiv:2502.14837) and TransMLA (arXiv:2502.07864) rewrite
+models this way.
+
+The cost is in q_proj and o_proj, by the number of heads joined and the share of the channels that a later cut removes:
+
+| heads joined | share cut | size of q_proj and o_proj |
+| ------------ | --------- | ------------------------- |
+| m            | c         | m (1 - c) times the dense |
+| 3            | 1/2       | 1.5 times the dense       |
 """
 
 from __future__ import annotations
@@ -28,10 +34,10 @@ if TYPE_CHECKING:
 
 
 def joined_config(config: PretrainedConfig, num_key_value_heads: int | None) -> PretrainedConfig:
-    """The config of the model that `joined` makes; the same, if no number is given.
+    """Return the config of the model that `joined` makes; without a number, the given config.
 
     Raises:
-        ValueError: The number does not divide that of a layer's KV heads, or the family has norms over head_dim.
+        ValueError: The number does not divide a layer's number of KV heads, or the family has norms over head_dim.
     """
     if num_key_value_heads is None:
         return config
@@ -41,10 +47,10 @@ def joined_config(config: PretrainedConfig, num_key_value_heads: int | None) -> 
 
 @torch.no_grad()
 def joined(model: PreTrainedModel, num_key_value_heads: int | None) -> PreTrainedModel:
-    """The model with so many KV heads in every attention; itself, if no number is given.
+    """Return the model with `num_key_value_heads` in every attention; without a number, the given model.
 
     Raises:
-        ValueError: As `joined_config`.
+        ValueError: The number does not divide a layer's number of KV heads, or the family has norms over head_dim.
     """
     if num_key_value_heads is None:
         return model
@@ -61,6 +67,7 @@ def joined(model: PreTrainedModel, num_key_value_heads: int | None) -> PreTraine
 
 
 def _parameters(state: Mapping[str, Tensor], module: str) -> list[str]:
+    """Return the names of a module's weight and, if it has one, bias."""
     return [name for name in (f"{module}.weight", f"{module}.bias") if name in state]
 
 
@@ -92,13 +99,13 @@ def _joined_shape(layer: LayerShape, heads: int) -> LayerShape:
 
 
 def _keys(rows: Tensor, shape: LayerShape, heads: int) -> Tensor:
-    """Rows of k_proj: first channels of all pairs of the joined heads, then second ones."""
+    """Order the rows of k_proj by joined head: the first channels of all its pairs, then the second ones."""
     split = rows.unflatten(0, (heads, -1, CHANNELS_PER_PAIR, shape.qk_head_dim // CHANNELS_PER_PAIR))
     return split.transpose(1, 2).flatten(0, 3).contiguous()
 
 
 def _queries(rows: Tensor, shape: LayerShape, heads: int) -> Tensor:
-    """Rows of q_proj: each head beside zeros, where the other groups' pairs are."""
+    """Widen the rows of q_proj: each head gets zero rows for the pairs of the other groups."""
     several = shape.num_key_value_heads // heads
     queries = shape.num_attention_heads // shape.num_key_value_heads
     split = rows.unflatten(0, (heads, several, queries, CHANNELS_PER_PAIR, -1))
@@ -108,7 +115,7 @@ def _queries(rows: Tensor, shape: LayerShape, heads: int) -> Tensor:
 
 
 def _outputs(weight: Tensor, shape: LayerShape, heads: int) -> Tensor:
-    """Columns of o_proj: each head's beside zeros, where the other groups' values are; a bias stays."""
+    """Widen the columns of o_proj: each head gets zero columns for the other groups' values; a bias stays."""
     if weight.dim() == 1:
         return weight
     several = shape.num_key_value_heads // heads

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer that pruning puts in the place of others."""
+"""Replacements for parts of a decoder layer: empty sublayers and resized projections."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ from torch import Tensor, nn
 
 
 class NoAttention(nn.Module):
-    """A removed attention: adds nothing to the residual stream and holds no cache."""
+    """A removed attention, which adds nothing to the residual stream and holds no cache."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-        """A zero that broadcasts."""
+        """Return a zero that broadcasts."""
         return hidden_states.new_zeros(()), None
 
 
 class NoMLP(nn.Module):
-    """A removed feed-forward network."""
+    """A removed feed-forward network, which adds nothing to the residual stream."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """A zero that broadcasts."""
+        """Return a zero that broadcasts."""
         return hidden_states.new_zeros(())
 
 
 def resize(module: Any, name: str, in_features: int, out_features: int, *, bias: bool = False) -> None:
-    """Replace a Linear by one of other widths, or with `bias` (same device and dtype, not initialised)."""
+    """Replace a Linear of a module by one of other widths or with a bias, on its device and in its dtype.
+
+    The new Linear is not initialised. A bias that is there stays.
+    """
     old = getattr(module, name)
     bias = bias or old.bias is not None
     if (old.in_features, old.out_features, old.bias is not None) != (in_features, out_features, bias):

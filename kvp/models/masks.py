@@ -1,18 +1,13 @@
-"""A plan applied without changing a shape: its rows and columns are zero, or its sublayers are away.
-
-`mask` and `kvp.models.surgery.apply` give the same logits, which is how every strategy's plans are tested.
-"""
+"""Look at a model as a plan would leave it, without changing a shape: by masks, hooks and swapped sublayers."""
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvp.models.family import family_of
 from kvp.models.layers import NoAttention, NoMLP
@@ -27,7 +22,7 @@ Masks = dict[str, dict[int, Tensor]]
 
 
 def masks_of(config: PretrainedConfig, plan: Plan) -> Masks:
-    """Per module and axis, which rows or columns stay under all spaces of the plan."""
+    """Return boolean masks per module and axis: the rows (0) or columns (1) that every space of the plan keeps."""
     masks: Masks = defaultdict(dict)
     for space, keep in plan.keep.items():
         if space.kind in ACROSS_LAYERS:
@@ -39,49 +34,15 @@ def masks_of(config: PretrainedConfig, plan: Plan) -> Masks:
     return masks
 
 
-@torch.no_grad()
-def mask(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """A copy of the model with the removed rows and columns set to zero, its shapes unchanged."""
-    model = copy.deepcopy(model)
-    state = model.state_dict()
-    for name, edit in plan.edits.items():
-        if name in state:
-            state[name].copy_(edit)
-        else:  # a bias that a compensation adds
-            module, _, parameter = name.rpartition(".")
-            model.get_submodule(module).register_parameter(
-                parameter, nn.Parameter(edit.to(model.device, model.dtype))
-            )
-    for name, axes in masks_of(model.config, plan).items():
-        _zero(model, name, axes)
-    for space, keep in plan.keep.items():
-        if space.kind in ACROSS_LAYERS:
-            for layer in set(range(space.shape[0])) - set(keep.tolist()):
-                _remove_sublayers(model, layer, space.kind)
-    for position, basis in enumerate(plan.bases):
-        project(model, position, basis)
-    fold_rotary(model, plan.folded)
-    return model
-
-
-def _zero(model: PreTrainedModel, name: str, axes: dict[int, Tensor]) -> None:
-    module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear)
-    for axis, stays in axes.items():
-        gone = (~stays).nonzero().flatten().to(module.weight.device)
-        module.weight.index_fill_(axis, gone, 0)
-        if axis == 0 and module.bias is not None:
-            module.bias.index_fill_(0, gone, 0)
-
-
 def fold_rotary(model: PreTrainedModel, first: int | None) -> None:
-    """Let the rope pairs of a dense model from `first` on turn at the slowest frequency; none, if that is None."""
+    """Let the rope pairs of a dense model from `first` on turn at the slowest frequency; None changes nothing."""
     if first is not None:
         frequencies = model.get_submodule(family_of(model.config).rotary).get_buffer("inv_freq")
         frequencies[first:] = frequencies[-1]
 
 
-def _remove_sublayers(model: PreTrainedModel, layer: int, kind: str) -> None:
+def remove_sublayers(model: PreTrainedModel, layer: int, kind: str) -> None:
+    """Put empty sublayers in the place of a layer's attention, MLP or both (kind "block")."""
     family = family_of(model.config)
     module = model.get_submodule(f"{family.layers}.{layer}")
     if kind in ("block", "attention"):
@@ -92,11 +53,11 @@ def _remove_sublayers(model: PreTrainedModel, layer: int, kind: str) -> None:
 
 @contextmanager
 def without(model: PreTrainedModel, layer: int, kind: str) -> Iterator[None]:
-    """The model without a sublayer or block, for the time of a `with`."""
+    """Remove a sublayer or block from the model for the time of a `with`."""
     family = family_of(model.config)
     module = model.get_submodule(f"{family.layers}.{layer}")
     kept = {name: module.get_submodule(name) for name in (family.attention, family.mlp)}
-    _remove_sublayers(model, layer, kind)
+    remove_sublayers(model, layer, kind)
     try:
         yield
     finally:
@@ -106,7 +67,7 @@ def without(model: PreTrainedModel, layer: int, kind: str) -> Iterator[None]:
 
 @contextmanager
 def edited(model: PreTrainedModel, edits: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with other values of some parameters, for the time of a `with`; nothing is copied back."""
+    """Give some parameters of the model other values for the time of a `with`; nothing is copied back."""
     before = {}
     for name, value in edits.items():
         parameter = model.get_parameter(name)
@@ -120,9 +81,9 @@ def edited(model: PreTrainedModel, edits: Mapping[str, Tensor]) -> Iterator[None
 
 @contextmanager
 def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
-    """The model without the plan's rows and columns, for the time of a `with`: what they write is zero.
+    """Set what the plan's rows and columns write to zero, for the time of a `with`.
 
-    No weight is touched or copied; gradients of removed rows and columns are zero.
+    No weight is changed or copied. Gradients of removed rows and columns are zero.
     """
     with ExitStack() as stack:
         for name, axes in masks_of(model.config, plan).items():

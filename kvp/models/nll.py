@@ -1,4 +1,4 @@
-"""Negative log-likelihoods of a model's predictions, with few logits in float32 at a time."""
+"""Negative log-likelihoods of a model's predictions, computed with few logits in float32 at a time."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS = 512  # tokens whose logits are computed at once,
-WORDS = 4096  # for so many words of the vocabulary: on a CPU a third faster than for all, which fall out of its cache
+ROWS = 512  # tokens whose logits are computed at once
+WORDS = 4096  # words of the vocabulary at once; on a CPU a third faster than all, which overflow its cache
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target in nats, computed in float32 whatever the dtype of `logits`.
+    """Return the negative log-likelihood of each target in nats, in float32 whatever the dtype of `logits`.
 
-    `logits` is (..., vocab), `targets` and the result are (...).
+    `logits` is (..., vocab); `targets` and the result are (...).
     """
     chunks = zip(logits.flatten(0, -2).split(ROWS), targets.flatten().split(ROWS), strict=True)
     return torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in chunks]).view(targets.shape)
 
 
 def next_token_nll(model: PreTrainedModel, **inputs: Any) -> Tensor:
-    """(batch, seq_len - 1) negative log-likelihoods in nats; logits are never held whole.
+    """Return negative log-likelihoods in nats, (batch, seq_len - 1), without holding all logits at once.
 
     Pass `labels` (batch, seq_len) and either `input_ids` or `inputs_embeds`.
     """
@@ -38,7 +38,7 @@ def next_token_nll(model: PreTrainedModel, **inputs: Any) -> Tensor:
 
 
 def _nll(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """(rows,) NLLs of (rows, hidden_size): the log-sum-exp of all logits less the target's."""
+    """Return the NLL of each hidden state (rows, hidden_size): log-sum-exp of all logits minus the target's."""
     assert head.bias is None
     sums, chosen = [], torch.zeros(len(targets), device=hidden.device)
     for number, weight in enumerate(head.weight.split(WORDS)):

@@ -19,19 +19,19 @@ SUBLAYERS = ("attention", "mlp")
 
 
 def write_scores(path: Path, scores: Mapping[Space, Tensor]) -> None:
-    """One tensor per space, named by its key."""
+    """Write one tensor per space, named by its key."""
     save_file({space.key: score.contiguous() for space, score in scores.items()}, path)
 
 
 def read_scores(path: Path) -> dict[Space, Tensor]:
-    """What `write_scores` wrote."""
+    """Return the scores that `write_scores` wrote."""
     return {space_of(key, tuple(score.shape)): score for key, score in sorted(load_file(path).items())}
 
 
 def write_plan(directory: Path, plan: Plan) -> None:
-    """`plan.json`: the indices kept per space, the widths of a sliced stream, and where folding begins.
+    """Write `plan.json`: the indices kept per space, the widths of a sliced stream, and the first folded pair.
 
-    Rewritten parameters and bases are in the checkpoint or in files beside it.
+    Rewritten parameters and bases stand in the checkpoint or in files beside it.
     """
     spaces = {s.key: {"shape": s.shape, "keep": keep.tolist()} for s, keep in sorted(plan.keep.items())}
     node: dict[str, Any] = {"spaces": spaces}
@@ -43,7 +43,7 @@ def write_plan(directory: Path, plan: Plan) -> None:
 
 
 def read_plan(directory: Path) -> Plan:
-    """What `write_plan` wrote, with the rewritten parameters and bases that a search left layer by layer."""
+    """Return the plan that `write_plan` wrote, with the parameters and bases that a search wrote layer by layer."""
     plan = json.loads((directory / "plan.json").read_text())
     spaces = plan["spaces"].items()
     keep = {space_of(key, tuple(node["shape"])): torch.tensor(node["keep"]) for key, node in spaces}
@@ -59,19 +59,19 @@ def read_edits(directory: Path) -> dict[str, Tensor]:
 
 
 def edits_file(directory: Path, layer: int) -> Path:
-    """Where a search keeps the parameters of a layer that it has rewritten, in safetensors."""
+    """Return the safetensors file for the parameters of a layer that a search has rewritten."""
     (directory / EDITS).mkdir(parents=True, exist_ok=True)
     return directory / EDITS / f"{layer}.safetensors"
 
 
 def bases_file(directory: Path, layer: int) -> Path:
-    """Where a search keeps the bases before the sublayers of a layer, in safetensors."""
+    """Return the safetensors file for the bases before the sublayers of a layer."""
     (directory / BASES).mkdir(exist_ok=True)
     return directory / BASES / f"{layer}.safetensors"
 
 
 def found_or_made(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a file, made unless they are there: a search that was killed goes on after its last file."""
+    """Return the tensors of a file, after making it if it is missing; a killed search resumes at its next file."""
     if not file.exists():
         partial = file.with_suffix(".partial")
         save_file(make(), partial)
@@ -80,6 +80,6 @@ def found_or_made(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str
 
 
 def space_of(key: str, shape: tuple[int, ...]) -> Space:
-    """The space of a key such as "qk.3" or "block"."""
+    """Return the space of a key such as "qk.3" or "block"."""
     kind, _, layer = key.partition(".")
     return Space(kind, int(layer) if layer else None, shape)  # type: ignore[arg-type]

@@ -1,8 +1,13 @@
 """The pruned twin of a Hugging Face model class.
 
-A twin's config is its family's config plus `kvp_layers`, the widths of every layer, and `kvp_cache`, the
-options of a sparse cache (`kvp.models.mustafar`) if it decodes with one; with it the model is an ordinary
-checkpoint: `from_pretrained`, `generate`, PEFT and lm-eval need to know nothing more than `import kvp`.
+A twin's config is the family's config and two more fields:
+
+| field        | holds                                                       |
+| ------------ | ----------------------------------------------------------- |
+| `kvp_layers` | the widths of every layer                                   |
+| `kvp_cache`  | the options of a sparse cache (`kvp.models.mustafar`), if any |
+
+A pruned model is an ordinary checkpoint. After `import kvp`, `from_pretrained`, `generate`, PEFT and lm-eval work.
 """
 
 import dataclasses
@@ -22,7 +27,7 @@ from kvp.types import LayerShape
 
 
 def _twin(family: Family) -> type[PreTrainedModel]:
-    """Config, attention and model class of a family's pruned twin, registered with the Auto classes."""
+    """Make the model class of a family's pruned twin, and register it and its config with the Auto classes."""
 
     class Config(family.config_class):  # type: ignore[name-defined]
         model_type = PRUNED_PREFIX + family.name
@@ -86,18 +91,18 @@ PRUNED_CLASSES: dict[str, type[PreTrainedModel]] = {name: _twin(family) for name
 
 
 def pruned_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The twin's model class for a dense or pruned config."""
+    """Return the twin's model class for a dense or pruned config."""
     return PRUNED_CLASSES[family_of(config).name]
 
 
 def pruned_config(
     config: PretrainedConfig, shapes: Sequence[LayerShape], blocks: Sequence[int]
 ) -> PretrainedConfig:
-    """The config of the twin of widths `shapes`, whose layers are the `blocks` of the given model.
+    """Return the config of the twin of widths `shapes`, whose layers are the `blocks` of the given model.
 
     Raises:
-        ValueError: No layer keeps an attention (nothing would carry the position), or attention is
-            removed from a model that mixes layer types (sliding and full): the cache could not tell.
+        ValueError: No layer keeps an attention, so nothing would carry the position. Or single attentions are removed
+            from a model that mixes sliding and full attention, whose cache could not tell the layers apart.
     """
     with_attention = [shape.num_key_value_heads > 0 for shape in shapes]
     fields = config.to_dict()

@@ -1,7 +1,6 @@
-"""The widths of every layer as data, and what a model of such widths weighs.
+"""The widths of every layer as data, and the size of a model with such widths.
 
-No weights are needed: the shapes come from the config, so parameter counts of a 7B recipe are exact
-on a laptop.
+The shapes come from the config. No weights are needed, so a laptop counts the parameters of a 7B recipe exactly.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ CHANNELS_PER_PAIR = 2
 
 
 def layer_shapes(config: PretrainedConfig) -> tuple[LayerShape, ...]:
-    """The widths of every layer of a dense or pruned model."""
+    """Return the widths of every layer of a dense or pruned model."""
     pruned = getattr(config, "kvp_layers", None)
     if pruned is None:
         return dense_shapes(config)
@@ -30,7 +29,7 @@ def layer_shapes(config: PretrainedConfig) -> tuple[LayerShape, ...]:
 
 
 def dense_shapes(config: PretrainedConfig) -> tuple[LayerShape, ...]:
-    """The widths that the config's own global fields describe."""
+    """Return the widths that the config's global fields describe."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layer = LayerShape(
         num_attention_heads=config.num_attention_heads,
@@ -47,15 +46,15 @@ def _frozen(value: Any) -> Any:
 
 
 def stream(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int, int]:
-    """Widths of the residual stream before a layer's attention, before its MLP and after the layer."""
+    """Return the widths of the residual stream before a layer's attention, before its MLP and after the layer."""
     return layer.stream or (config.hidden_size,) * 3
 
 
 def sliced(shapes: Sequence[LayerShape], widths: Sequence[int]) -> tuple[LayerShape, ...]:
-    """The shapes with a residual stream of `widths`, two per layer and the one before the final norm.
+    """Return the shapes with a residual stream of `widths`: two per layer, and one before the final norm.
 
     Raises:
-        ValueError: There are more or fewer.
+        ValueError: The number of widths does not fit the layers.
     """
     if len(widths) != 2 * len(shapes) + 1:
         raise ValueError(
@@ -72,14 +71,14 @@ def require_whole_stream(
     """Refuse a sliced model.
 
     Raises:
-        ValueError: It is one.
+        ValueError: The model is sliced.
     """
     if layer_shapes(config)[0].stream:
         raise ValueError(f"the residual stream of this model is sliced, and {reason}")
 
 
 def cut(shapes: Sequence[LayerShape], plan: Plan) -> tuple[LayerShape, ...]:
-    """The shapes that remain when `plan` is applied to a model of `shapes`.
+    """Return the shapes that remain when `plan` is applied to a model of `shapes`.
 
     Raises:
         ValueError: The plan names a space that a model of these shapes does not have.
@@ -115,7 +114,7 @@ def _check_space(space: Space, shapes: Sequence[LayerShape]) -> None:
 
 
 def space_shape(space: Space, shapes: Sequence[LayerShape]) -> tuple[int, ...]:
-    """The shape that `space` has in a model of `shapes`."""
+    """Return the shape that `space` has in a model of `shapes`."""
     if space.layer is None:
         return (len(shapes),)
     layer = shapes[space.layer]
@@ -129,7 +128,7 @@ def space_shape(space: Space, shapes: Sequence[LayerShape]) -> tuple[int, ...]:
 
 
 def folded(layer: LayerShape, first: int | None) -> LayerShape:
-    """The layer with its rope pairs from frequency `first` on at the slowest; the same, if that is None."""
+    """Return the layer with its rope pairs from frequency `first` on at the slowest; None changes nothing."""
     if first is None or not layer.num_key_value_heads:
         return layer
     rows = (
@@ -168,7 +167,7 @@ def _cut_layer(
 
 
 def size(config: PretrainedConfig, shapes: Sequence[LayerShape]) -> Size:
-    """Parameters, blocks and KV bytes per token (in the config's dtype) of a model of `shapes`."""
+    """Return parameters, blocks and KV bytes per token, in the config's dtype, of a model of `shapes`."""
     head_and_norm = config.vocab_size * config.hidden_size + config.hidden_size
     outside = head_and_norm + _embedding_params(config, shapes)
     block_params = sum(_layer_params(config, layer) for layer in shapes)
@@ -181,14 +180,17 @@ def size(config: PretrainedConfig, shapes: Sequence[LayerShape]) -> Size:
 
 
 def _embedding_params(config: PretrainedConfig, shapes: Sequence[LayerShape]) -> int:
-    """Beside the head; one that shares its matrix is followed by a basis if the stream is sliced."""
+    """Count the embedding's parameters that the head does not share.
+
+    A shared matrix is not sliced, so a basis follows it in a sliced stream.
+    """
     sliced = shapes[0].stream is not None
     rows = config.hidden_size * sliced if config.tie_word_embeddings else config.vocab_size
     return rows * stream(config, shapes[0])[0]
 
 
 def itemsize(config: PretrainedConfig) -> int:
-    """Bytes of one number in the config's dtype."""
+    """Return the bytes of one number in the config's dtype."""
     dtype = config.dtype or torch.float32
     return (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
 

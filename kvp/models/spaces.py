@@ -1,12 +1,14 @@
-"""Which spaces a decoder has, and which rows and columns of which matrices each of them cuts.
+"""Spaces of a decoder, and the rows and columns of matrices that each space cuts.
 
-The coupling between matrices is stated here once; surgery, masks and scores all read it:
+The coupling between matrices stands here once. Surgery, masks and scores all read it:
 
-* `kv_group g`: rows of k and v; rows of its query heads in q, columns of those heads in o.
-* `qk i` (rope pair): rows i and i + width / 2 of k, and of each query head of the group in q.
-* `vo j`: row j of v, column j of o in every query head of the group.
-* `ffn n`: row n of gate and up, column n of down.
-* `attention`, `mlp`, `block`: every matrix of the sublayer or layer.
+| index of a space      | rows                                                          | columns                      |
+| --------------------- | ------------------------------------------------------------- | ---------------------------- |
+| kv_group g            | of k and v, and of the group's query heads in q               | of those query heads in o    |
+| qk i (rope pair)      | i and i + width / 2 of k, and of each query head in q         |                              |
+| vo j                  | j of v                                                        | j of each query head in o    |
+| ffn n                 | n of gate and up                                              | n of down                    |
+| attention, mlp, block | all of the sublayer or layer                                  |                              |
 
 Query heads belong to groups contiguously: head h to group h // (heads / groups).
 """
@@ -35,9 +37,9 @@ class Member:
     """One matrix cut by a space.
 
     Attributes:
-        name: The module's name, e.g. "model.layers.3.self_attn.q_proj".
+        name: Name of the module, such as "model.layers.3.self_attn.q_proj".
         axis: 0 for rows (outputs, with their biases), 1 for columns (inputs).
-        index: (size of that axis,) the flat index of the space that each row or column belongs to.
+        index: The flat index of the space that each row or column belongs to, (size of that axis,).
     """
 
     name: str
@@ -46,15 +48,15 @@ class Member:
 
 
 def available_kinds(config: PretrainedConfig) -> tuple[Kind, ...]:
-    """The kinds of spaces a family offers."""
+    """Return the kinds of spaces that a family offers."""
     return tuple(kind for kind in KINDS if not (kind == "qk" and family_of(config).qk_norm))
 
 
 def find_spaces(config: PretrainedConfig, kinds: Iterable[Kind]) -> list[Space]:
-    """The spaces of the given kinds, layer by layer.
+    """Return the spaces of the given kinds, layer by layer.
 
     Raises:
-        ValueError: The family has no such space; the message names those it has.
+        ValueError: The family has no such space; the message lists the spaces that it has.
     """
     available, shapes = available_kinds(config), layer_shapes(config)
     spaces = []
@@ -78,7 +80,7 @@ def _layers_with(kind: Kind, shapes: Sequence[LayerShape]) -> list[int | None]:
 
 
 def members(config: PretrainedConfig, space: Space) -> list[Member]:
-    """The matrices that `space` cuts, with the index each row or column belongs to."""
+    """Return the matrices that `space` cuts, with the index that each row or column belongs to."""
     family, shapes = family_of(config), layer_shapes(config)
     if space.layer is None:
         return [
@@ -123,7 +125,7 @@ def members(config: PretrainedConfig, space: Space) -> list[Member]:
 def _sublayer_rows(
     config: PretrainedConfig, family: Family, kind: Kind, index: int, shape: LayerShape
 ) -> list[tuple[str, int]]:
-    """(module name, number of rows) of the matrices of a layer that removing `kind` removes."""
+    """Return (module name, number of rows) of the matrices of a layer that go with `kind`."""
     layer, hidden = f"{family.layers}.{index}", config.hidden_size
     groups = shape.num_key_value_heads
     attention = {
@@ -142,7 +144,7 @@ def _sublayer_rows(
 
 
 def axis_sums(values: Tensor, axis: int) -> Tensor:
-    """(size of the axis,) sums of a matrix over its other axis; a norm's vector as it is."""
+    """Return the sums of a matrix over its other axis, (size of the axis,); a norm's vector stays as it is."""
     return values if values.dim() == 1 else values.sum(1 - axis)
 
 
@@ -153,7 +155,7 @@ def fold(values: Tensor, member: Member, space: Space) -> Tensor:
 
 
 def keep_mask(space: Space, keep: Tensor) -> Tensor:
-    """(numel of the space,) boolean: True where the index stays."""
+    """Return a boolean mask (numel of the space,), True where the index stays."""
     mask = torch.zeros(_numel(space.shape), dtype=torch.bool)
     if keep.dim() == 2:
         keep = keep + torch.arange(space.shape[0])[:, None] * space.shape[1]

@@ -1,12 +1,15 @@
-"""Zeros in a checkpoint's decoder matrices, and the bytes that they could save in another storage.
+"""Zeros in a checkpoint's decoder matrices, and the bytes that another storage would take.
 
-A zero in a safetensors file takes as much room as any weight, and a dense kernel multiplies by it. What a
-storage of zeros would take is counted here, apart: nothing is stored so, and nothing runs faster for it.
+A zero in a safetensors file takes as many bytes as any weight, and a dense kernel multiplies by it. The bytes of other
+storages are only counted here: nothing is stored that way, and nothing runs faster.
 
-* "dense": every weight, in its dtype.
-* "2:4": at most 2 nonzeros in 4 consecutive inputs of every row: 2 of 4 values, and 2 bits per value for its
-  place (the layout of NVIDIA's sparse tensor cores). None if the matrix has another pattern.
-* "bitmap": one bit per weight, and the nonzeros.
+| storage  | bytes                                                                                                  |
+| -------- | ------------------------------------------------------------------------------------------------------ |
+| "dense"  | every weight, in its dtype                                                                             |
+| "2:4"    | 2 of 4 consecutive inputs of a row, and 2 bits for the place of each (NVIDIA's sparse tensor cores)     |
+| "bitmap" | the nonzeros, and one bit per weight                                                                   |
+
+"2:4" is None for a matrix with more than 2 nonzeros in some 4 consecutive inputs of a row.
 """
 
 from __future__ import annotations
@@ -30,11 +33,11 @@ Bytes = dict[str, int | None]
 
 
 def count_zeros(path: Path, config: PretrainedConfig) -> dict[str, Any]:
-    """What `run.json` says of a checkpoint's zeros; reads one matrix at a time.
+    """Count a checkpoint's zeros for `run.json`; one matrix is read at a time.
 
     Returns:
-        `weights`, `zeros` and their quotient `fraction` over the linear weights of the decoder blocks; their
-        `bytes` per storage; the `model_bytes` with all other parameters dense; and the same per matrix.
+        `weights`, `zeros` and their quotient `fraction` over the linear weights of the decoder blocks. Their `bytes`
+        per storage, the `model_bytes` with all other parameters dense, and the counts per matrix.
     """
     names = {linear.weight for linear in all_linears(config)}
     matrices = {}
@@ -56,7 +59,7 @@ def count_zeros(path: Path, config: PretrainedConfig) -> dict[str, Any]:
 
 
 def zeros_of(weight: Tensor) -> dict[str, Any]:
-    """Weights, zeros and bytes per storage of one matrix (out, in)."""
+    """Return weights, zeros and bytes per storage of one matrix (out, in)."""
     weights, nonzeros = weight.numel(), int(weight.count_nonzero())
     width = weight.element_size()
     stored: Bytes = {
@@ -68,7 +71,7 @@ def zeros_of(weight: Tensor) -> dict[str, Any]:
 
 
 def is_n_of_m(weight: Tensor, n: int, m: int) -> bool:
-    """Whether at most n of every m consecutive inputs of every row are not zero."""
+    """Return whether at most n of every m consecutive inputs of every row are not zero."""
     if weight.shape[1] % m:
         return False
     return bool(((weight != 0).unflatten(1, (-1, m)).sum(-1) <= n).all())

@@ -1,15 +1,17 @@
 """The residual stream in other coordinates: SliceGPT's algebra (arXiv:2401.15024), on weights and by hooks.
 
-A basis Q is (hidden_size, width), with orthonormal columns; position 2n stands before the attention of layer n,
-2n + 1 before its MLP, and after the last layer the stream is whole. Expressed in Q_p, the stream x is x Q_p:
+A basis Q_p is (hidden_size, width), with orthonormal columns. Position p = 2n stands before the attention of layer n,
+p = 2n + 1 before its MLP. After the last layer the stream is whole. Expressed in Q_p, the stream x is x Q_p:
 
-* what reads it, W with the weight g of its norm, becomes W diag(g) Q_p: |x Q_p| is |x| if Q_p is square, and the
-  norm divides by it before g;
-* what writes it, W and its bias b, becomes Q_p^T W and Q_p^T b;
-* what skips a sublayer is multiplied by Q_p^T Q_p+1.
+| part                             | dense | in bases                 |
+| -------------------------------- | ----- | ------------------------ |
+| reader, with the norm's weight g | W     | W diag(g) Q_p            |
+| writer                           | W     | Q_p+1^T W                |
+| bias of a writer                 | b     | Q_p+1^T b                |
+| shortcut around a sublayer       | I     | Q_p+1^T Q_p              |
 
-A square Q changes nothing. Fewer columns put x Q_p Q_p^T in the place of x, which is what `project` does to a
-model whose weights stay as they are.
+The norm still divides by |x|, because |x Q_p| = |x| for a square Q_p. A square Q_p changes nothing. Fewer columns
+replace x by x Q_p Q_p^T, which is what `project` does to a model whose weights stay as they are.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def rotated(model: PreTrainedModel, bases: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The parameters of the sliced twin by name, each computed in float64 and rounded once."""
+    """Return the parameters of the sliced twin by name, each computed in float64 and rounded once."""
     config, family, state = model.config, family_of(model.config), model.state_dict()
     exact = [basis.to(model.device, torch.float64) for basis in bases]
     exact.append(torch.eye(config.hidden_size, dtype=torch.float64, device=model.device))
@@ -61,7 +63,7 @@ def rotated(model: PreTrainedModel, bases: Sequence[Tensor]) -> dict[str, Tensor
 
 
 def project(model: PreTrainedModel, position: int, basis: Tensor) -> ExitStack:
-    """Keep only what a basis spans of the stream at a position, until what is returned is closed."""
+    """Project the stream at a position onto the span of a basis, until the returned stack is closed."""
     family = family_of(model.config)
     layer = model.get_submodule(f"{family.layers}.{position // 2}")
     hooks, before = ExitStack(), {}

@@ -1,4 +1,4 @@
-"""Apply a plan to a model: the only code that cuts."""
+"""Surgery: apply a plan to a model. No other code cuts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ from kvp.types import LayerShape, Plan
 
 @torch.no_grad()  # not inference_mode: LoRA could not train on the result
 def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """The pruned model: an ordinary Hugging Face model whose config carries the widths.
+    """Return the pruned model: an ordinary Hugging Face model whose config carries the widths.
 
-    The given model is left as it was; matrices that are not cut are shared with it, not copied.
+    The given model does not change. Matrices that are not cut are shared with it, not copied.
 
     Raises:
-        ValueError: The plan does not belong to a model of these shapes, or leaves no attention; or the residual
-            stream of the model is sliced already.
+        ValueError: The plan was made for other shapes or leaves no attention, or the model is sliced already.
     """
     if plan.keep or plan.edits or plan.bases:
         require_whole_stream(model.config)
@@ -36,7 +35,7 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 
 def _cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
-    """What is left of the spaces."""
+    """Cut the rows, columns, sublayers and blocks that the plan's spaces leave out."""
     config, layers = model.config, family_of(model.config).layers
     shapes = layer_shapes(config)
     blocks = kept_blocks(plan, len(shapes))
@@ -50,7 +49,7 @@ def _cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 
 def _sliced(model: PreTrainedModel, bases: Sequence[Tensor]) -> PreTrainedModel:
-    """The model with its residual stream expressed in `bases`."""
+    """Return the model with its residual stream expressed in `bases`."""
     config = model.config
     widths = [*(basis.shape[1] for basis in bases), config.hidden_size]
     shapes = sliced(layer_shapes(config), widths)
@@ -60,7 +59,7 @@ def _sliced(model: PreTrainedModel, bases: Sequence[Tensor]) -> PreTrainedModel:
 def empty_twin(
     config: PretrainedConfig, shapes: Sequence[LayerShape], blocks: Sequence[int]
 ) -> PreTrainedModel:
-    """A model of these shapes without weights; its layers are the `blocks` of the config's."""
+    """Return a model of these shapes without weights; its layers are the `blocks` of the config's model."""
     new_config = pruned_config(config, shapes, blocks)
     new_config._attn_implementation = config._attn_implementation
     with torch.device("meta"):
@@ -68,7 +67,7 @@ def empty_twin(
 
 
 def filled(twin: PreTrainedModel, state: Mapping[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
-    """The twin with these parameters and all else from the model."""
+    """Load these parameters into the twin, and take everything else from the model."""
     rotary = family_of(model.config).rotary
     twin.load_state_dict(state, assign=True)
     for name, buffer in model.get_submodule(rotary).named_buffers():  # frequencies, in no state dict
@@ -86,7 +85,7 @@ def _edited(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
 def _biased(
     config: PretrainedConfig, shapes: Sequence[LayerShape], blocks: Sequence[int], plan: Plan
 ) -> list[LayerShape]:
-    """The shapes with the output biases that the plan's edits bring."""
+    """Return the shapes with the output biases that the plan's edits add."""
     family = family_of(config)
 
     def edited(block: int, part: str, name: str) -> bool:
@@ -105,13 +104,13 @@ def _biased(
 
 
 def kept_blocks(plan: Plan, num_layers: int) -> list[int]:
-    """The blocks of the given model that the plan leaves, all of them if it removes none."""
+    """Return the blocks of the given model that the plan keeps."""
     kept = [keep.tolist() for space, keep in plan.keep.items() if space.kind == "block"]
     return kept[0] if kept else list(range(num_layers))
 
 
 def _selected(tensor: Tensor, axes: dict[int, Tensor]) -> Tensor:
-    """Rows (axis 0, biases too) and columns (axis 1, weights only) that stay."""
+    """Return the rows (axis 0, biases too) and columns (axis 1, weights only) of a tensor that stay."""
     for axis, mask in axes.items():
         if axis < tensor.dim():
             tensor = tensor.index_select(axis, mask.nonzero().flatten().to(tensor.device))

@@ -1,4 +1,4 @@
-"""Edits of a cut model, as edits of the model before the cut."""
+"""Translate edits of a cut model into edits of the model before the cut."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 
 def uncut(model: PreTrainedModel, plan: Plan, edits: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What to rewrite in `model` so that the cut by `plan` leaves `edits`; rows and columns that go keep their values.
+    """Return edits of `model` after which the cut by `plan` leaves `edits`.
+
+    Rows and columns that the cut removes keep their values.
 
     Args:
-        model: Before the cut.
-        plan: It may have edits of its own.
-        edits: Weights of the cut model, by their names there.
+        model: The model before the cut.
+        plan: The cut; it may have edits of its own.
+        edits: Weights of the cut model, by their names in it.
     """
     masks, layers = masks_of(model.config, plan), family_of(model.config).layers
     blocks = next((keep.tolist() for space, keep in plan.keep.items() if space.kind == "block"), None)

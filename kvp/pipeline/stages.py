@@ -151,10 +151,13 @@ class Recover(Stage):
 
     @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
+        from kvp.recovery.training import train  # imports seconds of peft and Trainer
+
         x = session.x
         assert x.recovery is not None
         session.unload()
-        return x.recovery.recover(
+        return train(
+            x.recovery,
             session.checkpoint("pruned").path,
             directory,
             corpora=x.corpora,

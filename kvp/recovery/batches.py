@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kvp.recovery.base import Example
-
-IGNORE = -100  # the label that the cross-entropy skips
+from kvp.data.tokens import IGNORE
+from kvp.recovery.examples import Example
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """`input_ids` and `labels`, int64 of shape (examples, longest, rounded up to a multiple of 8).
+    """Return `input_ids` and `labels`, int64 of shape (examples, length of the longest in multiples of 8).
 
-    The padding is on the right, where no token that counts can see it through the causal mask: without
-    an attention mask the fast attention kernels apply.
+    The padding is on the right, where the causal mask hides it from every token that counts. The fast attention kernels
+    apply because no attention mask is needed.
     """
     length = -8 * (-max(len(example["input_ids"]) for example in examples) // 8)
     fills = {"input_ids": 0, "labels": IGNORE}
@@ -29,7 +28,7 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, examples: Sequence[Example], batch_size: int) -> float:
-    """Mean negative log-likelihood of the target tokens."""
+    """Return the mean negative log-likelihood of the target tokens, in nats."""
     model.eval()
     device = next(model.parameters()).device
     total = targets = 0.0

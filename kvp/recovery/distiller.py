@@ -1,4 +1,4 @@
-"""The Trainer of a recovery with a teacher: one more forward pass per batch, and the parts of the loss logged."""
+"""The Trainer of a recovery with a teacher; it adds a forward pass per batch and logs the parts of the loss."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
+from typing_extensions import override
 
-from kvp.recovery.batches import IGNORE
+from kvp.data.tokens import IGNORE
 from kvp.recovery.distillation import PARTS, Distillation, divergence, hidden_error
 
 
 class Distiller(Trainer):
-    """Adds the distance to a frozen teacher to the loss; memory: the teacher's weights and one batch of its logits.
+    """A Trainer whose loss includes the distance to a frozen teacher.
+
+    It needs memory for the teacher's weights and one batch of the teacher's logits.
 
     Args:
         distillation: The weights of the parts.
         teacher: Directory of the model to learn from.
-        dtype: What it computes in.
-        options: Those of the Trainer.
+        dtype: The dtype that the teacher computes in.
+        options: The Trainer's own options.
     """
 
     def __init__(self, *, distillation: Distillation, teacher: str, dtype: str, **options: Any) -> None:
@@ -31,6 +34,7 @@ class Distiller(Trainer):
         self.distillation = distillation
         self.parts: dict[str, Tensor] = {}
 
+    @override
     def compute_loss(
         self,
         model: nn.Module,
@@ -38,7 +42,7 @@ class Distiller(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The weighted sum of the parts, each per target token of the whole batch, as the Trainer scales its own."""
+        """Return the weighted sum of the parts, each per target token of the whole batch, as the Trainer scales."""
         assert num_items_in_batch is not None
         options = self.distillation
         asked = {"output_hidden_states": options.hidden_weight > 0}
@@ -61,8 +65,9 @@ class Distiller(Trainer):
         loss = torch.stack(weighted).sum()
         return (loss, found) if return_outputs else loss
 
+    @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts of a step's loss, unweighted, as "text_loss", "logits_loss" and "hidden_loss"."""
+        """Add the parts of a step's loss, unweighted, as "text_loss", "logits_loss" and "hidden_loss"."""
         if "loss" in logs:
             parts = self.accelerator.reduce(self.parts, reduction="mean")
             logs |= {f"{name}_loss": part.item() for name, part in parts.items()}
@@ -71,10 +76,10 @@ class Distiller(Trainer):
 
 
 def check_teacher(student: Path, teacher: Path | None) -> None:
-    """Refuse a teacher that is missing, or reads or predicts other tokens; reads no weights.
+    """Refuse a teacher that is missing, or has another vocabulary; no weights are read.
 
     Raises:
-        ValueError: There is none, or the vocabularies differ.
+        ValueError: No teacher is given, or the vocabularies differ.
     """
     if teacher is None:
         raise ValueError("distillation needs a teacher: the directory of the dense model")
@@ -82,7 +87,7 @@ def check_teacher(student: Path, teacher: Path | None) -> None:
     words = [AutoTokenizer.from_pretrained(path).get_vocab() for path in (student, teacher)]
     if sizes[0] != sizes[1] or words[0] != words[1]:
         raise ValueError(
-            f"the teacher {teacher} predicts {sizes[1]} tokens, the model to recover {sizes[0]}, and {len(words[1])} "
-            f"and {len(words[0])} of them have names: their vocabularies must be the same. Choose "
+            f"the teacher {teacher} predicts {sizes[1]} tokens and names {len(words[1])}; the model to recover "
+            f"predicts {sizes[0]} and names {len(words[0])}: both vocabularies must be the same. Choose "
             "recovery/distillation=none, or the dense model that the pruned one was cut from"
         )

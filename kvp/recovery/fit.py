@@ -1,4 +1,4 @@
-"""The training itself, by peft and the transformers Trainer, in one process or in each of several."""
+"""Train an adapter by peft and the transformers Trainer, in one process or in each of several."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from kvp.recovery.base import Example
 from kvp.recovery.batches import collate, mean_loss
 from kvp.recovery.distillation import PARTS
 from kvp.recovery.distiller import Distiller
+from kvp.recovery.examples import Example
 from kvp.recovery.journal import Journal
 from kvp.recovery.lora import Lora
 
@@ -25,14 +25,14 @@ warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # a na
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a training needs besides its recipe and examples; JSON data, for it may run in other processes.
+    """Everything that a training needs besides its recipe and examples.
 
     Attributes:
         checkpoint: Directory of the model to train on.
         directory: Where adapter, losses and the Trainer's checkpoints go.
-        seed: Of the adapter's first values and of the order of examples.
+        seed: Seed of the adapter's first values and of the order of examples.
         device: "cpu" or "cuda".
-        resume: Checkpoint of a killed attempt to go on from.
+        resume: Checkpoint of a killed attempt to resume from.
         teacher: Directory of the dense model, if the recipe learns from it.
     """
 
@@ -84,7 +84,7 @@ def fit(recipe: Lora, job: Job, examples: Sequence[Example], held_out: Sequence[
 
 
 def _parts(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """First and final value of each part of the loss, as "first_logits_loss" and the like."""
+    """Return the first and final value of each part of the loss, as "first_logits_loss" and the like."""
     names = [f"{part}_loss" for part in PARTS if f"{part}_loss" in rows[0]]
     return {f"first_{name}": rows[0][name] for name in names} | {
         f"final_{name}": fmean(row[name] for row in rows[-10:]) for name in names
@@ -133,12 +133,13 @@ def _arguments(recipe: Lora, job: Job) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # or Trainer spreads a batch over every GPU it sees
+    # Trainer spreads a batch over every GPU that it sees. `n_gpu` is read-only, so its private field is set.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
 def _validate(recipe: Lora, model: PeftModel, held_out: Sequence[Example]) -> dict[str, float]:
-    """Loss of the held out examples per target token, without the adapter and with it."""
+    """Return the loss of the held-out examples per target token, without the adapter and with it."""
     with model.disable_adapter():
         before = mean_loss(model, held_out, recipe.micro_batch_size)
     after = mean_loss(model, held_out, recipe.micro_batch_size)
@@ -146,6 +147,9 @@ def _validate(recipe: Lora, model: PeftModel, held_out: Sequence[Example]) -> di
 
 
 def _check_trained(model: PeftModel) -> None:
+    """Raise if every B of the adapter is still 0."""
     norms = [p.detach().norm() for name, p in model.named_parameters() if "lora_B" in name]
     if not sum(norms) > 0:
-        raise ArithmeticError("The adapter did not move from 0: raise learning_rate or max_steps")
+        raise ArithmeticError(
+            "The adapter did not move from 0: raise recovery.learning_rate or recovery.max_steps"
+        )

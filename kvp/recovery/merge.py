@@ -1,4 +1,4 @@
-"""An adapter added to its checkpoint, and the proof that nothing but rounding lies between the two."""
+"""Merge an adapter into its checkpoint, and check that only rounding lies between the two forms."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from kvp.recovery.base import Example
 from kvp.recovery.batches import collate
+from kvp.recovery.examples import Example
 
 PROBE = (1, 32)  # sequences and tokens on which the merged model must agree with the adapter
 MERGE_TOLERANCE = 1e-3  # of the norm of the logits
@@ -20,21 +20,21 @@ MERGE_TOLERANCE = 1e-3  # of the norm of the logits
 def merge(
     checkpoint: Path, adapter: Path, probe: Tensor, *, keep_zeros: bool = False
 ) -> tuple[PreTrainedModel, dict[str, float]]:
-    """The checkpoint with the adapter added to its weights in float32, then rounded once to its own dtype.
+    """Add an adapter to a checkpoint's weights in float32, then round once to the checkpoint's dtype.
 
-    Starts from the weights on disk, not from those that were trained over, which may have been rounded.
+    The weights come from disk, because training may have rounded its copy.
 
     Args:
         checkpoint: The model the adapter was trained on.
-        adapter: Its directory.
+        adapter: Directory of the adapter.
         probe: Token ids of shape (sequences, tokens) on which the two forms are compared.
-        keep_zeros: Whether weights that are zero in the checkpoint are zero again, after the comparison.
+        keep_zeros: Whether zero weights of the checkpoint become zero again, after the comparison.
 
     Returns:
         The model, on the CPU, and the largest difference of a logit between the two in float32.
 
     Raises:
-        ArithmeticError: They differ by more than rounding explains.
+        ArithmeticError: The two forms differ by more than rounding explains.
     """
     stored = AutoConfig.from_pretrained(checkpoint).dtype
     base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -47,7 +47,8 @@ def merge(
     if not relative <= MERGE_TOLERANCE:
         raise ArithmeticError(
             f"The merged model's logits differ from the adapter's by {relative:.2%} of their norm, rounding "
-            f"explains {MERGE_TOLERANCE:.2%}: lower learning_rate or alpha, the update is too large"
+            f"explains {MERGE_TOLERANCE:.2%}: lower recovery.learning_rate or recovery.alpha, the "
+            "update is too large"
         )
     with torch.no_grad():
         for name, zero in zeros.items():
@@ -56,7 +57,7 @@ def merge(
 
 
 def probe_of(examples: Sequence[Example]) -> Tensor:
-    """Token ids of shape (sequences, tokens), the beginnings of the first examples."""
+    """Return the beginnings of the first examples, token ids of shape (sequences, tokens)."""
     sequences, tokens = PROBE
     shortened = [{key: ids[:tokens] for key, ids in example.items()} for example in examples[:sequences]]
     return collate(shortened)["input_ids"]

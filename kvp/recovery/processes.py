@@ -1,7 +1,7 @@
 """Training in several processes, one per GPU: torchrun starts them, the first of them writes.
 
-Recipe, job and examples reach them as JSON in the Trainer's directory. They die with whoever started
-them, so that a killed run leaves nobody behind who would write beside the next.
+Recipe, job and examples reach them as a pickle in the Trainer's directory. They die with the process that started
+them, so a killed run leaves no process that would write into the next run's files.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from kvp.recovery.base import Example
-from kvp.recovery.distillation import Distillation
+from kvp.recovery.examples import Example
 from kvp.recovery.fit import Job, fit
 from kvp.recovery.lora import Lora
 
@@ -30,42 +29,38 @@ ERROR = "error-of-rank-"
 def fit_in_processes(
     recipe: Lora, job: Job, examples: Sequence[Example], held_out: Sequence[Example]
 ) -> dict[str, Any]:
-    """As `fit`, in `recipe.num_processes` processes.
+    """Train the adapter in `recipe.num_processes` processes, and return the figures of `fit`.
 
     Raises:
-        RuntimeError: One of them failed; the end of what they said is in the message.
+        RuntimeError: A process failed; the message holds the errors, or the last lines of stderr.
     """
     work = Path(job.directory) / "trainer"
     work.mkdir(exist_ok=True)
-    spec, result = work / "spec.json", work / "result.json"
+    spec, result = work / "spec.pkl", work / "result.json"
     for stale in work.glob(f"{ERROR}*"):
         stale.unlink()
-    options = {f.name: getattr(recipe, f.name) for f in fields(recipe) if f.name != "data"}
-    options["target_modules"] = list(recipe.target_modules)
-    options["distillation"] = recipe.distillation and asdict(recipe.distillation)
-    content = {"recipe": options, "job": asdict(job), "examples": list(examples), "held_out": list(held_out)}
-    spec.write_text(json.dumps(content))
+    spec.write_bytes(pickle.dumps((recipe, job, examples, held_out)))
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={recipe.num_processes}"]
     command = [sys.executable, "-m", *torchrun, "-m", "kvp.recovery.processes", str(spec), str(result)]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // recipe.num_processes))}
     child = subprocess.Popen(
         command, env=threads | os.environ, stderr=subprocess.PIPE, text=True, preexec_fn=_die_with_parent
     )
-    said = _relay(child)
+    lines = _relay(child)
     if child.wait():
-        reasons = [path.read_text() for path in work.glob(f"{ERROR}*")] or said[-STDERR_LINES:]
+        reasons = [path.read_text() for path in work.glob(f"{ERROR}*")] or lines[-STDERR_LINES:]
         raise RuntimeError("\n".join(["training in several processes failed:", *reasons]))
     return json.loads(result.read_text())
 
 
 def _relay(child: subprocess.Popen[str]) -> list[str]:
-    """Shows what the processes say (their progress bar) while they say it."""
+    """Copy the processes' stderr, with the progress bar, to this one's as it comes; return the lines."""
     assert child.stderr is not None
-    said = []
+    lines = []
     for line in child.stderr:
         sys.stderr.write(line)
-        said.append(line.rstrip())
-    return said
+        lines.append(line.rstrip())
+    return lines
 
 
 def _die_with_parent() -> None:
@@ -74,14 +69,11 @@ def _die_with_parent() -> None:
 
 
 def main() -> None:
-    """One of the processes."""
+    """Train as one of the processes: `spec.pkl result.json` are the arguments."""
     _die_with_parent()
-    spec = json.loads(Path(sys.argv[1]).read_text())
-    options = spec["recipe"]
-    options["distillation"] = options["distillation"] and Distillation(**options["distillation"])
-    recipe, job = Lora(data=None, **options), Job(**spec["job"])  # type: ignore[arg-type]
+    recipe, job, examples, held_out = pickle.loads(Path(sys.argv[1]).read_bytes())
     try:
-        figures = fit(recipe, job, spec["examples"], spec["held_out"])
+        figures = fit(recipe, job, examples, held_out)
     except Exception as error:
         Path(job.directory, "trainer", ERROR + os.environ["RANK"]).write_text(str(error))
         raise

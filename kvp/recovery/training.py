@@ -1,4 +1,4 @@
-"""From a LoRA recipe to a merged checkpoint; imported only when something is to be trained."""
+"""Follow a LoRA recipe from a checkpoint to a merged one; imports seconds of peft and Trainer."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from kvp.data.corpora import Corpus
-from kvp.recovery.base import Example
 from kvp.recovery.distiller import check_teacher
+from kvp.recovery.examples import Example
 from kvp.recovery.fit import Job, fit
 from kvp.recovery.journal import newest_checkpoint
 from kvp.recovery.lora import Lora
@@ -28,9 +28,28 @@ def train(
     corpora: Mapping[str, Corpus],
     seed: int,
     device: str,
-    teacher: Path | None,
+    teacher: Path | None = None,
 ) -> dict[str, Any]:
-    """What `Lora.recover` promises."""
+    """Write `adapter/`, `losses.jsonl` and the merged `model/` in the checkpoint's dtype, and return the figures.
+
+    A recovery reads a checkpoint, never the plan behind it, so it serves dense controls too. On a CPU, a run that was
+    killed and started again ends with the same bits as one that was not. Every model of one tokenizer sees the same
+    batches. In the result "tokens_seen" counts padding, "final_loss" is the mean of the last ten steps, and
+    "validation" is None without examples held out.
+
+    Args:
+        recipe: What to train, on which data.
+        checkpoint: Hugging Face directory with a tokenizer; it is only read.
+        directory: Where to work; the files of a killed attempt are resumed.
+        corpora: The text that the data may name.
+        seed: The seed of every draw.
+        device: "cpu" or "cuda".
+        teacher: The dense model, for a recipe that learns from it.
+
+    Raises:
+        FloatingPointError: The loss or a gradient is not finite.
+        ValueError: No example is left to train on, or the teacher has another vocabulary.
+    """
     if recipe.distillation:
         check_teacher(checkpoint, teacher)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -54,10 +73,10 @@ def train(
 
 
 def _split(recipe: Lora, examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:
-    """The examples held out, drawn at random, and the others."""
+    """Return the examples held out, drawn at random, and the others."""
     if len(examples) <= recipe.validation:
-        found = f"{len(examples)} examples with validation={recipe.validation}"
-        raise ValueError(f"{found} leave none to train on: add some, or lower validation")
+        found = f"{len(examples)} examples with recovery.validation={recipe.validation}"
+        raise ValueError(f"{found} leave none to train on: add some, or lower it")
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [examples[i] for i in order]
     return shuffled[: recipe.validation], shuffled[recipe.validation :]

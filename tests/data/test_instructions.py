@@ -6,7 +6,8 @@ import pytest
 from huggingface_hub import constants
 from tokenizers.processors import TemplateProcessing
 
-from kvp.data.instructions import IGNORE, Instructions, prompt
+from kvp.data.instructions import Instructions, prompt
+from kvp.data.tokens import IGNORE
 
 ROWS = [
     {"instruction": "Name a colour.", "input": "", "output": "Blue."},
@@ -43,7 +44,9 @@ def test_a_prompt_that_reaches_the_cutoff_is_left_out(path, tokenizer):
     assert len(Instructions(path=path, cutoff=256).examples(tokenizer, {})) == 2
     kept = Instructions(path=path, cutoff=5000).examples(tokenizer, {})
     assert len(kept) == 3
-    with pytest.raises(ValueError, match="All 3 prompts reach the cutoff of 8 tokens: raise cutoff"):
+    with pytest.raises(
+        ValueError, match=r"All 3 prompts reach the cutoff of 8 tokens: raise recovery.data.cutoff"
+    ):
         Instructions(path=path, cutoff=8).examples(tokenizer, {})
 
 

@@ -67,7 +67,9 @@ def test_windows_drop_the_tail():
 
 
 def calibration(**changes) -> Calibration:
-    return Calibration(**{"corpora": ["drop"], "num_samples": 8, "length": 16, "seed": 0, **changes})
+    return Calibration(
+        **{"corpora": ["drop"], "num_samples": 8, "length": 16, "batch_size": 4, "seed": 0, **changes}
+    )
 
 
 def test_samples_are_distinct_windows_of_the_stream(corpora, tokenizer):
@@ -123,8 +125,8 @@ def test_the_identity_holds_every_option_and_the_bytes(corpora):
         ({"num_samples": 0}, "num_samples must be >= 1, got 0"),
         ({"length": 1}, "length must be >= 2, got 1"),
         ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
-        ({"corpora": "drop"}, r"such as \[drop\], got 'drop'"),
-        ({"corpora": []}, r"such as \[drop\], got \[\]"),
+        ({"corpora": "drop"}, r"corpora must be a list, got 'drop': names of corpora such as \[drop\]"),
+        ({"corpora": []}, r"a list of at least 1, got \[\]: names of corpora such as \[drop\]"),
         ({"part": "validation"}, "part must be one of train, test, got 'validation'"),
     ],
 )

@@ -144,4 +144,4 @@ def test_token_nll_is_float32_whatever_the_logits():
 )
 def test_options_are_checked(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
-        Perplexity(**{"corpora": ["letters"], "window": WINDOW, **options})
+        Perplexity(**{"corpora": ["letters"], "window": WINDOW, "max_tokens": TOKENS, **options})

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kvp.models.joined import joined, joined_config
-from kvp.models.masks import mask
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.surgery import apply
 from kvp.types import Plan
 from tests.conftest import HEADS, exact_norms, random_plan, tiny_config, tiny_model
+from tests.helpers.masks import mask
 
 FAMILIES = ("llama", "mistral", "qwen2")  # qwen3 has norms over head_dim
 DIVISORS = [

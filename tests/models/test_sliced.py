@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM
 from kvp.export.write import export
 from kvp.measurement.count import macs
 from kvp.models.load import byte_tokenizer, save
-from kvp.models.masks import mask, masked
+from kvp.models.masks import masked
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.sliced import StreamNorm
 from kvp.models.spaces import available_kinds
 from kvp.models.surgery import apply
 from kvp.types import Plan
 from tests.conftest import exact_norms, random_plan, tiny_config, tiny_model
+from tests.helpers.masks import mask
 
 WIDTHS = (40, 32, 36, 24, 44, 28)  # of the six places of three layers
 WHOLE = (48,) * 6

@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvp.models.masks import mask, masked, without
+from kvp.models.masks import masked, without
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import available_kinds, find_spaces
 from kvp.models.surgery import apply
 from kvp.types import Plan, Space
 from tests.conftest import random_plan, tiny_config, tiny_model
+from tests.helpers.masks import mask
 
 ALL = ["block", "attention", "mlp", "kv_group", "qk", "vo", "ffn"]
 WIDTHS = ["kv_group", "qk", "vo", "ffn"]

@@ -263,7 +263,7 @@ def test_an_edited_stage_is_not_trusted(finished):
     ("options", "message"),
     [
         (["ratio.value=1.5"], "ratio.value must be in [0, 1), got 1.5"),
-        (["ratio.value=abc"], "ratio has a value of the wrong type"),
+        (["ratio.value=abc"], "ratio.value must be a number, got 'abc': it is the fraction removed"),
         (["ratio.valu=0.5"], "Did you mean ratio.value"),
         (["strategy=kvprunner"], "Did you mean kvpruner?"),
         (["strategi=random"], "strategi"),

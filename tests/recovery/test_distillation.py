@@ -12,14 +12,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from kvp.data.tokens import IGNORE
 from kvp.models.surgery import apply
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import foretell
 from kvp.recovery import distillation
-from kvp.recovery.batches import IGNORE, collate
+from kvp.recovery.batches import collate
 from kvp.recovery.distillation import Distillation, divergence, hidden_error
 from kvp.recovery.distiller import Distiller
 from kvp.recovery.journal import newest_checkpoint
+from kvp.recovery.training import train
 from tests.conftest import random_plan, tiny_model
 from tests.pipeline.test_run import compose_here, run_here
 from tests.recovery.test_lora import (  # noqa: F401
@@ -46,7 +48,7 @@ def pruned(checkpoint, tmp_path_factory) -> Path:  # noqa: F811
 
 def recover(recipe, student, teacher, directory, corpora, seed=3):  # noqa: F811
     directory.mkdir(exist_ok=True)
-    return recipe.recover(student, directory, corpora=corpora, seed=seed, device="cpu", teacher=teacher)
+    return train(recipe, student, directory, corpora=corpora, seed=seed, device="cpu", teacher=teacher)
 
 
 def rows(directory):
@@ -188,7 +190,9 @@ def test_another_vocabulary_is_refused_before_weights_are_read(checkpoint, corpo
     words = other / "tokenizer.json"
     words.write_text(words.read_text().replace("moon", "noon"))
     recipe = make(distillation=KL)
-    with pytest.raises(ValueError, match=f"the teacher {other} predicts 64 tokens.*must be the same"):
+    with pytest.raises(
+        ValueError, match=f"the teacher {other} predicts 64 tokens.*both vocabularies must be the same"
+    ):
         recover(recipe, checkpoint, other, tmp_path / "x", corpora)
     with pytest.raises(ValueError, match="distillation needs a teacher"):
         recover(recipe, checkpoint, None, tmp_path / "x", corpora)
@@ -199,8 +203,12 @@ def test_another_vocabulary_is_refused_before_weights_are_read(checkpoint, corpo
     [
         ({"temperature": 0.0}, "temperature must be > 0, got 0.0"),
         ({"text_weight": -1.0}, "text_weight must be >= 0, got -1.0"),
-        ({"logits_weight": float("nan")}, "logits_weight must be >= 0, got nan"),
-        ({"logits_weight": 0.0}, "nothing is learned from the dense model.*recovery/distillation=none"),
+        ({"logits_weight": float("nan")}, "logits_weight must be a finite number, got nan"),
+        ({"text_weight": float("inf")}, "text_weight must be a finite number, got inf"),
+        (
+            {"logits_weight": 0.0},
+            "got 0 and 0: nothing is learned from the dense model.*recovery/distillation=none",
+        ),
     ],
 )
 def test_options_out_of_bounds_are_refused(options, message):
@@ -209,7 +217,7 @@ def test_options_out_of_bounds_are_refused(options, message):
 
 
 def test_options_without_a_choice_are_refused():
-    with pytest.raises(ValueError, match="recovery/distillation=logits before it has options"):
+    with pytest.raises(ValueError, match="recovery/distillation=logits before its options"):
         make(distillation={"temperature": 2.0})
 
 

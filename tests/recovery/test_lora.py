@@ -25,10 +25,12 @@ from transformers import (
 from kvp.data.corpora import FileCorpus
 from kvp.data.instructions import Instructions
 from kvp.data.text import PackedText
+from kvp.data.tokens import IGNORE
 from kvp.recovery import fit
-from kvp.recovery.batches import IGNORE, collate, mean_loss
+from kvp.recovery.batches import collate, mean_loss
 from kvp.recovery.journal import newest_checkpoint
 from kvp.recovery.lora import Lora
+from kvp.recovery.training import train
 from tests.process import start
 
 TEXT = (
@@ -46,6 +48,9 @@ OPTIONS: dict[str, Any] = {
     "batch_size": 4,
     "micro_batch_size": 2,
     "warmup_steps": 2,
+    "dropout": 0.05,
+    "scheduler": "linear",
+    "validation": 0,
     "dtype": "float32",
     "save_steps": 7,
 }
@@ -101,7 +106,7 @@ def make(**changes: Any) -> Lora:
 
 def recover(recovery: Lora, checkpoint: Path, directory: Path, corpora, seed: int = 0) -> dict[str, Any]:
     directory.mkdir(exist_ok=True)
-    return recovery.recover(checkpoint, directory, corpora=corpora, seed=seed, device="cpu")
+    return train(recovery, checkpoint, directory, corpora=corpora, seed=seed, device="cpu")
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -181,17 +186,18 @@ def test_trained_in_bfloat16_and_stored_as_it_came(stored, corpora, tmp_path):
     assert merged.dtype == stored
 
 
-def train(checkpoint, directory, corpora, options):
+def train_here(checkpoint, directory, corpora, options):
     """What is killed: recovery in a process of its own."""
     torch.set_num_threads(1)
-    make(max_steps=60, **options).recover(checkpoint, directory, corpora=corpora, seed=3, device="cpu")
+    recipe = make(max_steps=60, **options)
+    train(recipe, checkpoint, directory, corpora=corpora, seed=3, device="cpu")
 
 
 def train_until_killed(checkpoint, directory, corpora, **options):
     """Until there are losses of more than 16 steps."""
     directory.mkdir()
     losses = directory / "losses.jsonl"
-    child = start(train, checkpoint, directory, corpora, options)
+    child = start(train_here, checkpoint, directory, corpora, options)
     while child.is_alive() and not (losses.exists() and losses.read_text().count("\n") > 16):
         time.sleep(0.002)
     child.kill()
@@ -278,7 +284,7 @@ def test_instructions(checkpoint, tmp_path):
 
 def test_a_diverging_run_stops_and_says_why(checkpoint, corpora, tmp_path):
     with pytest.raises(
-        FloatingPointError, match=r"Step \d+: loss .* learning rate 9.6e\+29: lower learning_rate"
+        FloatingPointError, match=r"Step \d+: loss .* learning rate 9.6e\+29: lower recovery.learning_rate"
     ):
         recover(make(learning_rate=1e30, warmup_steps=0), checkpoint, tmp_path / "recovered", corpora)
 
@@ -297,13 +303,13 @@ def test_holding_everything_out_is_an_error(checkpoint, corpora, tmp_path):
     ("changes", "message"),
     [
         ({"dtype": "float16"}, "Llama-2 and later diverge"),
-        ({"epochs": 1}, "exactly one of epochs=1 and max_steps=25"),
+        ({"epochs": 1}, "exactly one of recovery.epochs and recovery.max_steps .* got 1.0 and 25"),
         ({"max_steps": None}, "exactly one"),
         ({"rank": 0}, "rank must be > 0, got 0"),
-        ({"batch_size": 5}, "multiple of micro_batch_size"),
+        ({"batch_size": 5}, "multiple of recovery.micro_batch_size"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"warmup_steps": -1}, "warmup_steps must be >= 0, got -1"),
-        ({"scheduler": "step"}, "linear or cosine"),
+        ({"scheduler": "step"}, "recovery.scheduler must be one of linear, cosine, got 'step'"),
     ],
 )
 def test_options_out_of_bounds_are_refused(changes, message):

@@ -50,10 +50,11 @@ def test_two_processes_train_as_one_does_even_when_killed(checkpoint, corpora, t
 
 @pytest.mark.slow
 def test_a_process_that_fails_is_heard(checkpoint, corpora, tmp_path):  # noqa: F811
-    with pytest.raises(RuntimeError, match="lower learning_rate"):
+    with pytest.raises(RuntimeError, match=r"lower recovery.learning_rate"):
         recover(make(max_steps=4, num_processes=2, learning_rate=1e30), checkpoint, tmp_path / "x", corpora)
 
 
 def test_batches_must_divide():
-    with pytest.raises(ValueError, match="multiple of micro_batch_size \\* num_processes, got 4, 2 and 3"):
+    message = r"multiple of recovery.micro_batch_size \* recovery.num_processes, got 4, 2 and 3"
+    with pytest.raises(ValueError, match=message):
         make(num_processes=3)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from kvp.models.joined import joined
-from kvp.models.masks import mask
 from kvp.models.plans import read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import available_kinds
@@ -41,6 +40,7 @@ from kvp.strategies.search.evolution import Evolution
 from kvp.strategies.signals.gradients import scoring_bytes
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
+from tests.helpers.masks import mask
 from tests.models.test_published_counts import LLAMA_7B
 
 BUDGET = Budget(value=0.25, of="kv_cache", tolerance=0.15)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvp.models.masks import mask, masked, without
+from kvp.models.masks import masked, without
 from kvp.models.spaces import available_kinds, find_spaces
 from kvp.models.surgery import apply
 from kvp.strategies.signals.losses import losses_without
 from kvp.strategies.signals.walk import window
 from kvp.types import Plan
 from tests.conftest import random_plan, tiny_model
+from tests.helpers.masks import mask
 
 
 def naive(model, batches):

@@ -90,7 +90,8 @@ def compare_perplexity(model: Model, threads: int | None, results: dict[str, Any
         )
         if len(one["window_nll"]) == known["num_windows"]:
             continue
-        documents = PackagedCorpus(source=corpus).documents(protocol["part"])
+        packaged = PackagedCorpus(source=corpus)  # type: ignore[arg-type] # which refuses other names
+        documents = packaged.documents(protocol["part"])
         ids = encode(documents, load_tokenizer(model.checkpoint), join=protocol["join"])
         windows = ids[: protocol["max_tokens"]].unfold(0, window, window)
         if digest(windows.flatten()) != known["data_hash"]:

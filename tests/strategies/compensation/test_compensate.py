@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvp.models.masks import mask, masks_of
+from kvp.models.masks import masks_of
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.surgery import apply
 from kvp.strategies.allocation.allocate import Global
@@ -18,6 +18,7 @@ from kvp.strategies.signals.moments import Moments
 from kvp.strategies.signals.walk import caught_inputs
 from kvp.types import Budget
 from tests.conftest import random_plan, refitted, tiny_model
+from tests.helpers.masks import mask
 
 
 def batches(count=6):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvp.models.masks import mask, masks_of
+from kvp.models.masks import masks_of
 from kvp.models.plans import edits_file
 from kvp.models.surgery import apply
 from kvp.strategies.compensation.compensate import LeastSquares
 from kvp.strategies.compensation.sequential import Products, Sequential
 from kvp.strategies.signals.walk import caught_inputs
 from tests.conftest import random_plan, refitted, tiny_model
+from tests.helpers.masks import mask
 
 IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
 

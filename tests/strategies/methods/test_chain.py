@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvp.models.linears import all_linears
-from kvp.models.masks import edited, mask
+from kvp.models.masks import edited
 from kvp.models.plans import read_plan, write_plan
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.surgery import apply
@@ -28,6 +28,7 @@ from kvp.strategies.methods.wanda import Wanda
 from kvp.strategies.methods.wanda_sp import WandaSP
 from kvp.types import Budget
 from tests.conftest import random_plan, refitted, tiny_config, tiny_model
+from tests.helpers.masks import mask
 from tests.pipeline.test_run import run_here
 
 HALF = Budget(value=0.5, of="sparsity")

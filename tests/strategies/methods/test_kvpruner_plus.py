@@ -10,7 +10,6 @@ import torch
 
 from kvp.export.stock import to_stock
 from kvp.models.joined import joined
-from kvp.models.masks import mask
 from kvp.models.plans import read_plan, write_plan
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
@@ -24,6 +23,7 @@ from kvp.strategies.signals.heads import turn
 from kvp.strategies.signals.walk import Visit, caught_inputs, hidden_states, walk
 from kvp.types import Budget, Plan
 from tests.conftest import refitted, tiny_config, tiny_model
+from tests.helpers.masks import mask
 
 IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
 HALF = Budget(value=0.5, of="kv_cache", tolerance=0.05)

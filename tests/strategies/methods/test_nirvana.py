@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig
 
-from kvp.models.masks import mask, masked
+from kvp.models.masks import masked
 from kvp.models.spaces import find_spaces
 from kvp.strategies.allocation.tied import Tied
 from kvp.strategies.base import Target
@@ -18,6 +18,7 @@ from kvp.strategies.signals.gradients import scoring_bytes
 from kvp.strategies.signals.losses import divergences
 from kvp.types import Budget
 from tests.conftest import random_plan, tiny_config, tiny_model
+from tests.helpers.masks import mask
 
 HEAD_DIM = 8
 ALLOCATOR = Tied(multiple_of=1, max_ratio=1.0, gamma=2.0)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kvp.models.masks import mask
 from kvp.models.spaces import find_spaces, keep_mask, members
 from kvp.strategies.allocation.allocate import Global, Uniform
 from kvp.strategies.base import Target
@@ -20,6 +19,7 @@ from kvp.strategies.methods.shortgpt import ShortGPT
 from kvp.strategies.methods.sleb import SLEB
 from kvp.types import Budget, Plan, Space
 from tests.conftest import exact_norms, random_plan, tiny_config, tiny_model
+from tests.helpers.masks import mask
 
 L1 = Magnitude(allocator=Uniform(multiple_of=2), norm="l1")
 STEP = 1e-4

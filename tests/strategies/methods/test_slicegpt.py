@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kvp.models.masks import mask
 from kvp.models.plans import read_plan, write_plan
 from kvp.models.shapes import layer_shapes, size, sliced
 from kvp.models.surgery import apply
@@ -19,6 +18,7 @@ from kvp.strategies.compensation.compensate import Bias
 from kvp.strategies.methods.slicegpt import SliceGPT
 from kvp.types import Budget
 from tests.conftest import exact_norms, tiny_config, tiny_model
+from tests.helpers.masks import mask
 from tests.pipeline.test_run import LIGHT, run_here
 
 GOLDEN = Path(__file__).parents[1] / "golden_slicegpt.json"

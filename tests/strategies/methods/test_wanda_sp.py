@@ -7,12 +7,12 @@ from math import sqrt
 import pytest
 import torch
 
-from kvp.models.masks import mask
 from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.base import Target
 from kvp.strategies.methods.wanda_sp import WandaSP
 from kvp.types import Budget, Plan
 from tests.conftest import tiny_model
+from tests.helpers.masks import mask
 from tests.strategies.compensation.test_compensate import batches, naive_inputs
 
 HEAD_DIM = 8

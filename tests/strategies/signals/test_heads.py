@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvp.models.joined import joined
-from kvp.models.masks import edited, fold_rotary, mask
+from kvp.models.masks import edited, fold_rotary
 from kvp.models.surgery import apply
 from kvp.strategies.signals.head_moments import output_columns, statistics
 from kvp.strategies.signals.heads import by_rank, first_folded, roots, turn
@@ -17,6 +17,7 @@ from kvp.strategies.signals.logits import observed_attention
 from kvp.strategies.signals.walk import Visit, caught_inputs, hidden_states, walk
 from kvp.types import Plan
 from tests.conftest import exact_norms, tiny_model
+from tests.helpers.masks import mask
 
 IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
 OFFERS_PAIRS = ("llama", "mistral", "qwen2")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from kvp.models.linears import all_linears, linears
-from kvp.models.masks import edited, mask
+from kvp.models.masks import edited
 from kvp.models.sparsity import is_n_of_m
 from kvp.models.surgery import apply
 from kvp.strategies.compensation.compensate import Bias
@@ -34,6 +34,7 @@ from kvp.strategies.signals.walk import walk
 from kvp.strategies.templates.selection import Pattern, lowest, share
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
+from tests.helpers.masks import mask
 from tests.pipeline.test_run import ROOT, overrides, run_here
 from tests.process import start_kvp
 from tests.strategies.sparse import sparse_plan
