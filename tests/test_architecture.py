@@ -16,6 +16,7 @@ ALLOWED = {  # what each package may import of kvp, from the bottom up
     "identity": set(),
     "options": set(),
     "record": {"results", "upgrade"},
+    "schema": {"record"},
     "results": set(),
     "upgrade": {"identity"},
     "store": set(),
