@@ -54,6 +54,7 @@ def job(config: DictConfig) -> str | None:
     """One run of a single command, or of a sweep."""
     from kvp.pipeline.experiment import Experiment
     from kvp.pipeline.summary import print_summary
+    from kvp.record import RunRecord
 
     for chatty in ("httpx", "accelerate", "datasets", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -71,7 +72,7 @@ def job(config: DictConfig) -> str | None:
         run,  # imports seconds of modelling code, which a wrong option need not wait for
     )
 
-    print_summary(run(x))
+    print_summary(RunRecord.read(run(x)))
     return None
 
 

@@ -11,17 +11,17 @@ import shlex
 import socket
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvp.record import RunRecord
 from kvp.sweep.words import reason, removed, stages
 
 WIDTH = 160  # of the tables in a file or pipe
@@ -46,29 +46,27 @@ class Look:
 
 
 def look(path: Path) -> Look:
-    """One run."""
+    """Return how the run of a run.json stands."""
     name = path.parent.name
     try:
-        record = json.loads(path.read_text())
-        status = record.get("status", "finished")  # schema 1 had finished runs only
-        if status == "finished":
-            return Look(name, status, f"{removed(record)} removed; {stages(record)}")
-        started = datetime.fromisoformat(record["provenance"]["started"])
-        retry = _command(record)
-        if status == "failed":
-            where = f"{record['stage']}: " if record["stage"] else ""
-            error = record["error"]
-            return Look(name, status, where + reason(error["type"], error["message"]), retry)
-        stage = record["stage"] or "between stages"
-        who = f"{stage}, {record['host']} pid {record['pid']}, since {started:%Y-%m-%d %H:%M} UTC"
-        if is_alive(record["host"], record["pid"], started.timestamp()) is False:
-            return Look(name, "died", who, retry)
-        return Look(name, status, who)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        return Look(name, "unreadable", f"{path}: {error!r}; delete it and repeat its command")
+        record = RunRecord.read(path)
+    except (OSError, ValueError) as error:
+        return Look(name, "unreadable", str(error))
+    if record.status == "finished":
+        return Look(name, record.status, f"{removed(record)} removed; {stages(record)}")
+    if record.status == "failed":
+        where = f"{record.stage}: " if record.stage else ""
+        why = reason(record.error.type, record.error.message) if record.error else "no error is recorded"
+        return Look(name, record.status, where + why, _command(record))
+    started = datetime.fromisoformat(record.provenance.started)
+    stage = record.stage or "between stages"
+    who = f"{stage}, {record.host} pid {record.pid}, since {started:%Y-%m-%d %H:%M} UTC"
+    if record.pid and is_alive(record.host, record.pid, started.timestamp()) is False:
+        return Look(name, "died", who, _command(record))
+    return Look(name, record.status, who)
 
 
-def is_alive(host: str, pid: int, since: float) -> bool | None:
+def is_alive(host: str | None, pid: int, since: float) -> bool | None:
     """Whether a process that ran at a time (seconds since 1970) still does; None: it is another machine's."""
     if host != socket.gethostname():
         return None
@@ -79,10 +77,11 @@ def is_alive(host: str, pid: int, since: float) -> bool | None:
         return False
 
 
-def _command(record: Mapping[str, Any]) -> str:
-    if record["overrides"] is None:
+def _command(record: RunRecord) -> str:
+    """Return the command that goes on with a run; empty if it was composed in Python."""
+    if record.overrides is None:
         return ""
-    return f"python -m kvp {shlex.join(record['overrides'])}".strip()
+    return f"python -m kvp {shlex.join(record.overrides)}".strip()
 
 
 def stage_counts(store: Path) -> dict[str, Counter[str]]:

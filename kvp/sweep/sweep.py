@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from kvp.pipeline.experiment import Experiment
-from kvp.sweep.words import JOBS, Record, corpora, perplexities, read, reason, removed, stages
+from kvp.record import RunRecord
+from kvp.sweep.words import JOBS, corpora, perplexities, read, reason, removed, stages
 from kvp.tracking import Wandb
 
 WIDTH = 160  # of the table in a file or pipe
@@ -32,7 +33,7 @@ class Outcome:
 
     name: str
     status: str
-    record: Record
+    record: RunRecord | None
     why: str = ""
 
     @classmethod
@@ -44,9 +45,10 @@ class Outcome:
         if returned:
             directory = Path(returned.return_value)  # named by the device of the process that ran it
         record = read(directory)
-        error = record.get("error")
-        why = reason(error["type"], error["message"]) if error else ""
-        return cls(directory.name, record.get("status", "not run"), record, why)
+        if record is None:
+            return cls(directory.name, "not run", None)
+        why = reason(record.error.type, record.error.message) if record.error else ""
+        return cls(directory.name, record.status, record, why)
 
 
 def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: Launch) -> None:
@@ -95,7 +97,7 @@ def _group(experiments: Sequence[Experiment]) -> str:
 
 
 def _print(console: Console, outcomes: Sequence[Outcome], seconds: float) -> None:
-    finished = [outcome.record for outcome in outcomes if outcome.status == "finished"]
+    finished = [each.record for each in outcomes if each.status == "finished" and each.record]
     title = f"{len(finished)} of {len(outcomes)} jobs finished, {seconds:.0f} s; perplexity: {corpora(finished) or '-'}"
     table = Table(title=title, title_justify="left")
     table.add_column("run", no_wrap=True)
@@ -111,8 +113,10 @@ def _print(console: Console, outcomes: Sequence[Outcome], seconds: float) -> Non
 
 def _cells(outcome: Outcome) -> list[str]:
     record = outcome.record
-    if outcome.status != "finished":
+    if outcome.status != "finished" or record is None:
         return [""] * 5
-    tuned = perplexities(record["recovered"]) if "recovered" in record else "-"
-    seconds = f"{record['provenance']['seconds']:.1f}"
-    return [removed(record), perplexities(record["pruned"]), tuned, stages(record), seconds]
+    models = record.models()
+    pruned, tuned = (
+        perplexities(models[name]) if name in models else "-" for name in ("pruned", "recovered")
+    )
+    return [removed(record), pruned, tuned, stages(record), f"{record.provenance.seconds:.1f}"]

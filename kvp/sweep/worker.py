@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from kvp.pipeline.experiment import Experiment
+from kvp.record import RunRecord
 from kvp.sweep.words import facts, line, reason
 
 LOG = "run.log"  # beside run.json: everything that a job of a sweep prints
@@ -38,7 +39,7 @@ def attempt(x: Experiment, number: int) -> str:
     directory, why = x.runs / x.name, None
     with _output_to(directory / LOG):
         try:
-            told = facts(run(x))
+            told = facts(RunRecord.read(run(x)))
         except Exception as error:
             traceback.print_exc()
             why = told = reason(type(error).__name__, str(error))

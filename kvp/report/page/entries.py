@@ -53,7 +53,7 @@ def find_entries(runs: Sequence[Run]) -> list[Entry]:
 def _entry(
     run: Run, state: str, point: Point | None = None, numbers: Numbers = MappingProxyType({})
 ) -> Entry:
-    provenance = run.record.get("provenance", {})
+    origin = run.record.provenance
     texts = {
         "model": label(run, "model"),
         "strategy": label(run, "strategy") if point is None or point.ratio else "none",
@@ -62,12 +62,12 @@ def _entry(
         "state": state,
         "seed": label(run, "seed"),
     }
-    origin = {
-        "device": str(provenance.get("device", "")),
-        "dtype": str(provenance.get("dtype", "")).removeprefix("torch."),
-        "commit": str(provenance.get("commit", ""))[:8] + (" (dirty)" if provenance.get("dirty") else ""),
+    made_by = {
+        "device": origin.device,
+        "dtype": origin.dtype.removeprefix("torch."),
+        "commit": str(origin.commit)[:8] + (" (dirty)" if origin.dirty else ""),
     }
-    return Entry(run=run, texts=texts, origin=origin, numbers=numbers, point=point)
+    return Entry(run=run, texts=texts, origin=made_by, numbers=numbers, point=point)
 
 
 def _numbers(points: Sequence[Point]) -> list[dict[str, tuple[str, float]]]:
@@ -88,7 +88,7 @@ ANY = Panel("", ())  # of a number that needs no protocol
 
 
 def _of_size(key: str, unit: float) -> Read:
-    return lambda model: {ANY: model["size"][key] / unit}
+    return lambda model: {ANY: getattr(model.size, key) / unit}
 
 
 READERS: tuple[tuple[str, int, Read], ...] = (  # heading, decimals, values

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
+
+from kvp.results import MeasureRecord, ModelRecord
 
 TASK = ("version", "lm_eval", "split", "limit", "num_fewshot", "dtype", "data_hash")
 TIMING = ("device", "dtype", "attention", "threads")
-Model = Mapping[str, Any]  # dense, pruned or recovered of a record
 
 
 class Panel(NamedTuple):
@@ -22,55 +23,53 @@ class Panel(NamedTuple):
         return self._replace(facts=(("model", base), *self.facts))
 
 
-def perplexity(model: Model) -> dict[Panel, float]:
+def perplexity(model: ModelRecord) -> dict[Panel, float]:
     """Perplexity of each corpus: the same tokens in the same windows, in one dtype."""
     return {
         Panel(
-            f"{corpus}, window {result['protocol']['window']}",
-            _facts(result["protocol"], "window", "stride", "bos") + _facts(result, "dtype", "data_hash"),
-        ): result["value"]
-        for corpus, result in model["evaluation"]["perplexity"].items()
+            f"{corpus}, window {result.protocol.window}",
+            _facts(result.protocol, "window", "stride", "bos") + _facts(result, "dtype", "data_hash"),
+        ): result.value
+        for corpus, result in model.evaluation.perplexity.items()
     }
 
 
-def zero_shot(model: Model) -> dict[Panel, float]:
+def zero_shot(model: ModelRecord) -> dict[Panel, float]:
     """Average accuracy in percent: the same tasks and metrics, of one version, on the same documents."""
-    results = model["evaluation"]["zero_shot"]
-    average = results["average"]
-    if not average:
+    average, tasks = model.evaluation.zero_shot.average, model.evaluation.zero_shot.tasks
+    if average is None or average.value is None:
         return {}
     facts = [
-        (task, (("metric", metric), *_facts(results[task], *TASK)))
-        for task, metric in average["metrics"].items()
+        (task, (("metric", metric), *_facts(tasks[task], *TASK))) for task, metric in average.metrics.items()
     ]
-    limit = max((results[task]["limit"] or 0 for task in average["tasks"]), default=0)
+    limit = max((tasks[task].limit or 0 for task in average.tasks), default=0)
     first = f" (first {limit} each)" if limit else ""
-    return {Panel(", ".join(average["tasks"]) + first, tuple(facts)): 100 * average["value"]}
+    return {Panel(", ".join(average.tasks) + first, tuple(facts)): 100 * average.value}
 
 
-def decode_speed(model: Model, *, batch: bool = True) -> dict[Panel, float]:
+def decode_speed(model: ModelRecord, *, batch: bool = True) -> dict[Panel, float]:
     """Decoded tokens per second: one device, one length of prompt and output, and one batch size or any."""
-    return {_timed(model, batch): model["measure"]["decode"]["tokens_per_second"]} if model["measure"] else {}
+    measured = model.measure
+    return {_timed(measured, batch): measured.decode.tokens_per_second} if measured else {}
 
 
-def peak_memory(model: Model, *, batch: bool = True) -> dict[Panel, float]:
+def peak_memory(model: ModelRecord, *, batch: bool = True) -> dict[Panel, float]:
     """Peak memory over that of an empty process, in MiB; one panel as for `decode_speed`."""
-    memory = model["measure"] and model["measure"]["memory"]
-    return {_timed(model, batch): (memory["peak_bytes"] - memory["baseline_bytes"]) / 2**20} if memory else {}
+    measured = model.measure
+    return {_timed(measured, batch): measured.memory.above_baseline / 2**20} if measured else {}
 
 
-def _timed(model: Model, batch: bool) -> Panel:
-    measured = model["measure"]
-    protocol = measured["protocol"]
-    title = f"{protocol['prompt_length']} + {protocol['new_tokens']} tokens, {measured['device']}"
+def _timed(measured: MeasureRecord, batch: bool) -> Panel:
+    protocol = measured.protocol
+    title = f"{protocol.prompt_length} + {protocol.new_tokens} tokens, {measured.device}"
     facts = _facts(protocol, "prompt_length", "new_tokens") + _facts(measured, *TIMING)
     if not batch:
         return Panel(title, facts)
-    return Panel(f"batch {protocol['batch_size']}, {title}", facts + _facts(protocol, "batch_size"))
+    return Panel(f"batch {protocol.batch_size}, {title}", facts + _facts(protocol, "batch_size"))
 
 
-def _facts(source: Mapping[str, Any], *keys: str) -> tuple[tuple[str, Any], ...]:
-    return tuple((key, source[key]) for key in keys)
+def _facts(source: Any, *keys: str) -> tuple[tuple[str, Any], ...]:
+    return tuple((key, getattr(source, key)) for key in keys)
 
 
 def titles(panels: Iterable[Panel]) -> dict[Panel, str]:

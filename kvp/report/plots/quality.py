@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from kvp.record import Denominator
 from kvp.report.plots.offscale import NOTE, Spot, set_range
 from kvp.report.plots.panels import titles
 from kvp.report.plots.points import Mean, Point, Read, means
@@ -26,12 +27,12 @@ REMOVED = {
 }
 DENSE = Look(color=INK, marker="*")
 COSTS: dict[str, tuple[str, Callable[[Point], float]]] = {
-    "kv_bytes": ("KV cache (KiB per token)", lambda point: point.model["size"]["kv_bytes_per_token"] / 2**10),
-    "params": ("parameters (millions)", lambda point: point.model["size"]["params"] / 1e6),
+    "kv_bytes": ("KV cache (KiB per token)", lambda point: point.model.size.kv_bytes_per_token / 2**10),
+    "params": ("parameters (millions)", lambda point: point.model.size.params / 1e6),
 }
 
 
-def against_ratio(points: Sequence[Point], of: str, read: Read, label: str) -> Figure | None:
+def against_ratio(points: Sequence[Point], of: Denominator, read: Read, label: str) -> Figure | None:
     """`read` against the achieved ratio of the runs that asked for `of`: mean and deviation over seeds.
 
     Pruned is dashed with open markers, recovered solid with filled ones; the dense model, and the dense model

@@ -15,24 +15,23 @@ from kvp.report.table.table import MISSING
 
 PRUNING = ("strategy", "ratio", "calibration")  # of no effect where nothing is pruned
 PROTOCOL = ("evaluation", "measure", "device", "dtype")
-MODELS = ("dense", "pruned", "recovered")
 
 Order = tuple[int, str, float]
 
 
 def unpruned(run: Run) -> bool:
     """Whether no weight is pruned: the dense baseline, the dense control of a recovery, or a sparse cache alone."""
-    return run.record["config"]["strategy"]["class"] == "NoPruning"
+    return run.record.config["strategy"]["class"] == "NoPruning"
 
 
 def untouched(run: Run) -> bool:
     """Whether the pruned model is the dense one, its cache too."""
-    return unpruned(run) and not run.record["config"].get("cache")
+    return unpruned(run) and not run.record.config.get("cache")
 
 
 def recovers(run: Run) -> bool:
     """Whether the model is tuned."""
-    return run.record["config"]["recovery"] is not None
+    return run.record.config["recovery"] is not None
 
 
 def label(run: Run, key: str) -> str:
@@ -57,7 +56,7 @@ def order(run: Run, key: str) -> Order:
 
 def find(run: Run, key: str) -> Any:
     """The value of a key, a dash if the run's configuration has no such key."""
-    value: Any = run.record["config"]
+    value: Any = run.record.config
     for part in key.split("."):
         if not isinstance(value, Mapping) or part not in value:
             return MISSING
@@ -69,7 +68,7 @@ def check_key(runs: Sequence[Run], key: str, place: str) -> None:
     """Refuse a key that no run has; `place` says who asked for it."""
     if any(find(run, key) != MISSING for run in runs) or not runs:
         return
-    known = sorted({known for run in runs for known in _paths(run.record["config"])})
+    known = sorted({known for run in runs for known in _paths(run.record.config)})
     raise ValueError(f"{place}: no run has the key {key!r} in its config{near(key, known)}")
 
 
@@ -121,7 +120,7 @@ def differences(runs: Sequence[Run], model: str) -> dict[str, int]:
 
 def identity(run: Run, model: str) -> dict[str, Any]:
     """The settings, seeds included, that decide the numbers of one of a run's models."""
-    config = run.record["config"]
+    config = run.record.config
     without = {*PROTOCOL}
     if model == "pruned":
         without.add("recovery")
@@ -153,7 +152,7 @@ def _label(run: Run, key: str, value: Any) -> str:
     if isinstance(value, Mapping):
         if {"value", "of"} <= value.keys():
             return f"{100 * value['value']:.4g} % of {value['of']}"
-        return str(value.get("name") or run.record["choices"].get(key) or value.get("class", "?"))
+        return str(value.get("name") or run.record.choices.get(key) or value.get("class", "?"))
     if isinstance(value, list):
         return "+".join(_label(run, key, item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

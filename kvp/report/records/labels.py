@@ -28,7 +28,7 @@ def recovery_labels(runs: Sequence[Run]) -> dict[str, str]:
 
 def _cache(run: Run) -> list[str]:
     """The sparse cache, if there is one."""
-    options = run.record["config"].get("cache")
+    options = run.record.config.get("cache")
     if not options:
         return []
     settings = (f"{key}={value:g}" for key, value in options.items() if key != "class")

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Literal
 
+from kvp.record import MODELS
 from kvp.report.records.facts import facts
-from kvp.report.records.keys import MODELS, PRUNING, identity
+from kvp.report.records.keys import PRUNING, identity
 from kvp.report.records.runs import Run
 from kvp.report.table.compare import Comparison, Number, compare
 from kvp.report.table.lines import Line
@@ -54,7 +55,7 @@ def make_draft(
     numbers = [Number(i, run, its.metric) for i, its in enumerate(gathered) for run, _ in its.found]
     comparison = compare(column.title, numbers, shown, allow_mixed=allow_mixed)
     cells = [_cell(column, its) for its in gathered]
-    seeds = [sorted({run.record["config"]["seed"] for run, _ in its.found}) for its in gathered]
+    seeds = [sorted({run.record.config["seed"] for run, _ in its.found}) for its in gathered]
     every = max(
         (its for its, line in zip(seeds, lines, strict=True) if line.kind != "dense"), key=len, default=[]
     )
@@ -107,7 +108,7 @@ def _gather(column: ColumnSpec, line: Line, chosen: Callable[[Run], bool]) -> Ga
     repeats = max((len(same) for same in settings.values()), default=0)
     remarks = [f"mean of {repeats} repeats with one seed"] if repeats > 1 else []
     if settings and line.kind != "dense":
-        remarks += [f"seed {run.record['config']['seed']}: {reason(run)}" for run in failed]
+        remarks += [f"seed {run.record.config['seed']}: {reason(run)}" for run in failed]
     found = [pair for same in settings.values() for pair in same]
     means = [fmean(value for _, value in same) for same in settings.values()]
     return Gathered(metric, found, means, failed, remarks)
@@ -179,8 +180,8 @@ def _marked(
 
 def reason(run: Run) -> str:
     """Why a run failed, in a word."""
-    error = run.record.get("error") or {}
-    kind, message = str(error.get("type", "failed")).rpartition(".")[2], str(error.get("message", ""))
+    error = run.record.error
+    kind, message = (error.type.rpartition(".")[2], error.message) if error else ("failed", "")
     if kind in ("MemoryError", "OutOfMemoryError") or "out of memory" in message.lower():
         return "OOM"
     return {"FloatingPointError": "NaN", "KeyboardInterrupt": "interrupted"}.get(kind, kind)

@@ -52,6 +52,6 @@ def _controlled(lines: Sequence[Line]) -> bool:
 
     def recipes(kind: str) -> set[str]:
         tuned = [run for line in lines if line.kind == kind for run in line.runs if recovers(run)]
-        return {repr([run.record["config"][node] for node in ("model", "recovery")]) for run in tuned}
+        return {repr([run.record.config[node] for node in ("model", "recovery")]) for run in tuned}
 
     return recipes("run") <= recipes("control")
