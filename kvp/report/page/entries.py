@@ -75,7 +75,7 @@ def _numbers(points: Sequence[Point]) -> list[dict[str, tuple[str, float]]]:
     removed = "KV cache removed (%)"
     found = [{removed: (f"{100 * p.achieved['kv_cache']:.2f}", 100 * p.achieved["kv_cache"])} for p in points]
     for heading, decimals, read in READERS:
-        values = [read(point.model) for point in points]
+        values = [read(point) for point in points]
         named = titles(dict.fromkeys(panel for its in values for panel in its))
         for numbers, its in zip(found, values, strict=True):
             for panel, value in its.items():
@@ -84,16 +84,17 @@ def _numbers(points: Sequence[Point]) -> list[dict[str, tuple[str, float]]]:
     return found
 
 
-ANY = Panel("", ())  # of a number that needs no protocol
+def _cache_bytes(point: Point) -> dict[Panel, float]:
+    return panels.size(point, "kv_bytes_per_token")
 
 
-def _of_size(key: str, unit: float) -> Read:
-    return lambda model: {ANY: getattr(model.size, key) / unit}
+def _millions(point: Point) -> dict[Panel, float]:
+    return {panel: count / 1e6 for panel, count in panels.size(point, "params").items()}
 
 
 READERS: tuple[tuple[str, int, Read], ...] = (  # heading, decimals, values
-    ("KV cache (B/token)", 0, _of_size("kv_bytes_per_token", 1)),
-    ("parameters (M)", 2, _of_size("params", 1e6)),
+    ("KV cache (B/token)", 0, _cache_bytes),
+    ("parameters (M)", 2, _millions),
     ("perplexity", 2, panels.perplexity),
     ("zero-shot average (%)", 1, panels.zero_shot),
     ("decoded tokens/s", 1, panels.decode_speed),

@@ -16,7 +16,6 @@ from kvp.results import ModelRecord
 
 State = Literal["dense", "dense, tuned alike", "pruned", "recovered"]
 STATES: tuple[State, ...] = get_args(State)
-Read = Callable[[ModelRecord], Mapping[Panel, float]]  # a model's part of the record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,8 @@ class Point:
     """One of the models of a run.
 
     Attributes:
-        model: Its part of the record: size, evaluation, measure.
+        part: Name of the model in the record: dense, pruned or recovered.
+        model: What the record holds of it.
         base: Name of the dense model.
         strategy: Label of the strategy and its settings; "dense" if nothing is pruned.
         recovery: Label of the recovery and its settings; "none" if untuned.
@@ -35,6 +35,7 @@ class Point:
 
     run: Run
     state: State
+    part: str
     model: ModelRecord
     base: str
     strategy: str
@@ -58,6 +59,9 @@ class Point:
     def label(self) -> str:
         """Strategy, ratio asked for and recovery, in words."""
         return f"{self.strategy} {self.amount}".rstrip() + (f", {self.recovery}" if self.tuned else "")
+
+
+Read = Callable[[Point], Mapping[Panel, float]]  # a number of a model, by panel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +104,7 @@ def find_points(runs: Sequence[Run]) -> list[Point]:
                     Point(
                         run=run,
                         state=state,
+                        part=part,
                         model=models[part],
                         base=config["model"]["name"],
                         strategy=strategies[run.hash] if pruned else "dense",
@@ -123,8 +128,8 @@ def means(
     values: dict[Panel, dict[Hashable, dict[int, tuple[Point, float]]]] = {}
     for point in points:
         seed = 0 if point.state == "dense" else point.seed
-        for panel, value in read(point.model).items():
-            groups = values.setdefault(panel.of(point.base), {})
+        for panel, value in read(point).items():
+            groups = values.setdefault(panel.under(("model", point.base)), {})
             groups.setdefault((point.group, apart(point)), {}).setdefault(seed, (point, value))
     return {
         panel: [_mean(list(seeds.values())) for seeds in groups.values()] for panel, groups in values.items()

@@ -42,7 +42,7 @@ def batch(point: Point) -> int:
 def _lines(points: Sequence[Point]) -> Figure:
     series = {"dense": Look(color=INK, marker="*")} | looks(point.label for point in points if point.ratio)
     speeds, peaks = (
-        means(points, partial(read, batch=False), apart=batch) for read in (decode_speed, peak_memory)
+        means(points, partial(read, any_batch=True), apart=batch) for read in (decode_speed, peak_memory)
     )
     figure, axes = make_panels(2 * len(speeds))
     for row, (panel, title) in enumerate(titles(speeds).items()):

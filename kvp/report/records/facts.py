@@ -24,6 +24,7 @@ WORDS = {
     "lm_eval": "lm-eval {}",
     "split": "{} split",
     "source": "{} data",
+    "data_hash": "prompts {}",
     "dtype": "{}",
     "device": "{}",
     "threads": "{} threads",
@@ -88,7 +89,8 @@ def _of_tasks(results: ZeroShotRecord, task: str, metric: str) -> Facts:
 
 def _of_task(result: TaskRecord) -> Facts:
     names = ("limit", "num_fewshot", "add_bos_token", "version", "lm_eval", "source", "split")
-    return {name: getattr(result, name) for name in names} | {"dtype": _dtype(result.dtype)}
+    facts = {name: getattr(result, name) for name in names}
+    return {**facts, "data_hash": result.data_hash[:8], "dtype": _dtype(result.dtype)}
 
 
 def _of_measure(result: MeasureRecord) -> Facts:

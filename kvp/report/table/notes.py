@@ -23,7 +23,7 @@ def make_notes(drafts: Sequence[Draft], lines: Sequence[Line], extra: Sequence[s
     protocols: dict[str, list[str]] = {}
     for draft in drafts:
         common = draft.comparison.common
-        if words := phrases(common, leave_out=("corpus", "join", "kv_bytes")):
+        if words := phrases(common, leave_out=("corpus", "join", "kv_bytes", "data_hash")):
             subjects = protocols.setdefault("; ".join(words), [])
             subject = (
                 f"perplexity of {common['corpus']}" if "corpus" in common else _subject(draft.spec.metric)
