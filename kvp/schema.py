@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kvp.record import RunRecord
+from kvp.tables import markdown
 
 OUT = Path("docs/reference")
 INTRODUCTION = """# run.json
@@ -43,8 +44,8 @@ def _page(schema: Mapping[str, Any]) -> str:
     sections = [INTRODUCTION]
     for path, part in _parts(schema):
         title = f"## `{path}`\n\n" if path else ""
-        rows = [f"| `{key}` | {_unit(node) or '-'} | {_meaning(node)} |" for key, node in _keys(part)]
-        table = "\n".join(["| key | unit | meaning |", "|---|---|---|", *rows])
+        rows = [(f"`{key}`", _unit(node) or "-", _meaning(node)) for key, node in _keys(part)]
+        table = markdown(("key", "unit", "meaning"), rows, labels=3)
         sections.append(f"{title}{part['description']}\n\n{table}\n")
     return "\n".join(sections)
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from rich.console import Console
-from rich.table import Table
-
 from kvp.record import RunRecord
 from kvp.results import MeasureRecord, ModelRecord, Storage, TimingRecord
+from kvp.tables import console_table, print_table
 
-WIDTH = 120  # of the table in a file or pipe
 STORAGES: tuple[Storage, ...] = ("dense", "2:4", "bitmap")
 CONTROL_NOTE = (
     "read recovered against the dense model tuned alike (strategy=none with the same recovery), not "
@@ -24,21 +20,11 @@ Row = tuple[str, Callable[[ModelRecord], str]]  # a label, and what the table sh
 
 def print_summary(record: RunRecord) -> None:
     """Print the table of a finished run, what was achieved of what was asked, and where everything lies."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(_table(record))
-    for line in [*_notes(record), *_places(record)]:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def _table(record: RunRecord) -> Table:
     models = record.models()
-    table = Table(title=record.name, title_justify="left")
-    table.add_column("", no_wrap=True)
-    for name in models:
-        table.add_column(name, justify="right")
-    for label, read in _rows(record):
-        table.add_row(label, *map(read, models.values()))
-    return table
+    rows = [[label, *map(read, models.values())] for label, read in _rows(record)]
+    print_table(console_table(["", *models], rows, title=record.name))
+    for line in [*_notes(record), *_places(record)]:
+        print(line)
 
 
 def _rows(record: RunRecord) -> Iterator[Row]:

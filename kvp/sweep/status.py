@@ -17,14 +17,12 @@ from datetime import datetime
 from pathlib import Path
 
 import psutil
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from kvp.record import RunRecord
 from kvp.sweep.words import reason, removed, stages
+from kvp.tables import console_table, print_table
 
-WIDTH = 160  # of the tables in a file or pipe
 STAGE_COLUMNS = ("finished", "being computed", "left unfinished", "set aside", "MiB")
 
 
@@ -122,10 +120,9 @@ def main() -> None:
     looks = [look(file) for file in sorted(args.runs.glob("*/run.json"))]
     if not looks:
         sys.exit(f"kvp: error: there is no run below {args.runs}: name the directory that runs=DIR named")
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(_runs(looks))
+    print_table(_runs(looks))
     if args.store:
-        console.print(_stages(args.store))
+        print_table(_stages(args.store))
     retries = [each for each in looks if each.retry]
     if retries:
         print("The command of a sweep, repeated, goes on with all of its jobs; one alone:")
@@ -136,20 +133,15 @@ def main() -> None:
 def _runs(looks: Sequence[Look]) -> Table:
     counts = Counter(each.status for each in looks)
     title = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    table = Table("run", "status", "", title=title, title_justify="left")
-    table.columns[0].no_wrap = True
-    for each in looks:
-        table.add_row(each.name, each.status, Text(each.told))
-    return table
+    return console_table(
+        ("run", "status", ""), [(each.name, each.status, each.told) for each in looks], title=title, labels=3
+    )
 
 
 def _stages(store: Path) -> Table:
-    table = Table("stage", title=f"stages in {store}", title_justify="left")
-    for name in STAGE_COLUMNS:
-        table.add_column(name, justify="right")
-    for kind, count in sorted(stage_counts(store).items()):
-        table.add_row(kind, *(f"{count[name]:,.0f}" for name in STAGE_COLUMNS))
-    return table
+    counts = sorted(stage_counts(store).items())
+    rows = [[kind, *(f"{count[name]:,.0f}" for name in STAGE_COLUMNS)] for kind, count in counts]
+    return console_table(("stage", *STAGE_COLUMNS), rows, title=f"stages in {store}")
 
 
 if __name__ == "__main__":
