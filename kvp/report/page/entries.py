@@ -9,10 +9,9 @@ from types import MappingProxyType
 from kvp.report.plots import panels
 from kvp.report.plots.panels import Panel, titles
 from kvp.report.plots.points import Point, Read, find_points
-from kvp.report.records.keys import label
+from kvp.report.records.keys import MISSING, label
 from kvp.report.records.runs import Run
 from kvp.report.table.cells import reason
-from kvp.report.table.table import MISSING
 
 Numbers = Mapping[str, tuple[str, float]]
 
