@@ -106,13 +106,13 @@ def find_points(runs: Sequence[Run]) -> list[Point]:
                         state=state,
                         part=part,
                         model=models[part],
-                        base=config["model"]["name"],
+                        base=run.model,
                         strategy=strategies[run.hash] if pruned else "dense",
                         recovery=recoveries[run.hash] if part == "recovered" else "none",
                         ratio=(value, asked["of"]) if pruned else None,
                         amount=amount if pruned else "",
                         achieved=achieved if pruned else dict.fromkeys(achieved, 0.0),
-                        seed=config["seed"],
+                        seed=run.seed,
                     )
                 )
     return sorted(found, key=lambda p: (STATES.index(p.state), p.strategy, p.ratio or (), p.recovery, p.seed))

@@ -43,6 +43,16 @@ class Run:
         return self.record.status
 
     @property
+    def model(self) -> str:
+        """Name of the dense model."""
+        return str(self.record.config["model"]["name"])
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.record.config["seed"])
+
+    @property
     def place(self) -> str:
         """The path from here or from the repository's root, the same on every machine; and the line."""
         path = self.path.resolve()

@@ -94,7 +94,7 @@ class Gathered:
     @property
     def seeds(self) -> list[int]:
         """The seeds of the runs with a number, sorted."""
-        return sorted({run.record.config["seed"] for run, _ in self.found})
+        return sorted({run.seed for run, _ in self.found})
 
 
 def _gather(column: ColumnSpec, line: Line, chosen: Callable[[Run], bool]) -> Gathered:
@@ -114,7 +114,7 @@ def _gather(column: ColumnSpec, line: Line, chosen: Callable[[Run], bool]) -> Ga
     repeats = max(map(len, settings.values()), default=0)
     remarks = [f"mean of {repeats} repeats with one seed"] if repeats > 1 else []
     if settings and not dense:
-        remarks += [f"seed {run.record.config['seed']}: {reason(run)}" for run in failed]
+        remarks += [f"seed {run.seed}: {reason(run)}" for run in failed]
     return Gathered(
         metric=metric,
         found=[pair for same in settings.values() for pair in same],

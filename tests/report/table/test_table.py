@@ -15,14 +15,15 @@ from omegaconf import OmegaConf
 
 from kvp.identity import chosen_options, named
 from kvp.record import RunRecord
+from kvp.report import studies
 from kvp.report.__main__ import main
 from kvp.report.plots.points import find_points
 from kvp.report.records.keys import matches
-from kvp.report.records.runs import Run, read_runs
+from kvp.report.records.runs import Run
 from kvp.report.table import references
 from kvp.report.table.build import build
-from kvp.report.table.render import comma_separated, latex, markdown, sources, write_table
-from kvp.report.table.spec import ColumnSpec, Spec, load_spec
+from kvp.report.table.render import comma_separated, latex, markdown, sources
+from kvp.report.table.spec import ColumnSpec, Spec
 from kvp.report.table.table import Cell, Row, Table
 from kvp.report.track import track
 from tests.report.sample_records import as_runs, make_failed, make_record, perplexity, write, zero_shot
@@ -551,12 +552,27 @@ def test_wandb_has_the_table_and_the_plots_in_a_summary_run_of_the_group(tmp_pat
     assert (about.run_group, about.job_type) == ("the-sweep", "report")
 
 
-@pytest.mark.parametrize("committed", sorted((ROOT / "experiments").rglob("sources.json")), ids=str)
-def test_the_committed_tables_come_from_the_committed_results(committed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("study", "of"), studies.find_studies().items(), ids=str)
+def test_the_committed_tables_come_from_the_committed_results(study, of, monkeypatch):
     monkeypatch.chdir(ROOT)
-    experiment = committed.relative_to(ROOT / "experiments").parts[0]
-    spec = load_spec(json.loads(committed.read_text())["table"])
-    runs = read_runs([experiment])
-    published = references.load_published({run.record.config["model"]["name"] for run in runs})
-    for path in write_table(build(spec, runs, published=published), tmp_path):
-        assert path.read_bytes() == (committed.parent / path.name).read_bytes()
+    assert markdown(studies.study_table(study, of)).encode() == (study / "table.md").read_bytes()
+
+
+def test_every_study_with_a_table_of_runs_has_a_spec():
+    tables = {path.parent for path in (ROOT / "experiments").glob("*/table.md")}
+    runs = {path.parent for path in (ROOT / "experiments").glob("*/results.jsonl")}
+    of_benchmarks = {ROOT / "experiments" / "speed"}
+    assert {study.resolve() for study in studies.find_studies()} == (tables & runs) - of_benchmarks
+
+
+def test_the_committed_tables_can_be_made_again(tmp_path, monkeypatch, capsys):
+    study = tmp_path / "experiments" / "sparse"
+    study.mkdir(parents=True)
+    (study / "results.jsonl").write_bytes((ROOT / "experiments/sparse/results.jsonl").read_bytes())
+    (study.parent / "specs.yaml").write_text("sparse: sparse")
+    monkeypatch.chdir(tmp_path)
+    main(["--committed"])
+    names = ["table.md", "table.csv", "table.tex", "sources.json"]
+    assert capsys.readouterr().out.split() == [f"experiments/sparse/{name}" for name in names]
+    assert (study / "table.md").read_bytes() == (ROOT / "experiments/sparse/table.md").read_bytes()
+    assert "experiments/sparse/results.jsonl:1" in (study / "sources.json").read_text()
