@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all check format bench clean
+.PHONY: help install run test test-all check format bench tables clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,9 @@ format: install ## let ruff rewrite
 
 bench: install ## seconds of the prefix-reusing sensitivity pass against the naive one
 	$(PY) -m experiments.scripts.sensitivity $(ARGS)
+
+tables: install ## table.md, .csv, .tex and sources.json of every study in experiments/, from its results
+	$(PY) -m kvp.report --committed
 
 clean: ## remove what runs and tools wrote (not .venv)
 	rm -rf outputs/store outputs/runs .pytest_cache .mypy_cache .ruff_cache

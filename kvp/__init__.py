@@ -9,7 +9,7 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-LIGHT_COMMANDS = ("kvp", "kvp.bench", "kvp.check", "kvp.export", "kvp.report", "kvp.status")
+LIGHT_COMMANDS = ("kvp", "kvp.bench", "kvp.check", "kvp.export", "kvp.report", "kvp.schema", "kvp.status")
 
 
 def _is_light_command() -> bool:

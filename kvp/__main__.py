@@ -71,7 +71,7 @@ def job(config: DictConfig) -> str | None:
         run,  # imports seconds of modelling code, which a wrong option need not wait for
     )
 
-    print_summary(run(x).data())
+    print_summary(run(x))
     return None
 
 

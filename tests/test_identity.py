@@ -108,6 +108,6 @@ def test_old_records_read_as_new_ones(tmp_path, schema):
     path = tmp_path / "run.json"
     path.write_text(json.dumps(old))
     (run,) = read_runs([path])
-    assert run.record["schema"] == 3
-    assert run.record["config"]["strategy"]["class"] == "KVPruner"
-    assert run.record["choices"]["strategy"] == "kvpruner"
+    assert run.record.schema_version == 3
+    assert run.record.config["strategy"]["class"] == "KVPruner"
+    assert run.record.choices["strategy"] == "kvpruner"

@@ -2,147 +2,131 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from kvp.record import RunRecord
+from kvp.results import MeasureRecord, ModelRecord, Storage, TimingRecord
+from kvp.tables import console_table, print_table
 
-WIDTH = 120  # of the table in a file or pipe
+STORAGES: tuple[Storage, ...] = ("dense", "2:4", "bitmap")
+CONTROL_NOTE = (
+    "read recovered against the dense model tuned alike (strategy=none with the same recovery), not "
+    "against dense: tuning on text lowers perplexity by itself"
+)
 
-MODELS = ("dense", "pruned", "recovered")
-
-Read = Callable[[Mapping[str, Any]], str]
+Row = tuple[str, Callable[[ModelRecord], str]]  # a label, and what the table shows of a model
 
 
-def print_summary(record: Mapping[str, Any]) -> None:
-    """The table, what was achieved of what was asked, and where everything lies."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(_table(record))
+def print_summary(record: RunRecord) -> None:
+    """Print the table of a finished run, what was achieved of what was asked, and where everything lies."""
+    models = record.models()
+    rows = [[label, *map(read, models.values())] for label, read in _rows(record)]
+    print_table(console_table(["", *models], rows, title=record.name))
     for line in [*_notes(record), *_places(record)]:
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        print(line)
 
 
-def _table(record: Mapping[str, Any]) -> Table:
-    models = [name for name in MODELS if name in record]
-    table = Table(title=record["name"], title_justify="left")
-    table.add_column("", no_wrap=True)
-    for name in models:
-        table.add_column(name, justify="right")
-    for label, read in _rows(record):
-        table.add_row(label, *(read(record[name]) for name in models))
-    return table
+def _rows(record: RunRecord) -> Iterator[Row]:
+    """Yield the rows that the record has numbers for."""
+    dense = record.models()["dense"]
+    yield "parameters", lambda m: f"{m.size.params / 1e6:,.2f} M"
+    yield "KV cache per token", lambda m: f"{m.size.kv_bytes_per_token:,} B"
+    if dense.size.sparsity:
+        yield "zeros in linear weights", _zeros
+        for how in STORAGES:
+            yield f"weights, if stored {how}", partial(_stored, how)
+    for name, result in dense.evaluation.perplexity.items():
+        yield f"perplexity {name} (window {result.protocol.window})", partial(_perplexity, name)
+    if average := dense.evaluation.zero_shot.average:
+        for name, task in dense.evaluation.zero_shot.tasks.items():
+            if metric := average.metrics.get(name):
+                limit = f", first {task.limit}" if task.limit else ""
+                yield f"{name} % ({metric}, {task.split}{limit})", partial(_task, name, metric)
+        yield f"zero-shot average % ({len(average.tasks)} tasks)", _average
+    if dense.measure:
+        yield from _measured_rows(dense.measure, stored=bool(record.config.get("cache")))
 
 
-def _rows(record: Mapping[str, Any]) -> list[tuple[str, Read]]:
-    dense = record["dense"]
-    rows: list[tuple[str, Read]] = [
-        ("parameters", lambda m: f"{m['size']['params'] / 1e6:,.2f} M"),
-        ("KV cache per token", lambda m: f"{m['size']['kv_bytes_per_token']:,} B"),
-    ]
-    if dense["size"].get("sparsity"):
-        rows.append(("zeros in linear weights", lambda m: f"{100 * m['size']['sparsity']['fraction']:.2f} %"))
-        rows += [(f"weights, if stored {how}", partial(_stored, how)) for how in ("dense", "2:4", "bitmap")]
-    for name, result in dense["evaluation"]["perplexity"].items():
-        label = f"perplexity {name} (window {result['protocol']['window']})"
-        rows.append((label, partial(_perplexity, name)))
-    for name, result in dense["evaluation"]["zero_shot"].items():
-        if name != "average":
-            metric = dense["evaluation"]["zero_shot"]["average"]["metrics"][name]
-            rows.append((_task_label(name, metric, result), partial(_task, name, metric)))
-    if average := dense["evaluation"]["zero_shot"]["average"]:
-        label = f"zero-shot average % ({len(average['tasks'])} tasks)"
-        rows.append((label, _average))
-    if protocol := dense["measure"] and dense["measure"]["protocol"]:
-        shape = f"batch {protocol['batch_size']}, {protocol['prompt_length']}+{protocol['new_tokens']}"
-        if record["config"].get("cache"):
-            rows.append(("KV cache per token, stored", lambda m: f"{m['measure']['kv_bytes_per_token']:,} B"))
-        rows += [
-            (f"prefill tokens/s ({shape})", lambda m: _rate(m["measure"]["prefill"])),
-            (f"decode tokens/s ({shape})", lambda m: _rate(m["measure"]["decode"])),
-            ("memory: weights", lambda m: _mebibytes(m["measure"]["memory"]["weights_bytes"])),
-            ("memory: KV cache", lambda m: _mebibytes(m["measure"]["memory"]["cache_bytes"])),
-            ("memory: peak over an empty process", lambda m: _mebibytes(_peak(m["measure"]["memory"]))),
-        ]
-    return rows
+def _measured_rows(dense: MeasureRecord, *, stored: bool) -> Iterator[Row]:
+    protocol = dense.protocol
+    shape = f"batch {protocol.batch_size}, {protocol.prompt_length}+{protocol.new_tokens}"
+    if stored:
+        yield "KV cache per token, stored", lambda m: f"{_measure(m).kv_bytes_per_token:,} B"
+    yield f"prefill tokens/s ({shape})", lambda m: _rate(_measure(m).prefill)
+    yield f"decode tokens/s ({shape})", lambda m: _rate(_measure(m).decode)
+    yield "memory: weights", lambda m: _mebibytes(_measure(m).memory.weights_bytes)
+    yield "memory: KV cache", lambda m: _mebibytes(_measure(m).memory.cache_bytes)
+    yield "memory: peak over an empty process", lambda m: _mebibytes(_measure(m).memory.above_baseline)
 
 
-def _stored(how: str, model: Mapping[str, Any]) -> str:
-    taken = model["size"]["sparsity"]["model_bytes"][how]
+def _measure(model: ModelRecord) -> MeasureRecord:
+    assert model.measure is not None  # a run measures all of its models or none
+    return model.measure
+
+
+def _zeros(model: ModelRecord) -> str:
+    return f"{100 * model.size.sparsity.fraction:.2f} %" if model.size.sparsity else "-"
+
+
+def _stored(how: Storage, model: ModelRecord) -> str:
+    taken = model.size.sparsity.model_bytes[how] if model.size.sparsity else None
     return "-" if taken is None else _mebibytes(taken)
 
 
-def _perplexity(corpus: str, model: Mapping[str, Any]) -> str:
-    return f"{model['evaluation']['perplexity'][corpus]['value']:.2f}"
+def _perplexity(corpus: str, model: ModelRecord) -> str:
+    return f"{model.evaluation.perplexity[corpus].value:.2f}"
 
 
-def _task_label(task: str, metric: str, result: Mapping[str, Any]) -> str:
-    limit = f", first {result['limit']}" if result.get("limit") else ""
-    return f"{task} % ({metric}, {result['split']}{limit})"
+def _task(task: str, metric: str, model: ModelRecord) -> str:
+    metrics = model.evaluation.zero_shot.tasks[task].metrics
+    return _percent(metrics[metric], metrics[f"{metric}_stderr"])
 
 
-def _task(task: str, metric: str, model: Mapping[str, Any]) -> str:
-    result = model["evaluation"]["zero_shot"][task]
-    return _percent(result[metric], result[f"{metric}_stderr"])
-
-
-def _average(model: Mapping[str, Any]) -> str:
-    average = model["evaluation"]["zero_shot"]["average"]
-    return _percent(average["value"], average["stderr"])
+def _average(model: ModelRecord) -> str:
+    average = model.evaluation.zero_shot.average
+    if average is None or average.value is None or average.stderr is None:
+        return "-"
+    return _percent(average.value, average.stderr)
 
 
 def _percent(value: float, error: float) -> str:
     return f"{100 * value:.1f} ± {100 * error:.1f}"
 
 
-def _rate(timing: Mapping[str, Any]) -> str:
-    low, high = timing["iqr"]
-    return f"{timing['tokens_per_second']:,.0f} ± {(high - low) / 2:,.0f}"
-
-
-def _peak(memory: Mapping[str, Any]) -> int:
-    return memory["peak_bytes"] - memory["baseline_bytes"]
+def _rate(timing: TimingRecord) -> str:
+    low, high = timing.iqr
+    return f"{timing.tokens_per_second:,.0f} ± {(high - low) / 2:,.0f}"
 
 
 def _mebibytes(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 
-def _notes(record: Mapping[str, Any]) -> list[str]:
-    achieved = ", ".join(f"{of} {100 * value:.2f} %" for of, value in record["ratio"]["achieved"].items())
-    asked = record["ratio"]["asked"]
-    budgets = [asked, *asked.get("then", [])] if asked else []
-    words = ", then ".join(f"{100 * budget['value']:g} % of {budget['of']}" for budget in budgets)
-    asked_words = f"asked {words}; " if words else ""
-    notes = [f"removed: {asked_words}achieved {achieved}"]
-    for name in record["dense"]["evaluation"]["perplexity"]:
-        overlaps = {
-            reader: kind
-            for model in MODELS
-            if model in record
-            for reader, kind in record[model]["evaluation"]["perplexity"][name]["overlap"].items()
-        }
-        notes += [
-            f"note: {reader} read the {kind} as perplexity on {name}"
-            for reader, kind in overlaps.items()
-            if kind != "none"
-        ]
-    if "recovered" in record:
-        notes.append(
-            "read recovered against the dense model tuned alike (strategy=none with the same recovery), not "
-            "against dense: tuning on text lowers perplexity by itself"
-        )
-    return notes
+def _notes(record: RunRecord) -> Iterator[str]:
+    """Yield what was achieved, who read the evaluated text, and what to compare recovered with."""
+    achieved = ", ".join(f"{of} {100 * value:.2f} %" for of, value in (record.ratio.achieved or {}).items())
+    budgets = record.ratio.asked.budgets if record.ratio.asked else ()
+    words = ", then ".join(f"{100 * budget.value:g} % of {budget.of}" for budget in budgets)
+    yield f"removed: {f'asked {words}; ' if words else ''}achieved {achieved}"
+    models = record.models()
+    for corpus in models["dense"].evaluation.perplexity:
+        overlaps: dict[str, str] = {}
+        for model in models.values():
+            overlaps |= model.evaluation.perplexity[corpus].overlap.present()
+        for reader, text in overlaps.items():
+            if text != "none":
+                yield f"note: {reader} read the {text} as perplexity on {corpus}"
+    if "recovered" in models:
+        yield CONTROL_NOTE
 
 
-def _places(record: Mapping[str, Any]) -> list[str]:
-    last = next(record[name] for name in reversed(MODELS) if name in record)
-    found = sum(stage["found"] for stage in record["stages"])
+def _places(record: RunRecord) -> list[str]:
+    last = [*record.models().values()][-1]
+    found = sum(stage.found for stage in record.stages)
     return [
-        f"stages: {len(record['stages'])}, {found} found finished, {record['provenance']['seconds']:.1f} s in all",
-        f"record: {record['directory']}/run.json",
-        f"checkpoint: {last['checkpoint']}",
-        f"tracker: {record['tracker'] or 'none'}",
+        f"stages: {len(record.stages)}, {found} found finished, {record.provenance.seconds:.1f} s in all",
+        f"record: {record.directory}/run.json",
+        f"checkpoint: {last.checkpoint}",
+        f"tracker: {record.tracker or 'none'}",
     ]

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvp.report.records.keys import find, where
+from kvp.report.records.keys import where
 from kvp.report.records.runs import collect, read_runs
+from kvp.report.studies import write_studies
 from kvp.report.table.build import build
 from kvp.report.table.references import load_published
 from kvp.report.table.render import write_table
@@ -17,7 +18,7 @@ from kvp.report.table.spec import SPECS, load_spec
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Report on runs; exit code 1 and one line for what a user can mend."""
+    """Report on runs. What a user can mend is one line and exit code 1."""
     try:
         for path in report(_parser().parse_args(arguments)):
             print(path)
@@ -26,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report(options: argparse.Namespace) -> list[Path | str]:
-    """Print the tables; where everything written lies."""
+    """Print the tables and write everything; return the paths and the place of the tracker's run."""
+    if options.committed:
+        return [*write_studies()]
     out: Path = options.out
     specs = [load_spec(name) for name in options.spec or ["main"]]
     runs = where(read_runs(options.paths), options.where)
@@ -35,7 +38,7 @@ def report(options: argparse.Namespace) -> list[Path | str]:
         collect(runs, out / "results.jsonl")
         runs = read_runs([out / "results.jsonl"])
         files.append(out / "results.jsonl")
-    published = load_published(str(find(run, "model.name")) for run in runs)
+    published = load_published(run.model for run in runs)
     tables = [build(spec, runs, published=published, allow_mixed=options.allow_mixed) for spec in specs]
     for table in tables:
         show(table)
@@ -96,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-mixed",
         action="store_true",
         help="footnote numbers of different protocols in one column instead of refusing them",
+    )
+    add(
+        "--committed",
+        action="store_true",
+        help="make the tables of all studies in experiments/ again, each beside its results, and nothing else",
     )
     add("--no-plots", action="store_true", help="tables and page only")
     add(

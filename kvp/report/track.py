@@ -43,4 +43,4 @@ def _value(cell: Cell) -> float | str:
 
 def _group(run: Run) -> str:
     """The run's in the tracker."""
-    return run.record.get("group") or f"{label(run, 'model')}-{label(run, 'strategy')}"
+    return run.record.group or f"{label(run, 'model')}-{label(run, 'strategy')}"

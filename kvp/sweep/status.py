@@ -11,20 +11,18 @@ import shlex
 import socket
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import psutil
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from kvp.record import RunRecord
 from kvp.sweep.words import reason, removed, stages
+from kvp.tables import console_table, print_table
 
-WIDTH = 160  # of the tables in a file or pipe
 STAGE_COLUMNS = ("finished", "being computed", "left unfinished", "set aside", "MiB")
 
 
@@ -46,29 +44,27 @@ class Look:
 
 
 def look(path: Path) -> Look:
-    """One run."""
+    """Return how the run of a run.json stands."""
     name = path.parent.name
     try:
-        record = json.loads(path.read_text())
-        status = record.get("status", "finished")  # schema 1 had finished runs only
-        if status == "finished":
-            return Look(name, status, f"{removed(record)} removed; {stages(record)}")
-        started = datetime.fromisoformat(record["provenance"]["started"])
-        retry = _command(record)
-        if status == "failed":
-            where = f"{record['stage']}: " if record["stage"] else ""
-            error = record["error"]
-            return Look(name, status, where + reason(error["type"], error["message"]), retry)
-        stage = record["stage"] or "between stages"
-        who = f"{stage}, {record['host']} pid {record['pid']}, since {started:%Y-%m-%d %H:%M} UTC"
-        if is_alive(record["host"], record["pid"], started.timestamp()) is False:
-            return Look(name, "died", who, retry)
-        return Look(name, status, who)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        return Look(name, "unreadable", f"{path}: {error!r}; delete it and repeat its command")
+        record = RunRecord.read(path)
+    except (OSError, ValueError) as error:
+        return Look(name, "unreadable", str(error))
+    if record.status == "finished":
+        return Look(name, record.status, f"{removed(record)} removed; {stages(record)}")
+    if record.status == "failed":
+        where = f"{record.stage}: " if record.stage else ""
+        why = reason(record.error.type, record.error.message) if record.error else "no error is recorded"
+        return Look(name, record.status, where + why, _command(record))
+    started = datetime.fromisoformat(record.provenance.started)
+    stage = record.stage or "between stages"
+    who = f"{stage}, {record.host} pid {record.pid}, since {started:%Y-%m-%d %H:%M} UTC"
+    if record.pid and is_alive(record.host, record.pid, started.timestamp()) is False:
+        return Look(name, "died", who, _command(record))
+    return Look(name, record.status, who)
 
 
-def is_alive(host: str, pid: int, since: float) -> bool | None:
+def is_alive(host: str | None, pid: int, since: float) -> bool | None:
     """Whether a process that ran at a time (seconds since 1970) still does; None: it is another machine's."""
     if host != socket.gethostname():
         return None
@@ -79,10 +75,11 @@ def is_alive(host: str, pid: int, since: float) -> bool | None:
         return False
 
 
-def _command(record: Mapping[str, Any]) -> str:
-    if record["overrides"] is None:
+def _command(record: RunRecord) -> str:
+    """Return the command that goes on with a run; empty if it was composed in Python."""
+    if record.overrides is None:
         return ""
-    return f"python -m kvp {shlex.join(record['overrides'])}".strip()
+    return f"python -m kvp {shlex.join(record.overrides)}".strip()
 
 
 def stage_counts(store: Path) -> dict[str, Counter[str]]:
@@ -123,10 +120,9 @@ def main() -> None:
     looks = [look(file) for file in sorted(args.runs.glob("*/run.json"))]
     if not looks:
         sys.exit(f"kvp: error: there is no run below {args.runs}: name the directory that runs=DIR named")
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(_runs(looks))
+    print_table(_runs(looks))
     if args.store:
-        console.print(_stages(args.store))
+        print_table(_stages(args.store))
     retries = [each for each in looks if each.retry]
     if retries:
         print("The command of a sweep, repeated, goes on with all of its jobs; one alone:")
@@ -137,20 +133,15 @@ def main() -> None:
 def _runs(looks: Sequence[Look]) -> Table:
     counts = Counter(each.status for each in looks)
     title = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    table = Table("run", "status", "", title=title, title_justify="left")
-    table.columns[0].no_wrap = True
-    for each in looks:
-        table.add_row(each.name, each.status, Text(each.told))
-    return table
+    return console_table(
+        ("run", "status", ""), [(each.name, each.status, each.told) for each in looks], title=title, labels=3
+    )
 
 
 def _stages(store: Path) -> Table:
-    table = Table("stage", title=f"stages in {store}", title_justify="left")
-    for name in STAGE_COLUMNS:
-        table.add_column(name, justify="right")
-    for kind, count in sorted(stage_counts(store).items()):
-        table.add_row(kind, *(f"{count[name]:,.0f}" for name in STAGE_COLUMNS))
-    return table
+    counts = sorted(stage_counts(store).items())
+    rows = [[kind, *(f"{count[name]:,.0f}" for name in STAGE_COLUMNS)] for kind, count in counts]
+    return console_table(("stage", *STAGE_COLUMNS), rows, title=f"stages in {store}")
 
 
 if __name__ == "__main__":

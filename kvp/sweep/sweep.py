@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.core.utils import JobReturn, JobStatus
-from rich.console import Console
-from rich.table import Table
 
 from kvp.pipeline.experiment import Experiment
-from kvp.sweep.words import JOBS, Record, corpora, perplexities, read, reason, removed, stages
+from kvp.record import RunRecord
+from kvp.sweep.words import JOBS, corpora, perplexities, read, reason, removed, stages
+from kvp.tables import console_table, print_table
 from kvp.tracking import Wandb
 
-WIDTH = 160  # of the table in a file or pipe
+HEADS = ("run", "status", "removed", "pruned", "recovered", "stages", "s")
 
 Launch = Callable[..., Sequence[JobReturn]]
 
@@ -32,7 +31,7 @@ class Outcome:
 
     name: str
     status: str
-    record: Record
+    record: RunRecord | None
     why: str = ""
 
     @classmethod
@@ -44,9 +43,10 @@ class Outcome:
         if returned:
             directory = Path(returned.return_value)  # named by the device of the process that ran it
         record = read(directory)
-        error = record.get("error")
-        why = reason(error["type"], error["message"]) if error else ""
-        return cls(directory.name, record.get("status", "not run"), record, why)
+        if record is None:
+            return cls(directory.name, "not run", None)
+        why = reason(record.error.type, record.error.message) if record.error else ""
+        return cls(directory.name, record.status, record, why)
 
 
 def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: Launch) -> None:
@@ -62,7 +62,7 @@ def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: 
     """
     from kvp.sweep.census import census  # modelling code, which a wrong option need not wait for
 
-    began, console = time.time(), Console(width=None if sys.stdout.isatty() else WIDTH)
+    began = time.time()
     group = _group(experiments)
     for job, x in zip(jobs, experiments, strict=True):
         if isinstance(x.tracker, Wandb) and x.tracker.group is None and x.group != group:
@@ -70,14 +70,14 @@ def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: 
         if x.force and not any(word.startswith("since=") for word in job):
             job.append(f"since={began}")  # what one job has made again, the others find
     for words in census(experiments):
-        console.print(words, soft_wrap=True, highlight=False)
+        print(words, flush=True)  # before the jobs of other processes
     os.environ[JOBS] = str(len(jobs))
     returns: Sequence[JobReturn | None] = [None] * len(jobs)
     try:
         returns = launch(jobs, initial_job_idx=0)
     finally:
         outcomes = [Outcome.of(x, each) for x, each in zip(experiments, returns, strict=True)]
-        _print(console, outcomes, time.time() - began)
+        _print(outcomes, time.time() - began)
     failed = sum(outcome.status != "finished" for outcome in outcomes)
     if failed:
         raise SweepFailed(
@@ -93,25 +93,22 @@ def _group(experiments: Sequence[Experiment]) -> str:
     return "-".join("+".join(sorted(names)) for names in (models, strategies))
 
 
-def _print(console: Console, outcomes: Sequence[Outcome], seconds: float) -> None:
-    finished = [outcome.record for outcome in outcomes if outcome.status == "finished"]
+def _print(outcomes: Sequence[Outcome], seconds: float) -> None:
+    finished = [each.record for each in outcomes if each.status == "finished" and each.record]
     title = f"{len(finished)} of {len(outcomes)} jobs finished, {seconds:.0f} s; perplexity: {corpora(finished) or '-'}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("run", no_wrap=True)
-    for name in ("status", "removed", "pruned", "recovered", "stages", "s"):
-        table.add_column(name, justify="right")
-    for outcome in outcomes:
-        table.add_row(outcome.name, outcome.status, *_cells(outcome))
-    console.print(table)
+    rows = [[outcome.name, outcome.status, *_cells(outcome)] for outcome in outcomes]
+    print_table(console_table(HEADS, rows, title=title))
     for outcome in outcomes:
         if outcome.why:
-            console.print(f"{outcome.name}: {outcome.why}", soft_wrap=True, highlight=False, markup=False)
+            print(f"{outcome.name}: {outcome.why}")
 
 
 def _cells(outcome: Outcome) -> list[str]:
     record = outcome.record
-    if outcome.status != "finished":
+    if outcome.status != "finished" or record is None:
         return [""] * 5
-    tuned = perplexities(record["recovered"]) if "recovered" in record else "-"
-    seconds = f"{record['provenance']['seconds']:.1f}"
-    return [removed(record), perplexities(record["pruned"]), tuned, stages(record), seconds]
+    models = record.models()
+    pruned, tuned = (
+        perplexities(models[name]) if name in models else "-" for name in ("pruned", "recovered")
+    )
+    return [removed(record), pruned, tuned, stages(record), f"{record.provenance.seconds:.1f}"]

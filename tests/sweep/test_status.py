@@ -15,6 +15,7 @@ import pytest
 
 from kvp.store import Store
 from kvp.sweep.status import look, stage_counts
+from tests.report.sample_records import make_record
 
 ROOT = Path(__file__).parents[2]
 HERE = socket.gethostname()
@@ -24,7 +25,7 @@ def write(runs, name, **record):
     """A run.json as `kvp.pipeline.runfile` writes it, of a run that begins now."""
     started = record.pop("started", datetime.now(UTC))
     head = {
-        "schema": 2,
+        **make_record(),
         "name": name,
         "status": "running",
         "overrides": ["seed=1", "evaluation.perplexity.corpora=[squad]"],
@@ -32,8 +33,8 @@ def write(runs, name, **record):
         "stages": [],
         "host": HERE,
         "pid": os.getpid(),
-        "provenance": {"started": started.isoformat(timespec="seconds")},
     }
+    head["provenance"] |= {"started": started.isoformat(timespec="seconds")}
     (runs / name).mkdir(parents=True)
     path = runs / name / "run.json"
     path.write_text(json.dumps(head | record))

@@ -9,10 +9,9 @@ from types import MappingProxyType
 from kvp.report.plots import panels
 from kvp.report.plots.panels import Panel, titles
 from kvp.report.plots.points import Point, Read, find_points
-from kvp.report.records.keys import label
+from kvp.report.records.keys import MISSING, label
 from kvp.report.records.runs import Run
 from kvp.report.table.cells import reason
-from kvp.report.table.table import MISSING
 
 Numbers = Mapping[str, tuple[str, float]]
 
@@ -53,7 +52,7 @@ def find_entries(runs: Sequence[Run]) -> list[Entry]:
 def _entry(
     run: Run, state: str, point: Point | None = None, numbers: Numbers = MappingProxyType({})
 ) -> Entry:
-    provenance = run.record.get("provenance", {})
+    origin = run.record.provenance
     texts = {
         "model": label(run, "model"),
         "strategy": label(run, "strategy") if point is None or point.ratio else "none",
@@ -62,12 +61,12 @@ def _entry(
         "state": state,
         "seed": label(run, "seed"),
     }
-    origin = {
-        "device": str(provenance.get("device", "")),
-        "dtype": str(provenance.get("dtype", "")).removeprefix("torch."),
-        "commit": str(provenance.get("commit", ""))[:8] + (" (dirty)" if provenance.get("dirty") else ""),
+    made_by = {
+        "device": origin.device,
+        "dtype": origin.dtype.removeprefix("torch."),
+        "commit": str(origin.commit)[:8] + (" (dirty)" if origin.dirty else ""),
     }
-    return Entry(run=run, texts=texts, origin=origin, numbers=numbers, point=point)
+    return Entry(run=run, texts=texts, origin=made_by, numbers=numbers, point=point)
 
 
 def _numbers(points: Sequence[Point]) -> list[dict[str, tuple[str, float]]]:
@@ -75,7 +74,7 @@ def _numbers(points: Sequence[Point]) -> list[dict[str, tuple[str, float]]]:
     removed = "KV cache removed (%)"
     found = [{removed: (f"{100 * p.achieved['kv_cache']:.2f}", 100 * p.achieved["kv_cache"])} for p in points]
     for heading, decimals, read in READERS:
-        values = [read(point.model) for point in points]
+        values = [read(point) for point in points]
         named = titles(dict.fromkeys(panel for its in values for panel in its))
         for numbers, its in zip(found, values, strict=True):
             for panel, value in its.items():
@@ -84,16 +83,17 @@ def _numbers(points: Sequence[Point]) -> list[dict[str, tuple[str, float]]]:
     return found
 
 
-ANY = Panel("", ())  # of a number that needs no protocol
+def _cache_bytes(point: Point) -> dict[Panel, float]:
+    return panels.size(point, "kv_bytes_per_token")
 
 
-def _of_size(key: str, unit: float) -> Read:
-    return lambda model: {ANY: model["size"][key] / unit}
+def _millions(point: Point) -> dict[Panel, float]:
+    return {panel: count / 1e6 for panel, count in panels.size(point, "params").items()}
 
 
 READERS: tuple[tuple[str, int, Read], ...] = (  # heading, decimals, values
-    ("KV cache (B/token)", 0, _of_size("kv_bytes_per_token", 1)),
-    ("parameters (M)", 2, _of_size("params", 1e6)),
+    ("KV cache (B/token)", 0, _cache_bytes),
+    ("parameters (M)", 2, _millions),
     ("perplexity", 2, panels.perplexity),
     ("zero-shot average (%)", 1, panels.zero_shot),
     ("decoded tokens/s", 1, panels.decode_speed),

@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from kvp.record import Denominator
 from kvp.report.plots.offscale import COLLAPSED
 from kvp.report.plots.panels import titles
 from kvp.report.plots.points import Point, Read, means
@@ -18,7 +19,7 @@ NOTE = "on the right edge: off scale"
 LINES: dict[str, Any] = {"dense": (0, (3.5, 2)), "dense, tuned alike": "solid"}
 
 
-def at_one_ratio(points: Sequence[Point], of: str, read: Read, label: str) -> Figure | None:
+def at_one_ratio(points: Sequence[Point], of: Denominator, read: Read, label: str) -> Figure | None:
     """`read` of the runs that asked for one ratio of `of`: pruned is open, recovered filled, the dense models lines.
 
     Collapsed models stand on the right edge.

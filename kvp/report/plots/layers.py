@@ -28,8 +28,8 @@ def sensitivity(points: Sequence[Point]) -> Figure | None:
     """
     owners: dict[tuple[str, tuple[float, ...]], str] = {}
     for point in sorted(points, key=lambda point: len(point.strategy)):
-        if point.state == "pruned" and point.run.record["sensitivity"]:
-            owners.setdefault((point.base, tuple(point.run.record["sensitivity"])), point.strategy)
+        if point.state == "pruned" and point.run.record.sensitivity:
+            owners.setdefault((point.base, point.run.record.sensitivity), point.strategy)
     if not owners:
         return None
     profiles: dict[tuple[str, str], list[tuple[float, ...]]] = {}
@@ -95,7 +95,9 @@ def kept_widths(points: Sequence[Point]) -> Figure | None:
 
 def _kept(point: Point, axis: str) -> list[float]:
     """Percent of the dense width per layer; nothing if there are other layers."""
-    dense, pruned = (point.run.record[name]["size"]["layers"] for name in ("dense", "pruned"))
+    dense, pruned = (point.run.record.models()[name].size.layers for name in ("dense", "pruned"))
     if len(dense) != len(pruned):
         return []
-    return [100 * left[axis] / whole[axis] for whole, left in zip(dense, pruned, strict=True)]
+    return [
+        100 * getattr(left, axis) / getattr(whole, axis) for whole, left in zip(dense, pruned, strict=True)
+    ]

@@ -66,11 +66,12 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 def _losses(point: Point) -> list[tuple[int, float]]:
     """(step, loss) pairs; none in records that do not hold them."""
-    recovery = point.run.record["recovery"] or {}
-    return [(step, loss) for step, loss in recovery.get("losses", ()) if loss is not None]
+    recovery = point.run.record.recovery
+    return [(step, loss) for step, loss in (recovery.losses if recovery else ()) if loss is not None]
 
 
 def _parts(point: Point) -> dict[str, list[float]]:
     """The curves of the loss's parts, step by step; none without a teacher."""
-    curves = (point.run.record["recovery"] or {}).get("loss_parts", {})
-    return {part: [loss for _, loss in curves[part]] for part in PARTS if part in curves}
+    recovery = point.run.record.recovery
+    curves = recovery.loss_parts if recovery else {}
+    return {part: [loss for _, loss in curves[part] if loss is not None] for part in PARTS if part in curves}

@@ -1,14 +1,17 @@
-"""What may stand in one panel: values whose protocols agree."""
+"""Panels: values share one if they were measured alike, by the same facts that keep a table's column together."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-TASK = ("version", "lm_eval", "split", "limit", "num_fewshot", "dtype", "data_hash")
-TIMING = ("device", "dtype", "attention", "threads")
-Model = Mapping[str, Any]  # dense, pruned or recovered of a record
+from kvp.report.records.facts import facts, phrase
+
+if TYPE_CHECKING:
+    from kvp.report.plots.points import Point
+
+BATCH = frozenset({"batch_size"})
 
 
 class Panel(NamedTuple):
@@ -17,73 +20,83 @@ class Panel(NamedTuple):
     title: str
     facts: tuple[tuple[str, Any], ...]
 
-    def of(self, base: str) -> Panel:
-        """The same for one dense model only."""
-        return self._replace(facts=(("model", base), *self.facts))
+    def under(self, *more: tuple[str, Any]) -> Panel:
+        """Return the panel of those values that share these facts, too."""
+        return self._replace(facts=(*more, *self.facts))
 
 
-def perplexity(model: Model) -> dict[Panel, float]:
-    """Perplexity of each corpus: the same tokens in the same windows, in one dtype."""
+def panel_of(point: Point, metric: str, title: str, without: Collection[str] = ()) -> Panel:
+    """Return the panel of a number of a point's model.
+
+    Args:
+        point: The model.
+        metric: Path of the number in the model: "size.params".
+        title: Title of the panel.
+        without: Facts that may differ within the panel, for an axis shows them.
+    """
+    shared = facts(point.run.record, f"{point.part}.{metric}").items()
+    return Panel(title, tuple((name, value) for name, value in shared if name not in without))
+
+
+def size(point: Point, key: str) -> dict[Panel, float]:
+    """Return a model's parameters ("params") or cache bytes per token ("kv_bytes_per_token")."""
+    return {panel_of(point, f"size.{key}", ""): getattr(point.model.size, key)}
+
+
+def perplexity(point: Point) -> dict[Panel, float]:
+    """Return a model's perplexity on each corpus."""
     return {
-        Panel(
-            f"{corpus}, window {result['protocol']['window']}",
-            _facts(result["protocol"], "window", "stride", "bos") + _facts(result, "dtype", "data_hash"),
-        ): result["value"]
-        for corpus, result in model["evaluation"]["perplexity"].items()
+        panel_of(
+            point, f"evaluation.perplexity.{corpus}.value", f"{corpus}, window {result.protocol.window}"
+        ): result.value
+        for corpus, result in point.model.evaluation.perplexity.items()
     }
 
 
-def zero_shot(model: Model) -> dict[Panel, float]:
-    """Average accuracy in percent: the same tasks and metrics, of one version, on the same documents."""
-    results = model["evaluation"]["zero_shot"]
-    average = results["average"]
-    if not average:
+def zero_shot(point: Point) -> dict[Panel, float]:
+    """Return a model's average accuracy in percent; nothing without tasks."""
+    average, tasks = point.model.evaluation.zero_shot.average, point.model.evaluation.zero_shot.tasks
+    if average is None or average.value is None:
         return {}
-    facts = [
-        (task, (("metric", metric), *_facts(results[task], *TASK)))
-        for task, metric in average["metrics"].items()
-    ]
-    limit = max((results[task]["limit"] or 0 for task in average["tasks"]), default=0)
-    first = f" (first {limit} each)" if limit else ""
-    return {Panel(", ".join(average["tasks"]) + first, tuple(facts)): 100 * average["value"]}
+    limit = max((tasks[task].limit or 0 for task in average.tasks), default=0)
+    title = ", ".join(average.tasks) + (f" (first {limit} each)" if limit else "")
+    return {panel_of(point, "evaluation.zero_shot.average.value", title): 100 * average.value}
 
 
-def decode_speed(model: Model, *, batch: bool = True) -> dict[Panel, float]:
-    """Decoded tokens per second: one device, one length of prompt and output, and one batch size or any."""
-    return {_timed(model, batch): model["measure"]["decode"]["tokens_per_second"]} if model["measure"] else {}
+def decode_speed(point: Point, *, any_batch: bool = False) -> dict[Panel, float]:
+    """Return a model's decoded tokens per second; nothing if it was not measured."""
+    measured = point.model.measure
+    return {_timed(point, any_batch): measured.decode.tokens_per_second} if measured else {}
 
 
-def peak_memory(model: Model, *, batch: bool = True) -> dict[Panel, float]:
-    """Peak memory over that of an empty process, in MiB; one panel as for `decode_speed`."""
-    memory = model["measure"] and model["measure"]["memory"]
-    return {_timed(model, batch): (memory["peak_bytes"] - memory["baseline_bytes"]) / 2**20} if memory else {}
+def peak_memory(point: Point, *, any_batch: bool = False) -> dict[Panel, float]:
+    """Return a model's peak memory over that of an empty process, in MiB; nothing if it was not measured."""
+    measured = point.model.measure
+    return {_timed(point, any_batch): measured.memory.above_baseline / 2**20} if measured else {}
 
 
-def _timed(model: Model, batch: bool) -> Panel:
-    measured = model["measure"]
-    protocol = measured["protocol"]
-    title = f"{protocol['prompt_length']} + {protocol['new_tokens']} tokens, {measured['device']}"
-    facts = _facts(protocol, "prompt_length", "new_tokens") + _facts(measured, *TIMING)
-    if not batch:
-        return Panel(title, facts)
-    return Panel(f"batch {protocol['batch_size']}, {title}", facts + _facts(protocol, "batch_size"))
-
-
-def _facts(source: Mapping[str, Any], *keys: str) -> tuple[tuple[str, Any], ...]:
-    return tuple((key, source[key]) for key in keys)
+def _timed(point: Point, any_batch: bool) -> Panel:
+    """Return the panel of a timing; with `any_batch`, of all batch sizes."""
+    measured = point.model.measure
+    assert measured is not None
+    protocol = measured.protocol
+    title = f"{protocol.prompt_length} + {protocol.new_tokens} tokens, {measured.device}"
+    if any_batch:
+        return panel_of(point, "measure", title, without=BATCH)
+    return panel_of(point, "measure", f"batch {protocol.batch_size}, {title}")
 
 
 def titles(panels: Iterable[Panel]) -> dict[Panel, str]:
-    """The title of each panel; where two would agree, with the facts that tell them apart."""
+    """Return the title of each panel; where two would agree, with the facts that tell them apart."""
     panels = list(panels)
     crowds = {title for title, count in Counter(panel.title for panel in panels).items() if count > 1}
     named = {}
     for panel in panels:
         rivals = [dict(other.facts) for other in panels if other.title == panel.title]
         apart = [
-            f"{key} {str(value)[:16]}"
-            for key, value in panel.facts
-            if panel.title in crowds and any(other.get(key) != value for other in rivals)
+            phrase(name, value)
+            for name, value in panel.facts
+            if panel.title in crowds and any(other.get(name) != value for other in rivals)
         ]
-        named[panel] = ", ".join([panel.title, *apart])
+        named[panel] = ", ".join(filter(None, [panel.title, *apart]))
     return named

@@ -5,16 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from kvp.record import Denominator
 from kvp.report.plots.panels import Panel
 from kvp.report.records.keys import unpruned, untouched
 from kvp.report.records.labels import recovery_labels, strategy_labels
 from kvp.report.records.runs import Run
+from kvp.results import ModelRecord
 
 State = Literal["dense", "dense, tuned alike", "pruned", "recovered"]
 STATES: tuple[State, ...] = get_args(State)
-Read = Callable[[Mapping[str, Any]], Mapping[Panel, float]]  # a model's part of the record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class Point:
     """One of the models of a run.
 
     Attributes:
-        model: Its part of the record: size, evaluation, measure.
+        part: Name of the model in the record: dense, pruned or recovered.
+        model: What the record holds of it.
         base: Name of the dense model.
         strategy: Label of the strategy and its settings; "dense" if nothing is pruned.
         recovery: Label of the recovery and its settings; "none" if untuned.
@@ -33,13 +35,14 @@ class Point:
 
     run: Run
     state: State
-    model: Mapping[str, Any]
+    part: str
+    model: ModelRecord
     base: str
     strategy: str
     recovery: str
-    ratio: tuple[float, str] | None
+    ratio: tuple[float, Denominator] | None
     amount: str
-    achieved: Mapping[str, float]
+    achieved: Mapping[Denominator, float]
     seed: int
 
     @property
@@ -56,6 +59,9 @@ class Point:
     def label(self) -> str:
         """Strategy, ratio asked for and recovery, in words."""
         return f"{self.strategy} {self.amount}".rstrip() + (f", {self.recovery}" if self.tuned else "")
+
+
+Read = Callable[[Point], Mapping[Panel, float]]  # a number of a model, by panel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,32 +86,33 @@ def find_points(runs: Sequence[Run]) -> list[Point]:
     """Every model of every finished run: dense, the controls, then the rest by strategy and ratio."""
     finished = [run for run in runs if run.status == "finished"]
     strategies, recoveries = strategy_labels(finished), recovery_labels(finished)
-    mixed = len({run.record["config"]["ratio"]["of"] for run in finished if not unpruned(run)}) > 1
+    mixed = len({run.record.config["ratio"]["of"] for run in finished if not unpruned(run)}) > 1
     found = []
     for run in finished:
-        record, bare = run.record, untouched(run)
+        config, models, bare = run.record.config, run.record.models(), untouched(run)
         states: dict[State, str] = {"dense": "dense"}
         states |= (
             {"dense, tuned alike": "recovered"} if bare else {"pruned": "pruned", "recovered": "recovered"}
         )
         for state, part in states.items():
-            if part in record:
+            if part in models:
                 pruned = state in ("pruned", "recovered")
-                asked, achieved = record["config"]["ratio"], record["ratio"]["achieved"]
+                asked, achieved = config["ratio"], run.record.ratio.achieved or {}
                 value = 0.0 if unpruned(run) else asked["value"]
                 amount = f"{100 * value:g} %" + (f" of {asked['of']}" if mixed else "")
                 found.append(
                     Point(
                         run=run,
                         state=state,
-                        model=record[part],
-                        base=record["config"]["model"]["name"],
+                        part=part,
+                        model=models[part],
+                        base=run.model,
                         strategy=strategies[run.hash] if pruned else "dense",
                         recovery=recoveries[run.hash] if part == "recovered" else "none",
                         ratio=(value, asked["of"]) if pruned else None,
                         amount=amount if pruned else "",
                         achieved=achieved if pruned else dict.fromkeys(achieved, 0.0),
-                        seed=record["config"]["seed"],
+                        seed=run.seed,
                     )
                 )
     return sorted(found, key=lambda p: (STATES.index(p.state), p.strategy, p.ratio or (), p.recovery, p.seed))
@@ -121,8 +128,8 @@ def means(
     values: dict[Panel, dict[Hashable, dict[int, tuple[Point, float]]]] = {}
     for point in points:
         seed = 0 if point.state == "dense" else point.seed
-        for panel, value in read(point.model).items():
-            groups = values.setdefault(panel.of(point.base), {})
+        for panel, value in read(point).items():
+            groups = values.setdefault(panel.under(("model", point.base)), {})
             groups.setdefault((point.group, apart(point)), {}).setdefault(seed, (point, value))
     return {
         panel: [_mean(list(seeds.values())) for seeds in groups.values()] for panel, groups in values.items()

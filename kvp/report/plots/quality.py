@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from kvp.record import Denominator
+from kvp.report.plots import panels
 from kvp.report.plots.offscale import NOTE, Spot, set_range
-from kvp.report.plots.panels import titles
+from kvp.report.plots.panels import Panel, titles
 from kvp.report.plots.points import Mean, Point, Read, means
 from kvp.report.plots.style import FAINT, INK, Look, deviations, legend, looks, make_panels
 
@@ -25,13 +27,13 @@ REMOVED = {
     "sparsity": "zeros in the matrices (%)",
 }
 DENSE = Look(color=INK, marker="*")
-COSTS: dict[str, tuple[str, Callable[[Point], float]]] = {
-    "kv_bytes": ("KV cache (KiB per token)", lambda point: point.model["size"]["kv_bytes_per_token"] / 2**10),
-    "params": ("parameters (millions)", lambda point: point.model["size"]["params"] / 1e6),
+COSTS = {  # label, key of the size, unit
+    "kv_bytes": ("KV cache (KiB per token)", "kv_bytes_per_token", 2**10),
+    "params": ("parameters (millions)", "params", 10**6),
 }
 
 
-def against_ratio(points: Sequence[Point], of: str, read: Read, label: str) -> Figure | None:
+def against_ratio(points: Sequence[Point], of: Denominator, read: Read, label: str) -> Figure | None:
     """`read` against the achieved ratio of the runs that asked for `of`: mean and deviation over seeds.
 
     Pruned is dashed with open markers, recovered solid with filled ones; the dense model, and the dense model
@@ -73,10 +75,14 @@ def pareto(points: Sequence[Point], cost: str, read: Read, label: str) -> Figure
 
     Tuning lowers perplexity by itself, so the tuned models have a front of their own.
     """
-    name, amount = COSTS[cost]
+    name, key, unit = COSTS[cost]
+
+    def read_both(point: Point) -> dict[Panel, float]:
+        (left,) = panels.size(point, key)
+        return {panel.under(*left.facts): value for panel, value in read(point).items()}
 
     def left(mean: Mean) -> float:
-        return mean.at(amount)
+        return mean.at(lambda point: getattr(point.model.size, key) / unit)
 
     def draw(ax: Axes, group: Sequence[Mean], series: Mapping[str, Look], _: Mapping[str, Dash]) -> None:
         for tuned in (False, True):
@@ -103,7 +109,7 @@ def pareto(points: Sequence[Point], cost: str, read: Read, label: str) -> Figure
             )
         ax.set(xlabel=name, ylabel=label)
 
-    return _figure(points, read, left, draw, _front_keys)
+    return _figure(points, read_both, left, draw, _front_keys)
 
 
 def front(spots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -123,29 +129,29 @@ def _figure(
     points: Sequence[Point], read: Read, across: Callable[[Mean], float], draw: Draw, keys: Keys
 ) -> Figure | None:
     """One panel per protocol under which something was pruned, and the legend."""
-    panels = {
+    shared = {
         panel: group
         for panel, group in means(points, read).items()
         if any(mean.point.ratio for mean in group)
     }
-    if not panels:
+    if not shared:
         return None
-    shown = [mean.point for group in panels.values() for mean in group]
+    shown = [mean.point for group in shared.values() for mean in group]
     series = looks(point.strategy for point in shown if point.ratio)
     tuned = dict.fromkeys(point.recovery for point in shown if point.tuned)
     dashes = {"none": UNTUNED} | {name: TUNED[i % len(TUNED)] for i, name in enumerate(tuned)}
-    figure, axes = make_panels(len(panels))
+    figure, axes = make_panels(len(shared))
     names = [Line2D([], [], label=name, linestyle="none", **_marks(look)) for name, look in series.items()]
     beyond = []
-    for ax, (panel, title) in zip(axes, titles(panels).items(), strict=True):
-        draw(ax, panels[panel], series, dashes)
+    for ax, (panel, title) in zip(axes, titles(shared).items(), strict=True):
+        draw(ax, shared[panel], series, dashes)
         spots = [
             Spot(
                 across(mean),
                 mean.value,
                 _marks(series.get(mean.point.strategy, DENSE), tuned=mean.point.tuned),
             )
-            for mean in panels[panel]
+            for mean in shared[panel]
         ]
         beyond.append(set_range(ax, spots, title))
     if any(beyond):

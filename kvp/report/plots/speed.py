@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 from kvp.report.plots.panels import decode_speed, peak_memory, titles
 from kvp.report.plots.points import Point, means
 from kvp.report.plots.style import COLOURS, FAINT, INK, Look, deviations, legend, looks, make_panels
+from kvp.results import MeasureRecord
 
 SPEED, MEMORY = "decoded tokens/s", "peak memory (MiB)"  # the peak is over that of an empty process
 PARTS = {  # of the peak over that of an empty process
@@ -27,7 +28,7 @@ BAR = 0.2  # inches, of figure height
 
 def speed_and_memory(points: Sequence[Point]) -> Figure | None:
     """Lines against the batch size if several were measured, otherwise bars per model."""
-    measured = [point for point in points if point.model["measure"] and not point.tuned]
+    measured = [point for point in points if point.model.measure and not point.tuned]
     if not any(point.ratio for point in measured):
         return None
     return _lines(measured) if len({batch(point) for point in measured}) > 1 else _bars(measured)
@@ -35,13 +36,13 @@ def speed_and_memory(points: Sequence[Point]) -> Figure | None:
 
 def batch(point: Point) -> int:
     """Sequences at a time."""
-    return point.model["measure"]["protocol"]["batch_size"]
+    return _measured(point).protocol.batch_size
 
 
 def _lines(points: Sequence[Point]) -> Figure:
     series = {"dense": Look(color=INK, marker="*")} | looks(point.label for point in points if point.ratio)
     speeds, peaks = (
-        means(points, partial(read, batch=False), apart=batch) for read in (decode_speed, peak_memory)
+        means(points, partial(read, any_batch=True), apart=batch) for read in (decode_speed, peak_memory)
     )
     figure, axes = make_panels(2 * len(speeds))
     for row, (panel, title) in enumerate(titles(speeds).items()):
@@ -98,8 +99,13 @@ def _bars(points: Sequence[Point]) -> Figure:
 
 
 def _quartile(which: int, point: Point) -> float:
-    return point.model["measure"]["decode"]["iqr"][which]
+    return _measured(point).decode.iqr[which]
 
 
 def _mebibytes(part: str, point: Point) -> float:
-    return point.model["measure"]["memory"][part] / 2**20
+    return getattr(_measured(point).memory, part) / 2**20
+
+
+def _measured(point: Point) -> MeasureRecord:
+    assert point.model.measure is not None  # `speed_and_memory` leaves out the others
+    return point.model.measure

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from kvp.record import RunRecord
+from kvp.results import MeasureRecord, PerplexityRecord, TaskRecord, ZeroShotRecord
+
 Facts = dict[str, Any]
 
+OTHER_STAGES = ("model", "recover", "sparsity", "measure", "evaluate")  # all others are those of pruning
 WORDS = {
     "corpus": "{}",
     "part": "{} part",
@@ -20,6 +24,7 @@ WORDS = {
     "lm_eval": "lm-eval {}",
     "split": "{} split",
     "source": "{} data",
+    "data_hash": "prompts {}",
     "dtype": "{}",
     "device": "{}",
     "threads": "{} threads",
@@ -35,38 +40,87 @@ WORDS = {
 WITHOUT = {"max_tokens": "all tokens", "limit": "all documents", "add_bos_token": "BOS by the tokenizer"}
 
 
-def facts(record: Mapping[str, Any], metric: str) -> Facts:
-    """What a number of a record was measured under."""
-    model, *path = metric.split(" - ")[0].split(".")
-    origin = record.get("provenance", {})
-    device = {"device": origin.get("device")}
-    if model == "pruning":
-        return {"dtype": record["config"].get("dtype"), **device, "threads": origin.get("threads")}
+def facts(record: RunRecord, metric: str) -> Facts:
+    """Return what a number of a record was measured under; nothing for a number that needs no protocol."""
+    name, *path = metric.split(" - ")[0].split(".")
+    origin = record.provenance
+    if name == "pruning":
+        return {"dtype": record.config.get("dtype"), "device": origin.device, "threads": origin.threads}
+    if name not in record.models():
+        return {}
+    model = record.models()[name]
     match path:
         case ["evaluation", "perplexity", corpus, *_]:
-            result = record[model]["evaluation"]["perplexity"][corpus]
-            protocol = result["protocol"]
-            of = {f: protocol.get(f) for f in ("part", "window", "stride", "join", "bos", "max_tokens")}
-            return {"corpus": _corpus(protocol["corpus"]), **of, "dtype": _dtype(result), **device}
+            return _of_perplexity(model.evaluation.perplexity[corpus]) | {"device": origin.device}
         case ["evaluation", "zero_shot", task, *_]:
-            results = record[model]["evaluation"]["zero_shot"]
-            metrics = results["average"]["metrics"] if task == "average" else {task: path[-1]}
-            named = ", ".join(f"{name} {kind}" for name, kind in metrics.items())
-            return {"metrics": named, **_merge({name: _task(results[name]) for name in metrics}), **device}
-        case ["measure", *_]:
-            result = record[model]["measure"]
-            protocol = {
-                f: value for f, value in result["protocol"].items() if f != "seed"
-            }  # of random tokens
-            machine = {f: result.get(f) for f in ("device", "threads", "attention")}
-            return {**protocol, "dtype": _dtype(result), "method": result["memory"].get("method"), **machine}
+            return _of_tasks(model.evaluation.zero_shot, task, path[-1]) | {"device": origin.device}
+        case ["measure", *_] if model.measure:
+            return _of_measure(model.measure)
         case ["size", "kv_bytes_per_token"]:
-            size = record[model]["size"]
-            width = sum(
-                x["num_key_value_heads"] * (x["qk_head_dim"] + x["v_head_dim"]) for x in size["layers"]
-            )
-            return {"kv_bytes": size["kv_bytes_per_token"] / width if width else None}
+            width = sum(layer.kv_width for layer in model.size.layers)
+            return {"kv_bytes": model.size.kv_bytes_per_token / width if width else None}
     return {}
+
+
+def _of_perplexity(result: PerplexityRecord) -> Facts:
+    protocol = result.protocol
+    named = ("part", "window", "stride", "join", "bos", "max_tokens")
+    return {
+        "corpus": _corpus(protocol.corpus),
+        **{name: getattr(protocol, name) for name in named},
+        "dtype": _dtype(result.dtype),
+    }
+
+
+def _of_tasks(results: ZeroShotRecord, task: str, metric: str) -> Facts:
+    """Return the facts of one task, or of the average: one value per fact, and where tasks differ, all of them."""
+    metrics = {task: metric}
+    if task == "average":
+        metrics = results.average.metrics if results.average else {}
+    tasks = {name: _of_task(results.tasks[name]) for name in metrics}
+    merged: Facts = {"metrics": ", ".join(f"{name} {kind}" for name, kind in metrics.items())}
+    for name in next(iter(tasks.values()), {}):
+        values = {task: its[name] for task, its in tasks.items()}
+        first, *others = values.values()
+        listed = ", ".join(f"{value} ({task})" for task, value in values.items())
+        merged[name] = listed if any(other != first for other in others) else first
+    return merged
+
+
+def _of_task(result: TaskRecord) -> Facts:
+    names = ("limit", "num_fewshot", "add_bos_token", "version", "lm_eval", "source", "split")
+    facts = {name: getattr(result, name) for name in names}
+    return {**facts, "data_hash": result.data_hash[:8], "dtype": _dtype(result.dtype)}
+
+
+def _of_measure(result: MeasureRecord) -> Facts:
+    return {
+        **result.protocol.model_dump(exclude={"seed"}),  # of random tokens
+        "dtype": _dtype(result.dtype),
+        "method": result.memory.method,
+        **{name: getattr(result, name) for name in ("device", "threads", "attention")},
+    }
+
+
+def _corpus(identity: Mapping[str, Any]) -> str:
+    version = identity.get("distribution") or (identity.get("revision") or identity.get("sha256") or "")[:8]
+    return f"{identity['name']} ({version})" if version else identity["name"]
+
+
+def _dtype(name: str) -> str:
+    return name.removeprefix("torch.")
+
+
+def pruning(record: RunRecord) -> dict[str, float | None] | None:
+    """Return what pruning cost: seconds of its stages, and bytes at the highest peak; None if nothing was pruned.
+
+    A stage that was found counts with what it took when it was computed.
+    """
+    stages = [stage for stage in record.stages if stage.name.partition("/")[0] not in OTHER_STAGES]
+    if all(stage.name != "prune" for stage in stages):
+        return None
+    peaks = [stage.peak_bytes for stage in stages if stage.peak_bytes is not None]
+    return {"seconds": sum(stage.seconds for stage in stages), "peak_bytes": max(peaks, default=None)}
 
 
 def phrases(of: Facts, leave_out: Collection[str] = ()) -> list[str]:
@@ -80,29 +134,3 @@ def phrase(name: str, value: Any) -> str:
     if value is None:
         return WITHOUT.get(name, f"no {name}")
     return WORDS.get(name, f"{name} {{}}").format(f"{value:g}" if isinstance(value, float) else value)
-
-
-def _corpus(identity: Mapping[str, Any]) -> str:
-    version = identity.get("distribution") or (identity.get("revision") or identity.get("sha256") or "")[:8]
-    return f"{identity['name']} ({version})" if version else identity["name"]
-
-
-def _dtype(result: Mapping[str, Any]) -> str:
-    return str(result.get("dtype")).removeprefix("torch.")
-
-
-def _task(result: Mapping[str, Any]) -> Facts:
-    names = ("limit", "num_fewshot", "add_bos_token", "version", "lm_eval", "source", "split")
-    return {name: result.get(name) for name in names} | {"dtype": _dtype(result)}
-
-
-def _merge(tasks: Mapping[str, Facts]) -> Facts:
-    """One value per fact; where the tasks differ, all of them."""
-    merged: Facts = {}
-    for name in next(iter(tasks.values()), {}):
-        values = {task: its[name] for task, its in tasks.items()}
-        alike = len(set(values.values())) == 1
-        merged[name] = (
-            next(iter(values.values())) if alike else ", ".join(f"{v} ({t})" for t, v in values.items())
-        )
-    return merged

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvp.upgrade import upgraded
+from kvp.record import RunRecord
 
-SCHEMAS = (1, 2, 3)  # of run.json; `upgraded` brings old ones up to date
 ROOT = Path(__file__).resolve().parents[3]
 EXPERIMENTS = (Path("experiments"), ROOT / "experiments")  # not part of an installed wheel
 
@@ -26,22 +25,32 @@ class Run:
 
     path: Path
     line: int | None
-    record: Mapping[str, Any]
+    record: RunRecord
 
     @property
     def name(self) -> str:
         """Readable and unique: model-strategy-ratio-recovery-seed-hash."""
-        return self.record["name"]
+        return self.record.name
 
     @property
     def hash(self) -> str:
         """One per configuration."""
-        return self.record["hash"]
+        return self.record.hash
 
     @property
     def status(self) -> str:
         """ "finished", "failed" or "running"."""
-        return self.record.get("status", "finished")
+        return self.record.status
+
+    @property
+    def model(self) -> str:
+        """Name of the dense model."""
+        return str(self.record.config["model"]["name"])
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.record.config["seed"])
 
     @property
     def place(self) -> str:
@@ -71,7 +80,7 @@ def read_runs(paths: Sequence[Path | str]) -> list[Run]:
 def collect(runs: Sequence[Run], out: Path) -> None:
     """Write the finished and failed runs as results.jsonl, without what only their machine knows."""
     lines = [
-        json.dumps(_portable(run.record), ensure_ascii=False, separators=(",", ":"))
+        json.dumps(_portable(run.record.data()), ensure_ascii=False, separators=(",", ":"))
         for run in runs
         if run.status != "running"
     ]
@@ -80,7 +89,7 @@ def collect(runs: Sequence[Run], out: Path) -> None:
 
 
 def _age(run: Run) -> tuple[bool, str, str]:
-    return run.status == "finished", run.record.get("provenance", {}).get("started", ""), str(run.path)
+    return run.status == "finished", run.record.provenance.started, str(run.path)
 
 
 def _files(path: Path) -> list[Path]:
@@ -101,33 +110,15 @@ def _files(path: Path) -> list[Path]:
 
 def _read(path: Path) -> Iterator[Run]:
     if path.suffix != ".jsonl":
-        yield Run(path, None, _parse(path.read_bytes(), str(path)))
+        yield Run(path, None, RunRecord.read(path))
         return
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        yield Run(path, number, _parse(line, f"{path}:{number}"))
-
-
-def _parse(text: bytes, place: str) -> dict[str, Any]:
-    way_out = "delete it and repeat its command (finished stages are found), or report on other paths"
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{place} is corrupt ({error}): {way_out}") from error
-    if not isinstance(record, dict) or not {"schema", "name", "hash", "config"} <= record.keys():
-        raise ValueError(f"{place} is not the record of a run (schema, name, hash, config): {way_out}")
-    if record["schema"] not in SCHEMAS:
-        known = ", ".join(map(str, SCHEMAS))
-        raise ValueError(
-            f"{place} has schema {record['schema']}, this kvp reads {known}: use the kvp that wrote it"
-        )
-    return dict(upgraded(record))
+        yield Run(path, number, RunRecord.read(line, f"{path}:{number}"))
 
 
 def _portable(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record without hosts and traceback; paths become names: prune/<fingerprint>/model."""
-    stages = [
-        (stage["path"], f"{stage['name']}/{stage['fingerprint'][:16]}") for stage in record.get("stages", ())
-    ]
+    stages = [(stage["path"], f"{stage['name']}/{stage['fingerprint'][:16]}") for stage in record["stages"]]
 
     def named(text: str) -> str:
         for path, name in stages:

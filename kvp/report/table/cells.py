@@ -1,14 +1,15 @@
-"""The cells of a column: one number per row from its runs, why there is none, what to say, which is best."""
+"""The cells of a column: one number per row from the runs, why there is none, what to say, which is best."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Literal
 
+from kvp.record import MODELS
 from kvp.report.records.facts import facts
-from kvp.report.records.keys import MODELS, PRUNING, identity
+from kvp.report.records.keys import PRUNING, identity
 from kvp.report.records.runs import Run
 from kvp.report.table.compare import Comparison, Number, compare
 from kvp.report.table.lines import Line
@@ -18,7 +19,7 @@ from kvp.report.table.table import Cell, Column
 
 @dataclass
 class Draft:
-    """A column on its way: its cells, the remarks on each, and what its numbers were measured under."""
+    """A column on the way: the cells, the remarks on each, and what the numbers were measured under."""
 
     spec: ColumnSpec
     cells: list[Cell]
@@ -27,7 +28,7 @@ class Draft:
 
     @property
     def column(self) -> Column:
-        """What the table keeps of it."""
+        """The column as the table keeps it."""
         unit = f" ({self.spec.unit})" if self.spec.unit else ""
         return Column(
             title=self.spec.title + unit,
@@ -45,27 +46,26 @@ def make_draft(
     *,
     allow_mixed: bool,
 ) -> Draft:
-    """The column of these rows, from the runs that are `chosen` for it.
+    """Return the column of these rows.
+
+    Args:
+        column: What the column shows.
+        lines: The rows.
+        chosen: Whether a run belongs to the column.
+        shown: Keys that label the rows.
+        allow_mixed: Whether numbers of different protocols get a footnote instead of an error.
 
     Raises:
-        ValueError: Its numbers must not be compared.
+        ValueError: The numbers must not be compared.
     """
     gathered = [_gather(column, line, chosen) for line in lines]
-    numbers = [Number(i, run, its.metric) for i, its in enumerate(gathered) for run, _ in its.found]
+    numbers = [Number(i, run, some.metric) for i, some in enumerate(gathered) for run, _ in some.found]
     comparison = compare(column.title, numbers, shown, allow_mixed=allow_mixed)
-    cells = [_cell(column, its) for its in gathered]
-    seeds = [sorted({run.record["config"]["seed"] for run, _ in its.found}) for its in gathered]
-    every = max(
-        (its for its, line in zip(seeds, lines, strict=True) if line.kind != "dense"), key=len, default=[]
-    )
-    spread = any(cell.std for cell in cells)
-    remarks = []
-    for i, (line, its) in enumerate(zip(lines, gathered, strict=True)):
-        texts = [*comparison.remarks.get(i, ()), *its.remarks]
-        seeded = line.kind == "run" or column.model == "recovered"
-        if spread and seeded and its.found and len(seeds[i]) < len(every):
-            texts.append(f"seed {', '.join(map(str, seeds[i]))} only")
-        remarks.append(texts)
+    cells = [_cell(column, some) for some in gathered]
+    remarks = [[*comparison.remarks.get(i, ()), *some.remarks] for i, some in enumerate(gathered)]
+    if any(cell.std for cell in cells):
+        for i, text in _lonely_seeds(column, lines, gathered).items():
+            remarks[i].append(text)
     if column.delta:
         cells = [_with_delta(column, lines, cells, i) for i in range(len(lines))]
     if column.better and comparison.comparable:
@@ -75,27 +75,65 @@ def make_draft(
 
 @dataclass(frozen=True)
 class Gathered:
-    """The numbers of a cell, each with a run it is of; the failed runs; what to say."""
+    """The numbers of a cell.
+
+    Attributes:
+        metric: Path of the number in the record.
+        found: The numbers, each with a run that has it.
+        by_setting: Their means, one per setting and seed.
+        failed: The failed runs without a number.
+        remarks: What to say of the cell.
+    """
 
     metric: str
-    found: list[tuple[Run, float]]
-    by_setting: list[float]
-    failed: list[Run]
-    remarks: list[str]
+    found: list[tuple[Run, float]] = field(default_factory=list)
+    by_setting: list[float] = field(default_factory=list)
+    failed: list[Run] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of the runs with a number, sorted."""
+        return sorted({run.seed for run, _ in self.found})
 
 
 def _gather(column: ColumnSpec, line: Line, chosen: Callable[[Run], bool]) -> Gathered:
-    """One number per setting and seed: what several runs share (a stage of the store) counts once."""
-    of_model = column.metric.partition(".")[0] in MODELS
-    foreign = column.model == "recovered" or not of_model
-    cut = column.metric.startswith("ratio.")
-    if (line.kind == "dense" and foreign) or (line.kind == "control" and cut):
-        return Gathered(column.metric, [], [], [], [])
-    metric = as_model(column.metric, "dense") if line.kind == "dense" else column.metric
-    model = "dense" if line.kind == "dense" else column.model
-    runs: Sequence[Run] = line.runs if model == "dense" else [run for run in line.of(model) if chosen(run)]
+    """Return the numbers of a cell, one per setting and seed.
+
+    A number that several runs share, for they found the same stage of the store, counts once.
+    """
+    if not _applies(column, line):
+        return Gathered(column.metric)
+    dense = line.kind == "dense"
+    metric, model = (as_model(column.metric, "dense"), "dense") if dense else (column.metric, column.model)
+    runs: Sequence[Run] = line.runs if dense else [run for run in line.of(model) if chosen(run)]
     if line.kind != "run" and model != "recovered":
         runs = _under_the_usual_protocol(runs, metric)
+    settings = _by_setting(runs, metric, model)
+    failed = [run for run in runs if run.status == "failed" and _setting(run, model) not in settings]
+    repeats = max(map(len, settings.values()), default=0)
+    remarks = [f"mean of {repeats} repeats with one seed"] if repeats > 1 else []
+    if settings and not dense:
+        remarks += [f"seed {run.seed}: {reason(run)}" for run in failed]
+    return Gathered(
+        metric=metric,
+        found=[pair for same in settings.values() for pair in same],
+        by_setting=[fmean(value for _, value in same) for same in settings.values()],
+        failed=failed,
+        remarks=remarks,
+    )
+
+
+def _applies(column: ColumnSpec, line: Line) -> bool:
+    """Whether a row can have a number of the column: dense is neither tuned nor cut, a control is not cut."""
+    root = column.metric.partition(".")[0]
+    if line.kind == "dense":
+        return root in MODELS and column.model != "recovered"
+    return line.kind == "run" or root != "ratio"
+
+
+def _by_setting(runs: Sequence[Run], metric: str, model: str) -> dict[str, list[tuple[Run, float]]]:
+    """Return the numbers of the runs by setting and seed; several only where they differ."""
     settings: dict[str, list[tuple[Run, float]]] = {}
     for run in runs:
         value = read(run.record, metric)
@@ -103,14 +141,20 @@ def _gather(column: ColumnSpec, line: Line, chosen: Callable[[Run], bool]) -> Ga
             same = settings.setdefault(_setting(run, model), [])
             if all(value != other for _, other in same):
                 same.append((run, value))
-    failed = [run for run in runs if run.status == "failed" and _setting(run, model) not in settings]
-    repeats = max((len(same) for same in settings.values()), default=0)
-    remarks = [f"mean of {repeats} repeats with one seed"] if repeats > 1 else []
-    if settings and line.kind != "dense":
-        remarks += [f"seed {run.record['config']['seed']}: {reason(run)}" for run in failed]
-    found = [pair for same in settings.values() for pair in same]
-    means = [fmean(value for _, value in same) for same in settings.values()]
-    return Gathered(metric, found, means, failed, remarks)
+    return settings
+
+
+def _lonely_seeds(column: ColumnSpec, lines: Sequence[Line], gathered: Sequence[Gathered]) -> dict[int, str]:
+    """Return what to say of rows with fewer seeds than the others, by row."""
+    most = max(
+        (len(some.seeds) for some, line in zip(gathered, lines, strict=True) if line.kind != "dense"),
+        default=0,
+    )
+    return {
+        i: f"seed {', '.join(map(str, some.seeds))} only"
+        for i, (line, some) in enumerate(zip(lines, gathered, strict=True))
+        if (line.kind == "run" or column.model == "recovered") and 0 < len(some.seeds) < most
+    }
 
 
 def _setting(run: Run, model: str) -> str:
@@ -118,25 +162,25 @@ def _setting(run: Run, model: str) -> str:
 
 
 def _under_the_usual_protocol(runs: Sequence[Run], metric: str) -> Sequence[Run]:
-    """Of the runs, each of which evaluates dense anew, those that did as most did, and those without a number."""
+    """Return the runs that evaluated the dense model as most did, and those without a number of it."""
     under = {run.hash: facts(run.record, metric) for run in runs if read(run.record, metric) is not None}
     usual = max(under.values(), key=list(under.values()).count, default={})
     return [run for run in runs if under.get(run.hash, usual) == usual]
 
 
-def _cell(column: ColumnSpec, its: Gathered) -> Cell:
-    if not its.by_setting:
-        runs = tuple(its.failed)
+def _cell(column: ColumnSpec, gathered: Gathered) -> Cell:
+    if not gathered.by_setting:
+        runs = tuple(gathered.failed)
         return Cell(text=reason(runs[0]), runs=runs) if runs else Cell()
     scale = UNITS[column.unit]
-    value = scale * fmean(its.by_setting)
-    std = scale * stdev(its.by_setting) if len(its.by_setting) > 1 else None
+    value = scale * fmean(gathered.by_setting)
+    std = scale * stdev(gathered.by_setting) if len(gathered.by_setting) > 1 else None
     text = f"{value:,.{column.decimals}f}" + (f" ± {std:,.{column.decimals}f}" if std else "")
-    return Cell(text=text, value=value, std=std, runs=tuple(run for run, _ in its.found))
+    return Cell(text=text, value=value, std=std, runs=tuple(run for run, _ in gathered.found))
 
 
 def _with_delta(column: ColumnSpec, lines: Sequence[Line], cells: Sequence[Cell], i: int) -> Cell:
-    """The cell with its distance to the unpruned model treated alike, where there is just one."""
+    """Return the cell with the distance to the unpruned model treated alike, where there is just one."""
     kind: Literal["dense", "control"] = "control" if column.model == "recovered" else "dense"
     free = PRUNING if kind == "control" else (*PRUNING, "recovery")
     bases = [
@@ -154,9 +198,9 @@ def _with_delta(column: ColumnSpec, lines: Sequence[Line], cells: Sequence[Cell]
 def _marked(
     column: ColumnSpec, lines: Sequence[Line], cells: Sequence[Cell], comparison: Comparison
 ) -> list[Cell]:
-    """The cells with the best of each section marked, and the second best of three or more.
+    """Return the cells with the best of each section marked, and the second best of three or more.
 
-    None is, where calibration or recovery read the evaluated corpus for some rows and not for others.
+    No cell is marked where calibration or recovery read the evaluated corpus for some rows and not for others.
     """
     sign = 1 if column.better == "lower" else -1
     marked = list(cells)
@@ -178,9 +222,9 @@ def _marked(
 
 
 def reason(run: Run) -> str:
-    """Why a run failed, in a word."""
-    error = run.record.get("error") or {}
-    kind, message = str(error.get("type", "failed")).rpartition(".")[2], str(error.get("message", ""))
+    """Return why a run failed, in a word: "OOM", "NaN", "interrupted" or the class of the error."""
+    error = run.record.error
+    kind, message = (error.type.rpartition(".")[2], error.message) if error else ("failed", "")
     if kind in ("MemoryError", "OutOfMemoryError") or "out of memory" in message.lower():
         return "OOM"
     return {"FloatingPointError": "NaN", "KeyboardInterrupt": "interrupted"}.get(kind, kind)

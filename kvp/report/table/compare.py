@@ -89,7 +89,7 @@ def compare(
         for text in _overlaps(number):
             _remark(read, number, text)
             _remark(remarks, number, text)
-        if number.run.record.get("provenance", {}).get("dirty"):
+        if number.run.record.provenance.dirty:
             _remark(remarks, number, UNCOMMITTED)
     return Comparison(common, remarks, read, comparable)
 
@@ -133,8 +133,8 @@ def _overlaps(number: Number) -> list[str]:
     model, *path = number.metric.split(".")
     if model == "dense" or path[:2] != ["evaluation", "perplexity"]:
         return []
-    overlap = number.run.record[model]["evaluation"]["perplexity"][path[2]].get("overlap", {})
-    readers = ("calibration", "recovery") if model == "recovered" else ("calibration",)
-    return [
-        f"{reader} read the {overlap[reader]}" for reader in readers if overlap.get(reader, "none") != "none"
-    ]
+    overlap = number.run.record.models()[model].evaluation.perplexity[path[2]].overlap
+    readers = {"calibration": overlap.calibration}
+    if model == "recovered":
+        readers["recovery"] = overlap.recovery
+    return [f"{reader} read the {text}" for reader, text in readers.items() if text != "none"]

@@ -23,7 +23,7 @@ def make_notes(drafts: Sequence[Draft], lines: Sequence[Line], extra: Sequence[s
     protocols: dict[str, list[str]] = {}
     for draft in drafts:
         common = draft.comparison.common
-        if words := phrases(common, leave_out=("corpus", "join", "kv_bytes")):
+        if words := phrases(common, leave_out=("corpus", "join", "kv_bytes", "data_hash")):
             subjects = protocols.setdefault("; ".join(words), [])
             subject = (
                 f"perplexity of {common['corpus']}" if "corpus" in common else _subject(draft.spec.metric)
@@ -52,6 +52,6 @@ def _controlled(lines: Sequence[Line]) -> bool:
 
     def recipes(kind: str) -> set[str]:
         tuned = [run for line in lines if line.kind == kind for run in line.runs if recovers(run)]
-        return {repr([run.record["config"][node] for node in ("model", "recovery")]) for run in tuned}
+        return {repr([run.record.config[node] for node in ("model", "recovery")]) for run in tuned}
 
     return recipes("run") <= recipes("control")

@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from kvp.report.records.keys import matches
+from kvp.report.records.keys import MISSING, matches
 from kvp.report.records.runs import EXPERIMENTS
 from kvp.report.table.cells import Draft
 from kvp.report.table.compare import facts_differ
 from kvp.report.table.lines import Line
 from kvp.report.table.spec import UNITS
-from kvp.report.table.table import MISSING, Cell
+from kvp.report.table.table import Cell
 
 PACKAGED = Path(__file__).parents[1] / "references"  # of an installed wheel
 AVERAGE = "evaluation.zero_shot.average.value"

@@ -6,10 +6,10 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvp import tables
 from kvp.report.table.table import Cell, Row, Table, letter
 
 TEX = {
@@ -43,25 +43,13 @@ def write_table(table: Table, out: Path) -> list[Path]:
 
 
 def markdown(table: Table) -> str:
-    """GitHub's: bold is best, underlined second best, footnotes below."""
+    """Return the table as GitHub Markdown: the best is bold, the second best underlined, footnotes stand below."""
     heads = [*table.keys, *(column.heading for column in table.columns)]
-    rows = [[*row.labels, *(_markdown(cell) for cell in row.cells)] for row in table.rows]
-    lines = [[_pipes(text) for text in line] for line in (heads, *rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-    labels = len(table.keys)
-
-    def line(texts: Sequence[str]) -> str:
-        cells = [
-            t.ljust(w) if i < labels else t.rjust(w)
-            for i, (t, w) in enumerate(zip(texts, widths, strict=True))
-        ]
-        return f"| {' | '.join(cells)} |"
-
-    rule = ["-" * w if i < labels else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    below = [f"<sup>{letter(i)}</sup> {text}  " for i, text in enumerate(table.footnotes)]
-    parts = [f"**{table.title}**", "\n".join(map(line, (lines[0], rule, *lines[1:]))), "\n".join(below)]
+    rows = [[*row.labels, *map(_markdown, row.cells)] for row in table.rows]
+    below = "\n".join(f"<sup>{letter(i)}</sup> {text}  " for i, text in enumerate(table.footnotes))
     notes = "\n".join(f"- {note}" for note in table.notes)
-    return "\n\n".join(part for part in (*parts, notes) if part) + "\n"
+    parts = (f"**{table.title}**", tables.markdown(heads, rows, labels=len(table.keys)), below, notes)
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def comma_separated(table: Table) -> str:
@@ -124,10 +112,6 @@ def _markdown(cell: Cell) -> str:
     text = {0: "{}", 1: "**{}**", 2: "<u>{}</u>"}[cell.best].format(cell.text)
     marks = ",".join(map(letter, cell.footnotes))
     return text + (f"<sup>{marks}</sup>" if marks else "")
-
-
-def _pipes(text: str) -> str:
-    return text.replace("|", r"\|")
 
 
 def _values(cell: Cell) -> tuple[Any, Any, Any]:

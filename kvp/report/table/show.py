@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import sys
+from itertools import accumulate
 
-from rich import box
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table as RichTable
 from rich.text import Text
 
 from kvp.report.table.table import Cell, Table, letter
+from kvp.tables import console_table, print_table
 
 STYLES = {0: "", 1: "bold", 2: "underline"}
 
 
 def show(table: Table) -> None:
-    """Print a table as it is in table.md; as wide as it needs to be where nobody watches."""
-    shown = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD)
-    for key in table.keys:
-        shown.add_column(Text(key))
-    for column in table.columns:
-        shown.add_column(Text(column.heading), justify="right")
-    for section in table.sections:
-        for row in section:
-            labels = map(Text, row.labels)
-            shown.add_row(*labels, *map(_cell, row.cells), end_section=row is section[-1])
-    console = Console()
-    if not sys.stdout.isatty():
-        console.width = Measurement.get(Console(width=10_000), Console(width=10_000).options, shown).maximum
-    console.print(shown)
+    """Print a table with the footnotes and notes of table.md."""
+    heads = [*table.keys, *(column.heading for column in table.columns)]
+    rows: list[list[str | Text]] = [[*row.labels, *map(_cell, row.cells)] for row in table.rows]
+    ends = {count - 1 for count in accumulate(map(len, table.sections))}
+    print_table(console_table(heads, rows, title=table.title, labels=len(table.keys), ends=ends))
     for i, text in enumerate(table.footnotes):
-        console.print(f"{letter(i)} {text}", soft_wrap=True, highlight=False, markup=False)
+        print(letter(i), text)
     for note in table.notes:
-        console.print(f"- {note}", soft_wrap=True, highlight=False, markup=False)
+        print("-", note)
 
 
 def _cell(cell: Cell) -> Text:

@@ -9,10 +9,12 @@ from typing import Any
 
 import yaml
 
-from kvp.report.records.keys import MODELS, near, recovers
-from kvp.report.records.pruning import pruning
+from kvp.record import MODELS, RunRecord
+from kvp.report.records.facts import pruning
+from kvp.report.records.keys import near, recovers
 from kvp.report.records.runs import Run
 from kvp.report.table.table import Better
+from kvp.results import Part
 
 SPECS = Path(__file__).parent / "specs"
 _NOWHERE = object()
@@ -122,7 +124,7 @@ def of_any_model(metric: str) -> list[str]:
     return list(dict.fromkeys(as_model(metric, model) for model in MODELS))
 
 
-def read(record: Mapping[str, Any], metric: str) -> float | None:
+def read(record: RunRecord, metric: str) -> float | None:
     """The number behind a metric, None without one."""
     values = [_walk(record, path.strip().split(".")) for path in metric.split(" - ")]
     if not all(isinstance(value, int | float) for value in values):
@@ -149,7 +151,7 @@ def _expand(column: ColumnSpec, runs: Sequence[Run]) -> Iterator[ColumnSpec]:
         return
     stems = of_any_model(".".join(parts[:at]))
     nodes = [_walk(run.record, stem.split(".")) for run in runs for stem in stems]
-    names = dict.fromkeys(name for node in nodes if isinstance(node, Mapping) for name in node)
+    names = dict.fromkeys(name for node in nodes for name in _children(node))
     for name in names if parts[at] == "*" else parts[at].split("|"):
         metric = ".".join([*parts[:at], name, *parts[at + 1 :]])
         if any(_has(run, metric) for run in runs):
@@ -175,20 +177,26 @@ def _check(column: ColumnSpec, runs: Sequence[Run]) -> None:
 
 
 def _walk(node: Any, path: Sequence[str]) -> Any:
-    """What lies at a path: None where it ends in a null, `_NOWHERE` where it leaves the record."""
+    """Return what lies at a path: None where it ends in a null, `_NOWHERE` where it leaves the record."""
     if path[0] == "pruning":
         node = {"pruning": pruning(node)}
     for part in path:
-        if not isinstance(node, Mapping):
-            return None if node is None else _NOWHERE
-        node = node.get(part, _NOWHERE)
+        if node is None:
+            return None
+        node = _children(node).get(part, _NOWHERE)
     return node
 
 
-def _numbers(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            if key != "config":
-                yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float):
+def _children(node: Any) -> Mapping[str, Any]:
+    """Return the parts of a node of a record by name; none of what is a value."""
+    if isinstance(node, Part):
+        return node.present()
+    return node if isinstance(node, Mapping) else {}
+
+
+def _numbers(node: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in _children(node).items():
+        if isinstance(value, int | float):
             yield prefix + key
+        elif key != "config":
+            yield from _numbers(value, f"{prefix}{key}.")

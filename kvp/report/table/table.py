@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
+from kvp.report.records.keys import MISSING
 from kvp.report.records.runs import Run
-
-MISSING = "—"
 
 Better = Literal["lower", "higher"]
 Kind = Literal["dense", "control", "run", "published"]

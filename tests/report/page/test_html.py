@@ -13,10 +13,10 @@ from urllib.parse import unquote
 import pytest
 
 from kvp.report.page.html import write_html
+from kvp.report.records.keys import MISSING
 from kvp.report.records.runs import collect, read_runs
 from kvp.report.table.build import build
 from kvp.report.table.spec import load_spec
-from kvp.report.table.table import MISSING
 from tests.report.sample_records import make_failed, make_record, write
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\" onclick=\"x"

@@ -18,11 +18,10 @@ from kvp.report.plots.style import INK, looks, style
 from kvp.report.plots.write import figures, write_plots
 from kvp.report.records.runs import Run, read_runs
 from kvp.types import DENOMINATORS
-from tests.report.sample_records import make_failed, make_record, perplexity, write
+from tests.report.sample_records import as_runs, decode, layer, make_failed, make_record, perplexity, write
 
 ROOT = Path(__file__).parents[3]
-WIDTHS = {"num_attention_heads": 9, "num_key_value_heads": 3, "qk_head_dim": 64, "v_head_dim": 64}
-LAYERS = [WIDTHS | {"intermediate_size": 90}] * 4
+LAYERS = [layer()] * 4
 
 
 def full_record(strategy: str = "kvpruner", ratio: float = 0.25, seed: int = 0, **options) -> dict:
@@ -31,23 +30,15 @@ def full_record(strategy: str = "kvpruner", ratio: float = 0.25, seed: int = 0, 
     record = make_record(strategy, ratio, seed, **options)
     for name in ("dense", "pruned", "recovered"):
         if name in record:
-            record[name]["measure"] |= {"attention": "sdpa"}
             record[name]["measure"]["protocol"]["batch_size"] = batch
-            record[name]["measure"]["decode"] = {"tokens_per_second": 25.0 * batch, "iqr": [24.0, 27.0]}
-            record[name]["measure"]["memory"]["rest_bytes"] = 3 << 19
+            record[name]["measure"]["decode"] = decode(25.0 * batch, 24.0, 27.0)
             record[name]["size"]["layers"] = LAYERS
     if strategy != "none":
         record["pruned"]["size"]["layers"] = [
             layer | {"qk_head_dim": 64 - 16 * i, "v_head_dim": 64 - 16 * i} for i, layer in enumerate(LAYERS)
         ]
     record["sensitivity"] = [2.0, 0.5, 0.01, 0.1] if strategy == "kvpruner" else None
-    if "recovered" in record:
-        record["recovery"]["losses"] = [[step, 4.0 - 0.1 * step] for step in range(1, 11)]
     return record
-
-
-def as_runs(*records: dict) -> list[Run]:
-    return [Run(Path(f"{record['name']}/run.json"), None, record) for record in records]
 
 
 def study() -> list[dict]:
@@ -103,6 +94,7 @@ def test_what_the_records_do_not_hold_is_not_drawn():
         bare[name]["measure"] = None
         bare[name]["evaluation"]["zero_shot"] = {"average": None}
         bare[name]["size"]["layers"] = LAYERS
+    bare["recovery"]["losses"] = []
     found = drawn(as_runs(bare, make_failed("E", "x", ratio=0.5)))
     assert found.keys() == {"perplexity_by_kv_cache", "pareto_kv_bytes", "pareto_params"}
 

@@ -14,7 +14,7 @@ def test_a_file_a_directory_and_an_experiment_give_the_same_runs(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "outputs", make_record(seed=1), make_record(seed=0))
     runs = read_runs([tmp_path / "outputs"])
-    assert [run.record["config"]["seed"] for run in runs] == [0, 1]
+    assert [run.record.config["seed"] for run in runs] == [0, 1]
     assert read_runs([run.path for run in reversed(runs)]) == runs
     collect(runs, tmp_path / "experiments" / "study" / "results.jsonl")
     for name in ("study", "experiments/study", "experiments/study/results.jsonl"):
@@ -29,7 +29,7 @@ def test_of_one_configuration_the_newest_finished_run_counts(tmp_path):
     for folder, record in (("a", new), ("b", old), ("c", failed)):
         write(tmp_path / folder, record)
     (run,) = read_runs([tmp_path])
-    assert run.record["pruned"]["evaluation"]["perplexity"]["squad"]["value"] == 40.0
+    assert run.record.pruned.evaluation.perplexity["squad"].value == 40.0
 
 
 def test_a_record_of_schema_1_is_finished(tmp_path):
@@ -90,6 +90,6 @@ def test_collected_records_name_no_machine_and_are_stable(tmp_path):
 
 def test_web_addresses_and_relative_paths_stay(tmp_path):
     kept = {"a": "https://host.org/a/b", "b": "outputs/store", "c": "tokens/s", "d": str(Path("x/y.parquet"))}
-    (run,) = read_runs([write(tmp_path, make_record(provenance__kept=kept))])
+    (run,) = read_runs([write(tmp_path, make_record(provenance__model=kept))])
     collect([run], tmp_path / "results.jsonl")
-    assert json.loads((tmp_path / "results.jsonl").read_text())["provenance"]["kept"] == kept
+    assert json.loads((tmp_path / "results.jsonl").read_text())["provenance"]["model"] == kept

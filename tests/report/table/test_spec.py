@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from kvp.report.records.keys import label, where
-from kvp.report.records.runs import Run
 from kvp.report.table.spec import SPECS, ColumnSpec, expand, load_spec, read
-from tests.report.sample_records import make_record
+from tests.report.sample_records import as_runs, make_record, stage
 
-RUNS = [
-    Run(Path("run.json"), None, make_record(strategy=strategy, ratio=ratio, steps=steps))
-    for strategy, ratio, steps in (("kvpruner", 0.25, None), ("magnitude", 0.5, 60), ("none", 0.25, 60))
-]
+RUNS = as_runs(
+    make_record("kvpruner", 0.25),
+    make_record("magnitude", 0.5, steps=60),
+    make_record("none", 0.25, steps=60),
+)
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SPECS.glob("*.yaml")))
@@ -37,15 +35,18 @@ def test_a_difference_of_two_metrics():
 
 def test_pruning_costs_what_its_stages_cost():
     stages = [
-        {"name": "score", "seconds": 30.0, "peak_bytes": 3 << 20},
-        {"name": "search", "seconds": 5.0, "peak_bytes": 2 << 20},
-        {"name": "prune", "seconds": 1.5, "peak_bytes": 1 << 20},
-        {"name": "recover", "seconds": 100.0, "peak_bytes": 9 << 20},
+        stage("score", 30.0, 3 << 20),
+        stage("search", 5.0, 2 << 20),
+        stage("prune", 1.5, 1 << 20),
+        stage("recover", 100.0, 9 << 20),
     ]
-    assert read(make_record(stages=stages), "pruning.seconds") == 36.5
-    assert read(make_record(stages=stages), "pruning.peak_bytes") == 3 << 20
-    assert read(make_record(), "pruning.peak_bytes") is None  # a stage that did not say
-    assert read(make_record(stages=stages[3:]), "pruning.seconds") is None
+    whole, silent, unpruned = as_runs(
+        make_record(stages=stages), make_record(), make_record(stages=stages[3:])
+    )
+    assert read(whole.record, "pruning.seconds") == 36.5
+    assert read(whole.record, "pruning.peak_bytes") == 3 << 20
+    assert read(silent.record, "pruning.peak_bytes") is None  # a stage that did not say
+    assert read(unpruned.record, "pruning.seconds") is None
 
 
 def test_an_unknown_metric_is_refused_with_names_near_it():
@@ -54,7 +55,7 @@ def test_an_unknown_metric_is_refused_with_names_near_it():
 
 
 def test_a_metric_that_these_runs_did_not_measure_has_no_column():
-    without = [Run(Path("run.json"), None, make_record(dense__measure=None, pruned__measure=None))]
+    without = as_runs(make_record(dense__measure=None, pruned__measure=None))
     speed = ColumnSpec(title="speed", metric="pruned.measure.decode.tokens_per_second")
     recovered = ColumnSpec(title="after", metric="recovered.size.params")
     assert expand([speed, recovered], without) == []

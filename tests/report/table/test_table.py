@@ -14,17 +14,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from kvp.identity import chosen_options, named
+from kvp.record import RunRecord
+from kvp.report import studies
 from kvp.report.__main__ import main
 from kvp.report.plots.points import find_points
 from kvp.report.records.keys import matches
-from kvp.report.records.runs import Run, read_runs
+from kvp.report.records.runs import Run
 from kvp.report.table import references
 from kvp.report.table.build import build
-from kvp.report.table.render import comma_separated, latex, markdown, sources, write_table
-from kvp.report.table.spec import ColumnSpec, Spec, load_spec
+from kvp.report.table.render import comma_separated, latex, markdown, sources
+from kvp.report.table.spec import ColumnSpec, Spec
 from kvp.report.table.table import Cell, Row, Table
 from kvp.report.track import track
-from tests.report.sample_records import make_failed, make_record, perplexity, write, zero_shot
+from tests.report.sample_records import as_runs, make_failed, make_record, perplexity, write, zero_shot
 from tests.test_tracking import PNG, records
 
 ROOT = Path(__file__).parents[3]
@@ -42,7 +44,7 @@ def spec(*columns: ColumnSpec, **options) -> Spec:
 
 
 def table(*records: dict, of: Spec | None = None, **options) -> Table:
-    return build(of or spec(PPL), [Run(Path("run.json"), None, record) for record in records], **options)
+    return build(of or spec(PPL), as_runs(*records), **options)
 
 
 def row(table: Table, *labels: str) -> Row:
@@ -135,7 +137,7 @@ def test_a_sparse_cache_is_a_row_of_its_own_and_never_the_dense_one():
         "25 % of kv_cache kvpruner mustafar": ["50.0"],
         "— none mustafar": ["21.0"],
     }
-    points = find_points([Run(Path("run.json"), None, record) for record in records])
+    points = find_points(as_runs(*records))
     assert [point.label for point in points if point.state == "pruned"] == [
         "kvpruner 25 %",
         "kvpruner + mustafar key_sparsity=0.5 window=32 25 %",
@@ -229,7 +231,9 @@ def test_what_failed_later_does_not_hide_what_stands():
 
 
 def test_nothing_but_failures_says_why():
-    failed = make_failed("MemoryError", "", dense__evaluation={"perplexity": {}, "zero_shot": {}})
+    failed = make_failed(
+        "MemoryError", "", dense__evaluation={"perplexity": {}, "zero_shot": {"average": None}}
+    )
     with pytest.raises(ValueError, match=r"mine has no number to show; smollm2_135m-kvpruner.* failed: OOM"):
         table(failed)
 
@@ -413,7 +417,7 @@ def test_published_lines_name_the_strategies_that_repeat_them():
                 )
             )
         )
-        return Run(Path("run.json"), None, {"config": config, "choices": choices})
+        return Run(Path("run.json"), None, RunRecord.model_construct(config=config, choices=choices))
 
     for model in ("llama_7b", "llama3_8b"):
         run = configured(f"llm_pruner_{model}")
@@ -467,7 +471,9 @@ def test_latex_is_balanced_and_escaped(sweep):
 def test_sources_name_the_runs_behind_each_cell(sweep):
     found = sources(sweep)
     cells = found["rows"][1]["cells"]
-    assert len(cells["squad"]) == 2 and {found["runs"][key]["path"] for key in cells["squad"]} == {"run.json"}
+    assert len(cells["squad"]) == 2 and all(
+        found["runs"][key]["path"].endswith("/run.json") for key in cells["squad"]
+    )
     assert len(found["rows"][3]["cells"]["squad"]) == 1
 
 
@@ -530,7 +536,7 @@ def test_wandb_has_the_table_and_the_plots_in_a_summary_run_of_the_group(tmp_pat
     (tmp_path / "ratio.png").write_bytes(PNG)
     (tmp_path / "ratio.svg").write_text("<svg/>")
     runs = [
-        Run(run.path, None, {**run.record, "group": "the-sweep"})
+        Run(run.path, None, run.record.model_copy(update={"group": "the-sweep"}))
         for row in sweep.rows
         for run in row.cells[0].runs
     ]
@@ -546,12 +552,27 @@ def test_wandb_has_the_table_and_the_plots_in_a_summary_run_of_the_group(tmp_pat
     assert (about.run_group, about.job_type) == ("the-sweep", "report")
 
 
-@pytest.mark.parametrize("committed", sorted((ROOT / "experiments").rglob("sources.json")), ids=str)
-def test_the_committed_tables_come_from_the_committed_results(committed, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("study", "of"), studies.find_studies().items(), ids=str)
+def test_the_committed_tables_come_from_the_committed_results(study, of, monkeypatch):
     monkeypatch.chdir(ROOT)
-    experiment = committed.relative_to(ROOT / "experiments").parts[0]
-    spec = load_spec(json.loads(committed.read_text())["table"])
-    runs = read_runs([experiment])
-    published = references.load_published({run.record["config"]["model"]["name"] for run in runs})
-    for path in write_table(build(spec, runs, published=published), tmp_path):
-        assert path.read_bytes() == (committed.parent / path.name).read_bytes()
+    assert markdown(studies.study_table(study, of)).encode() == (study / "table.md").read_bytes()
+
+
+def test_every_study_with_a_table_of_runs_has_a_spec():
+    tables = {path.parent for path in (ROOT / "experiments").glob("*/table.md")}
+    runs = {path.parent for path in (ROOT / "experiments").glob("*/results.jsonl")}
+    of_benchmarks = {ROOT / "experiments" / "speed"}
+    assert {study.resolve() for study in studies.find_studies()} == (tables & runs) - of_benchmarks
+
+
+def test_the_committed_tables_can_be_made_again(tmp_path, monkeypatch, capsys):
+    study = tmp_path / "experiments" / "sparse"
+    study.mkdir(parents=True)
+    (study / "results.jsonl").write_bytes((ROOT / "experiments/sparse/results.jsonl").read_bytes())
+    (study.parent / "specs.yaml").write_text("sparse: sparse")
+    monkeypatch.chdir(tmp_path)
+    main(["--committed"])
+    names = ["table.md", "table.csv", "table.tex", "sources.json"]
+    assert capsys.readouterr().out.split() == [f"experiments/sparse/{name}" for name in names]
+    assert (study / "table.md").read_bytes() == (ROOT / "experiments/sparse/table.md").read_bytes()
+    assert "experiments/sparse/results.jsonl:1" in (study / "sources.json").read_text()

@@ -15,6 +15,7 @@ from kvp.models.shapes import layer_shapes, size
 from kvp.models.surgery import apply
 from kvp.models.uncut import uncut
 from kvp.pipeline.summary import print_summary
+from kvp.record import RunRecord
 from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.base import Target
 from kvp.strategies.compensation.compensate import LeastSquares
@@ -146,7 +147,7 @@ def test_the_record_and_the_table_hold_both_budgets_and_the_bytes(tmp_path, caps
     assert achieved["sparsity"] == pytest.approx(0.6, abs=0.02)
     weights = [record[model]["size"]["sparsity"]["weights"] for model in ("dense", "pruned")]
     assert weights[1] < weights[0]
-    print_summary(record)
+    print_summary(RunRecord.read(record))
     told = capsys.readouterr().out
     assert "asked 20 % of block_params, then 60 % of sparsity; achieved" in told
     assert all(f"weights, if stored {how}" in told for how in ("dense", "2:4", "bitmap"))
