@@ -46,7 +46,7 @@ class AskedRecord(BudgetRecord):
 
 
 class RatioRecord(Part):
-    """What was to be removed, and what was."""
+    """The fraction asked for, and the fraction achieved."""
 
     asked: AskedRecord | None = Field(description="the budget; null: nothing is pruned")
     achieved: dict[Denominator, Fraction] | None = Field(
@@ -63,7 +63,7 @@ class ValidationRecord(Part):
 
 
 class DistillationRecord(Part):
-    """How the dense model taught: weights of the loss's parts, and their values."""
+    """The lessons of the dense model: weights of the loss's parts, and their values."""
 
     text_weight: float = Field(description="weight of the text's own loss")
     logits_weight: float = Field(description="weight of the divergence from the teacher's logits")
@@ -78,7 +78,7 @@ class DistillationRecord(Part):
 
 
 class RecoveryRecord(Part):
-    """How the pruned model was tuned."""
+    """The tuning of the pruned model."""
 
     steps: int = Field(description="optimizer steps")
     epochs: float = Field(description="passes over the examples")
@@ -102,7 +102,7 @@ class StageRecord(Part):
     """A stage that the run computed or found."""
 
     name: str = Field(description="kind of the stage, with corpus or task")
-    fingerprint: str = Field(description="sha256 of everything that decides its result")
+    fingerprint: str = Field(description="sha256 of everything that decides the result")
     path: str = Field(description="directory in the store")
     seconds: Seconds = Field(description="time of the process that computed it")
     peak_bytes: Bytes | None = Field(description="peak memory of that process; null: not known")
@@ -110,15 +110,15 @@ class StageRecord(Part):
 
 
 class ErrorRecord(Part):
-    """Why a run failed."""
+    """The reason why a run failed."""
 
     type: str = Field(description="class of the exception")
-    message: str = Field(description="its message")
+    message: str = Field(description="message of the exception")
     traceback: str | None = Field(None, description="where it was raised; null in results.jsonl")
 
 
 class ProvenanceRecord(Part):
-    """Where the numbers come from: code, versions, machine."""
+    """The origin of the numbers: code, versions, machine."""
 
     kvp: str = Field(description="version of kvp")
     commit: str | None = Field(description="git commit of the code; null outside a checkout")
@@ -147,7 +147,7 @@ class RunRecord(Part):
     schema_version: Literal[3] = Field(alias="schema", description="version of this table")
     name: str = Field(description="model-strategy-ratio-cache-recovery-seed-hash")
     hash: str = Field(description="one per configuration")
-    group: str | None = Field(None, description="its group in the tracker")
+    group: str | None = Field(None, description="group in the tracker")
     directory: str | None = Field(None, description="directory of run.json; null in results.jsonl")
     status: Literal["running", "finished", "failed"] = Field(description="how far it is")
     config: dict[str, Any] = Field(description="resolved configuration; classes by name")
@@ -157,7 +157,7 @@ class RunRecord(Part):
     pid: int | None = Field(None, description="unless finished: number of the process")
     stage: str | None = Field(None, description="unless finished: stage it is in; null: between stages")
     error: ErrorRecord | None = Field(None, description="if failed: why")
-    ratio: RatioRecord = Field(description="what was to be removed, and what was")
+    ratio: RatioRecord = Field(description="fraction asked for and achieved")
     dense: ModelRecord | None = Field(None, description="if finished: the model before pruning")
     pruned: ModelRecord | None = Field(None, description="if finished: the pruned model")
     recovered: ModelRecord | None = Field(None, description="if finished, with a recovery: the tuned model")

@@ -1,4 +1,4 @@
-"""What a run finds out about one model, as `run.json` holds it: size, evaluation, speed and memory.
+"""Results of one model of a run, as `run.json` holds them: size, evaluation, speed and memory.
 
 One field a line, with its unit and meaning. Every part is frozen, and a key that it does not know is an error.
 """
@@ -75,7 +75,7 @@ class SparsityRecord(MatrixZeros):
 
 
 class SizeRecord(Part):
-    """What a model weighs, from its shapes."""
+    """The size of a model, from the shapes alone."""
 
     params: int = Field(description="all parameters")
     block_params: int = Field(description="parameters inside the decoder blocks")
@@ -86,7 +86,7 @@ class SizeRecord(Part):
 
 
 class PerplexityProtocol(Part):
-    """What decides a perplexity, apart from the model."""
+    """Everything that decides a perplexity, apart from the model."""
 
     corpus: dict[str, Any] = Field(description="identity of the text: name, version, sha256")
     part: str = Field(description="part of the corpus: train, validation, test")
@@ -147,7 +147,9 @@ class AverageRecord(Part):
     """The mean of LLM-Pruner's metric over its tasks."""
 
     value: Fraction | None = Field(description="mean accuracy; null without a task")
-    stderr: Fraction | None = Field(description="its standard error, from the draw of the documents alone")
+    stderr: Fraction | None = Field(
+        description="standard error of the mean, from the draw of the documents alone"
+    )
     tasks: tuple[str, ...] = Field(description="tasks in the mean")
     metrics: dict[str, str] = Field(description="metric of each task")
     complete: bool = Field(description="whether all seven tasks are there")
@@ -168,14 +170,14 @@ class ZeroShotRecord(Part):
 
 
 class EvaluationRecord(Part):
-    """How good a model is."""
+    """The quality of a model."""
 
     perplexity: dict[str, PerplexityRecord] = Field(description="by corpus")
     zero_shot: ZeroShotRecord = Field(description="by task")
 
 
 class MeasureProtocol(Part):
-    """What decides speed and memory, apart from the model and the machine."""
+    """Everything that decides speed and memory, apart from model and machine."""
 
     batch_size: int = Field(description="sequences at a time")
     prompt_length: Tokens = Field(description="length of the prompt")
@@ -231,7 +233,7 @@ class MeasureRecord(Part):
 
 
 class ModelRecord(Part):
-    """What a run found out about one of its models."""
+    """One of the models of a run: size, quality, speed and memory."""
 
     checkpoint: str = Field(description="Hugging Face directory")
     size: SizeRecord = Field(description="parameters, cache, widths")

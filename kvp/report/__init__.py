@@ -1,1 +1,1 @@
-"""From run records to what people read."""
+"""Reports on runs: tables, plots and a page from their records."""

@@ -18,7 +18,7 @@ from kvp.report.table.spec import SPECS, load_spec
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Report on runs. What a user can mend is one line and exit code 1."""
+    """Run the command; an error that a user can mend is one line and exit code 1."""
     try:
         for path in report(_parser().parse_args(arguments)):
             print(path)

@@ -22,7 +22,7 @@ def track(
     mode: Literal["offline", "online"],
     group: str | None,
 ) -> str:
-    """Log a report, one run per group; where it lies."""
+    """Log a report as one run per group, and return where it lies."""
     group = group or "+".join(sorted({_group(run) for run in runs}))
     run_id = sha256(f"report {group}".encode()).hexdigest()[:12]
     config = {"runs": [run.hash for run in runs]}
@@ -42,5 +42,5 @@ def _value(cell: Cell) -> float | str:
 
 
 def _group(run: Run) -> str:
-    """The run's in the tracker."""
+    """Return the group of a run in the tracker."""
     return run.record.group or f"{label(run, 'model')}-{label(run, 'strategy')}"

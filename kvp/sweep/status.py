@@ -1,4 +1,4 @@
-"""What is done, running, died and failed, and how to retry; reads JSON files, imports nothing heavy.
+"""Status of runs: finished, running, died or failed, and how to retry. It reads JSON files and imports nothing heavy.
 
 python -m kvp.status [outputs/runs] [--store outputs/store]
 """
@@ -28,18 +28,18 @@ STAGE_COLUMNS = ("finished", "being computed", "left unfinished", "set aside", "
 
 @dataclass(frozen=True)
 class Look:
-    """A run as its run.json and the processes of this machine show it.
+    """A run as run.json and the processes of this machine show it.
 
     Attributes:
-        name: Its directory.
+        name: The directory.
         status: "finished", "running", "died" (killed: its process is gone), "failed" or "unreadable".
-        told: How it ended, or who runs which stage since when.
+        detail: Why or where it ended, or who runs which stage since when.
         retry: The command that goes on with it; empty if there is nothing to go on with.
     """
 
     name: str
     status: str
-    told: str
+    detail: str
     retry: str = ""
 
 
@@ -65,7 +65,7 @@ def look(path: Path) -> Look:
 
 
 def is_alive(host: str | None, pid: int, since: float) -> bool | None:
-    """Whether a process that ran at a time (seconds since 1970) still does; None: it is another machine's."""
+    """Return whether a process that ran at a time (seconds since 1970) still runs; None if it is another machine's."""
     if host != socket.gethostname():
         return None
     try:
@@ -83,7 +83,7 @@ def _command(record: RunRecord) -> str:
 
 
 def stage_counts(store: Path) -> dict[str, Counter[str]]:
-    """Per kind of stage: how many are there as `STAGE_COLUMNS` says, and the MiB of the finished ones."""
+    """Return, per kind of stage, how many there are in each state of `STAGE_COLUMNS`, and MiB of the finished ones."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for manifest in store.rglob("manifest.json"):
         stage = manifest.parent
@@ -110,7 +110,7 @@ def _is_held(partial: Path) -> bool:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -134,7 +134,10 @@ def _runs(looks: Sequence[Look]) -> Table:
     counts = Counter(each.status for each in looks)
     title = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     return console_table(
-        ("run", "status", ""), [(each.name, each.status, each.told) for each in looks], title=title, labels=3
+        ("run", "status", ""),
+        [(each.name, each.status, each.detail) for each in looks],
+        title=title,
+        labels=3,
     )
 
 

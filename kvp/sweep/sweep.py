@@ -27,7 +27,7 @@ class SweepFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: "finished", "failed", "running" (killed) or "not run", and its run.json."""
+    """The outcome of a job: "finished", "failed", "running" (killed) or "not run", and the record."""
 
     name: str
     status: str
@@ -36,7 +36,7 @@ class Outcome:
 
     @classmethod
     def of(cls, x: Experiment, returned: JobReturn | None) -> Outcome:
-        """From what the launcher returned; where it returned nothing, run.json knows."""
+        """Return the outcome from what the launcher returned; where it returned nothing, from run.json."""
         directory = x.directory
         if returned and returned.status == JobStatus.FAILED:
             return cls(directory.name, "failed", read(directory), str(returned._return_value))
@@ -50,7 +50,7 @@ class Outcome:
 
 
 def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: Launch) -> None:
-    """Launch the jobs, and tell before and after.
+    """Launch the jobs; print what stands before and what came of it after.
 
     Args:
         jobs: The options of each.
@@ -87,7 +87,7 @@ def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: 
 
 
 def _group(experiments: Sequence[Experiment]) -> str:
-    """Of all jobs in a tracker: "smollm2_135m-kvpruner+random"."""
+    """Return the group of all jobs in a tracker: "smollm2_135m-kvpruner+random"."""
     models = {x.source.name for x in experiments}
     strategies = {x.chosen("strategy") for x in experiments}
     return "-".join("+".join(sorted(names)) for names in (models, strategies))

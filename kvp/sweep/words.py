@@ -1,4 +1,4 @@
-"""What a sweep says of one job: cells of the table, and the line when it ends."""
+"""Words of a sweep about one job: cells of the table, and the line when it ends."""
 
 from __future__ import annotations
 

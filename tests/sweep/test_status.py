@@ -48,7 +48,7 @@ def failed(kind, message, **more):
 def test_a_running_run_names_its_stage_host_and_process(tmp_path):
     run = look(write(tmp_path, "a"))
     assert run.status == "running"
-    assert run.told.startswith(f"recover, {HERE} pid {os.getpid()}, since 20")
+    assert run.detail.startswith(f"recover, {HERE} pid {os.getpid()}, since 20")
     assert not run.retry
 
 
@@ -69,7 +69,7 @@ def test_of_another_machine_s_processes_nothing_is_known(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "detail"),
     [
         (
             failed("ValueError", "ratio.value=0.9 is out of reach"),
@@ -79,10 +79,10 @@ def test_of_another_machine_s_processes_nothing_is_known(tmp_path):
         (failed("AssertionError", "", stage=None), "AssertionError"),
     ],
 )
-def test_a_failed_run_gives_the_last_line_of_its_error(tmp_path, error, told):
+def test_a_failed_run_gives_the_last_line_of_its_error(tmp_path, error, detail):
     run = look(write(tmp_path, "a", **error))
     assert run.status == "failed"
-    assert run.told.startswith(told)
+    assert run.detail.startswith(detail)
     assert run.retry.startswith("python -m kvp seed=1")
 
 
@@ -92,8 +92,8 @@ def test_a_corrupt_record_is_one_row_that_names_file_and_way_out(tmp_path, text)
     path.write_text(text)
     run = look(path)
     assert run.status == "unreadable"
-    assert str(path) in run.told
-    assert "delete it" in run.told
+    assert str(path) in run.detail
+    assert "delete it" in run.detail
 
 
 def test_stages_of_a_store_are_counted(tmp_path):

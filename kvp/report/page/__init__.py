@@ -1,1 +1,1 @@
-"""report.html."""
+"""The page of a report, report.html."""

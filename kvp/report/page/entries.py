@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from kvp.report.plots import panels
-from kvp.report.plots.panels import Panel, titles
-from kvp.report.plots.points import Point, Read, find_points
+from kvp.report.plots.panels import titles
+from kvp.report.plots.points import Panel, Point, Read, find_points
 from kvp.report.records.keys import MISSING, label
 from kvp.report.records.runs import Run
 from kvp.report.table.cells import reason
@@ -18,12 +18,12 @@ Numbers = Mapping[str, tuple[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line.
+    """A line: one model of a run, or a run without a model.
 
     Attributes:
-        texts: Which model it is, by heading.
-        origin: What computed it, by heading.
-        numbers: As they are shown and as they are, by heading.
+        texts: Labels of the model by heading.
+        origin: Device, dtype and commit by heading.
+        numbers: Numbers by heading, each as text and as a value.
         point: The model; None for a run that failed or is still running.
     """
 
@@ -35,7 +35,7 @@ class Entry:
 
 
 def find_entries(runs: Sequence[Run]) -> list[Entry]:
-    """The lines in the order of the runs; a dense model that several runs share comes once, with the first."""
+    """Return the lines in the order of the runs; a dense model that several runs share comes once, with the first."""
     points = find_points(runs)
     found: dict[Hashable, Entry] = {}
     for point, numbers in zip(points, _numbers(points), strict=True):
@@ -70,14 +70,14 @@ def _entry(
 
 
 def _numbers(points: Sequence[Point]) -> list[dict[str, tuple[str, float]]]:
-    """Per point, in the order of `READERS`; every protocol has a heading of its own."""
+    """Return the numbers of each point by heading, in the order of `READERS`; each protocol has a heading."""
     removed = "KV cache removed (%)"
     found = [{removed: (f"{100 * p.achieved['kv_cache']:.2f}", 100 * p.achieved["kv_cache"])} for p in points]
     for heading, decimals, read in READERS:
         values = [read(point) for point in points]
-        named = titles(dict.fromkeys(panel for its in values for panel in its))
-        for numbers, its in zip(found, values, strict=True):
-            for panel, value in its.items():
+        named = titles(dict.fromkeys(panel for each in values for panel in each))
+        for numbers, each in zip(found, values, strict=True):
+            for panel, value in each.items():
                 title = f"{heading}: {named[panel]}".removesuffix(": ")
                 numbers[title] = (f"{value:,.{decimals}f}", value)
     return found

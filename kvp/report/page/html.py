@@ -68,12 +68,12 @@ def _template() -> Template:
 
 
 def _digest(text: str) -> str:
-    """What the page's policy allows: this text, nothing that a record could smuggle in."""
+    """Return the hash that the page's policy allows: of this text, and of nothing that a record could smuggle in."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def _href(run: Run, *, out: Path) -> str:
-    """Path of the record's file from the page."""
+    """Return the path of the record's file from the page."""
     return quote(Path(os.path.relpath(run.path, out)).as_posix())
 
 

@@ -1,1 +1,1 @@
-"""From records to plots."""
+"""Plots of the records of runs."""

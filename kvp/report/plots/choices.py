@@ -20,7 +20,7 @@ LINES: dict[str, Any] = {"dense": (0, (3.5, 2)), "dense, tuned alike": "solid"}
 
 
 def at_one_ratio(points: Sequence[Point], of: Denominator, read: Read, label: str) -> Figure | None:
-    """`read` of the runs that asked for one ratio of `of`: pruned is open, recovered filled, the dense models lines.
+    """Draw a number of the runs that asked for one ratio of `of`: pruned is open, recovered filled, dense a line.
 
     Collapsed models stand on the right edge.
     """

@@ -22,7 +22,7 @@ CELL = 0.2  # inches, height of a row of the heat map
 
 
 def sensitivity(points: Sequence[Point]) -> Figure | None:
-    """Phase A's profile, a line per strategy: mean over seeds, their range as a band.
+    """Draw phase A's profile, a line per strategy: mean over seeds, their range as a band.
 
     Strategies that share a profile (other budgets, other temperatures) share the line of the shortest label.
     """
@@ -55,7 +55,7 @@ def sensitivity(points: Sequence[Point]) -> Figure | None:
 
 
 def kept_widths(points: Sequence[Point]) -> Figure | None:
-    """Heat map of what each layer kept, in percent of dense: models x layers, a panel per axis that was cut.
+    """Draw a heat map of what each layer kept, in percent of dense: models x layers, a panel per axis that was cut.
 
     The points have one base; of several seeds the first is shown. Axes cut alike share a panel; a single model
     gets one panel, axes x layers. A model without whole blocks has other layers than dense and is not shown.
@@ -94,7 +94,7 @@ def kept_widths(points: Sequence[Point]) -> Figure | None:
 
 
 def _kept(point: Point, axis: str) -> list[float]:
-    """Percent of the dense width per layer; nothing if there are other layers."""
+    """Return percent of the dense width per layer; nothing if the pruned model has other layers."""
     dense, pruned = (point.run.record.models()[name].size.layers for name in ("dense", "pruned"))
     if len(dense) != len(pruned):
         return []

@@ -17,7 +17,7 @@ PARTS: dict[str, Literal[":", "-."]] = {"text": ":", "logits": "-."}
 
 
 def recovery_losses(points: Sequence[Point]) -> Figure | None:
-    """A line per run over its faint raw losses; a panel per ratio and recovery, with the dense control in black.
+    """Draw a line per run over faint raw losses; a panel per ratio and recovery, with the dense control in black.
 
     Of a run that learns from the dense model, thin lines show the loss's parts.
     """
@@ -55,7 +55,7 @@ def recovery_losses(points: Sequence[Point]) -> Figure | None:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """The exponential running mean, without the pull of a start at zero."""
+    """Return the exponential running mean, without the pull of a start at zero."""
     mean, weight, result = 0.0, 0.0, []
     for value in values:
         mean = MEMORY * mean + (1 - MEMORY) * value
@@ -65,13 +65,13 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _losses(point: Point) -> list[tuple[int, float]]:
-    """(step, loss) pairs; none in records that do not hold them."""
+    """Return (step, loss) pairs, losses in nats per token."""
     recovery = point.run.record.recovery
     return [(step, loss) for step, loss in (recovery.losses if recovery else ()) if loss is not None]
 
 
 def _parts(point: Point) -> dict[str, list[float]]:
-    """The curves of the loss's parts, step by step; none without a teacher."""
+    """Return the curves of the loss's parts, step by step; none without a teacher."""
     recovery = point.run.record.recovery
     curves = recovery.loss_parts if recovery else {}
     return {part: [loss for _, loss in curves[part] if loss is not None] for part in PARTS if part in curves}

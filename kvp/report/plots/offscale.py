@@ -1,4 +1,4 @@
-"""Collapsed models: so bad that their values would squeeze all others together, so they lie above the axis."""
+"""Collapsed models, which lie above the axis: on it, they would squeeze all others together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOTE = "above the axis: off scale"
 
 
 class Spot(NamedTuple):
-    """A value, where it stands, and how its marker looks."""
+    """A value, where it stands, and the look of the marker."""
 
     x: float
     value: float
@@ -22,7 +22,7 @@ class Spot(NamedTuple):
 
 
 def set_range(ax: Axes, spots: Sequence[Spot], title: str) -> bool:
-    """Scale the y axis to what has not collapsed and mark the rest above it, stacked; whether there is any."""
+    """Scale the y axis to what has not collapsed, mark the rest above it, and return whether there is any."""
     top = COLLAPSED * min(spot.value for spot in spots)
     set_scale(ax, [min(spot.value, top) for spot in spots])
     left, right = ax.get_xlim()

@@ -1,14 +1,13 @@
-"""From runs to points: one per model of a run, grouped over seeds."""
+"""Points of plots: one per model of a run, grouped over seeds."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from kvp.record import Denominator
-from kvp.report.plots.panels import Panel
 from kvp.report.records.keys import unpruned, untouched
 from kvp.report.records.labels import recovery_labels, strategy_labels
 from kvp.report.records.runs import Run
@@ -26,10 +25,10 @@ class Point:
         part: Name of the model in the record: dense, pruned or recovered.
         model: What the record holds of it.
         base: Name of the dense model.
-        strategy: Label of the strategy and its settings; "dense" if nothing is pruned.
-        recovery: Label of the recovery and its settings; "none" if untuned.
+        strategy: Label of the strategy and the settings; "dense" if nothing is pruned.
+        recovery: Label of the recovery and the settings; "none" if untuned.
         ratio: (value, denominator) asked for; None if nothing is pruned.
-        amount: The ratio in words; with its denominator where the runs ask for several.
+        amount: The ratio in words; with the denominator where the runs ask for several.
         achieved: Fraction removed, under every denominator.
     """
 
@@ -52,13 +51,24 @@ class Point:
 
     @property
     def group(self) -> Hashable:
-        """The same for points that differ in the seed only."""
+        """A key that points share if they differ in the seed only."""
         return self.base, self.state, self.strategy, self.recovery, self.ratio
 
     @property
     def label(self) -> str:
         """Strategy, ratio asked for and recovery, in words."""
         return f"{self.strategy} {self.amount}".rstrip() + (f", {self.recovery}" if self.tuned else "")
+
+
+class Panel(NamedTuple):
+    """A title, and all the facts that must agree between the values of one panel."""
+
+    title: str
+    facts: tuple[tuple[str, Any], ...]
+
+    def under(self, *more: tuple[str, Any]) -> Panel:
+        """Return the panel of those values that share these facts, too."""
+        return self._replace(facts=(*more, *self.facts))
 
 
 Read = Callable[[Point], Mapping[Panel, float]]  # a number of a model, by panel
@@ -74,16 +84,16 @@ class Mean:
 
     @property
     def point(self) -> Point:
-        """The first, for what all of them share."""
+        """The first point, for what all of them share."""
         return self.points[0]
 
     def at(self, read: Callable[[Point], float]) -> float:
-        """Their mean of something else."""
+        """Return the mean of another number of the points."""
         return statistics.fmean(map(read, self.points))
 
 
 def find_points(runs: Sequence[Run]) -> list[Point]:
-    """Every model of every finished run: dense, the controls, then the rest by strategy and ratio."""
+    """Return every model of every finished run: dense, the controls, then the rest by strategy and ratio."""
     finished = [run for run in runs if run.status == "finished"]
     strategies, recoveries = strategy_labels(finished), recovery_labels(finished)
     mixed = len({run.record.config["ratio"]["of"] for run in finished if not unpruned(run)}) > 1
@@ -121,7 +131,7 @@ def find_points(runs: Sequence[Run]) -> list[Point]:
 def means(
     points: Iterable[Point], read: Read, *, apart: Callable[[Point], Hashable] = lambda _: None
 ) -> dict[Panel, list[Mean]]:
-    """Per panel one mean per group (and value of `apart`), in the points' order.
+    """Return, per panel, one mean per group (and value of `apart`), in the order of the points.
 
     A seed counts once, however many runs share its model; the dense model has none.
     """

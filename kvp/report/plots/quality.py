@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 from kvp.record import Denominator
 from kvp.report.plots import panels
 from kvp.report.plots.offscale import NOTE, Spot, set_range
-from kvp.report.plots.panels import Panel, titles
-from kvp.report.plots.points import Mean, Point, Read, means
+from kvp.report.plots.panels import titles
+from kvp.report.plots.points import Mean, Panel, Point, Read, means
 from kvp.report.plots.style import FAINT, INK, Look, deviations, legend, looks, make_panels
 
 Dash = Any  # a matplotlib line style
@@ -34,9 +34,9 @@ COSTS = {  # label, key of the size, unit
 
 
 def against_ratio(points: Sequence[Point], of: Denominator, read: Read, label: str) -> Figure | None:
-    """`read` against the achieved ratio of the runs that asked for `of`: mean and deviation over seeds.
+    """Draw a number against the achieved ratio of the runs that asked for `of`: mean and deviation over seeds.
 
-    Pruned is dashed with open markers, recovered solid with filled ones; the dense model, and the dense model
+    Pruned is dashed with open markers, recovered solid with filled ones. The dense model, and the dense model
     tuned alike, are the horizontal lines to read them against.
     """
 
@@ -71,7 +71,7 @@ def against_ratio(points: Sequence[Point], of: Denominator, read: Read, label: s
 
 
 def pareto(points: Sequence[Point], cost: str, read: Read, label: str) -> Figure | None:
-    """`read` against a cost, less of both being better, with the front of the untuned and of the tuned models.
+    """Draw a number against a cost, less of both being better, with the fronts of untuned and tuned models.
 
     Tuning lowers perplexity by itself, so the tuned models have a front of their own.
     """
@@ -113,7 +113,7 @@ def pareto(points: Sequence[Point], cost: str, read: Read, label: str) -> Figure
 
 
 def front(spots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The spots that no other spot beats in both coordinates, from left to right (less is better)."""
+    """Return the spots that no other spot beats in both coordinates, from left to right; less is better."""
     best: list[tuple[float, float]] = []
     for spot in sorted(spots):
         if not best or spot[1] < best[-1][1]:
@@ -128,7 +128,7 @@ Keys = Callable[[Sequence[Point], Mapping[str, Dash]], list[Line2D]]
 def _figure(
     points: Sequence[Point], read: Read, across: Callable[[Mean], float], draw: Draw, keys: Keys
 ) -> Figure | None:
-    """One panel per protocol under which something was pruned, and the legend."""
+    """Draw a panel per protocol under which something was pruned, and the legend."""
     shared = {
         panel: group
         for panel, group in means(points, read).items()
@@ -161,13 +161,13 @@ def _figure(
 
 
 def _marks(look: Look, *, tuned: bool = True) -> dict[str, Any]:
-    """Open markers for the untuned."""
+    """Return the marker of a series; open for untuned models."""
     fill, size = look.color if tuned else "white", 8 if look.marker == "*" else 4.5
     return {"color": look.color, "marker": look.marker, "markerfacecolor": fill, "markersize": size}
 
 
 def _line_keys(shown: Sequence[Point], dashes: Mapping[str, Dash]) -> list[Line2D]:
-    """What the dashes mean, and the horizontal lines, which have the dashes of their recovery."""
+    """Return the keys of the dashes and of the horizontal lines, which have the dashes of the recovery."""
     states = {(point.recovery, point.state) for point in shown}
     keys = []
     for name, dash in dashes.items():
@@ -183,7 +183,7 @@ def _line_keys(shown: Sequence[Point], dashes: Mapping[str, Dash]) -> list[Line2
 
 
 def _front_keys(shown: Sequence[Point], _: Mapping[str, Dash]) -> list[Line2D]:
-    """Dense, the fill, and the two fronts."""
+    """Return the keys of dense, the fill, and the two fronts."""
     keys = [Line2D([], [], label="dense", linestyle="none", **_marks(DENSE))]
     for tuned in (False, True):
         if any(point.tuned == tuned for point in shown):

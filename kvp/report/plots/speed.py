@@ -27,7 +27,7 @@ BAR = 0.2  # inches, of figure height
 
 
 def speed_and_memory(points: Sequence[Point]) -> Figure | None:
-    """Lines against the batch size if several were measured, otherwise bars per model."""
+    """Draw lines against the batch size if several were measured, otherwise bars per model."""
     measured = [point for point in points if point.model.measure and not point.tuned]
     if not any(point.ratio for point in measured):
         return None
@@ -35,7 +35,7 @@ def speed_and_memory(points: Sequence[Point]) -> Figure | None:
 
 
 def batch(point: Point) -> int:
-    """Sequences at a time."""
+    """Return the sequences that a model was measured with at a time."""
     return _measured(point).protocol.batch_size
 
 

@@ -1,4 +1,4 @@
-"""How every plot looks: one column wide, 8 pt, colours that colour-blind readers and grey print tell apart."""
+"""The look of every plot: one column wide, 8 pt, colours that colour-blind readers and grey print tell apart."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Look:
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """One look per name, in the order given; colours repeat after six, markers after eleven."""
+    """Return one look per name, in the order given; colours repeat after six, markers after eleven."""
     return {
         name: Look(color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)])
         for i, name in enumerate(dict.fromkeys(names))
@@ -79,7 +79,7 @@ def make_panels(
     share_y: Literal["none", "row", "all"] = "none",
     labels: Sequence[str] = (),
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels, at most two side by side, each one paper column wide; room for row labels."""
+    """Return a figure of `count` panels, at most two side by side, each one paper column wide, with room for labels."""
     columns = min(count, 2)
     rows = -(-count // columns)
     room = LETTER * max((len(label) - 12 for label in labels), default=0)
@@ -91,7 +91,7 @@ def make_panels(
 
 
 def legend(figure: Figure, keys: Sequence[Artist]) -> None:
-    """One legend for all panels, in a strip added below them and so never over data."""
+    """Draw one legend for all panels, in a strip added below them and so never over data."""
     inches = [KEY + LETTER * len(str(key.get_label())) for key in keys]
     columns = next(n for n in range(len(keys), 0, -1) if n == 1 or _width(inches, n) <= figure.get_figwidth())
     figure.set_figwidth(max(figure.get_figwidth(), _width(inches, columns)))
@@ -102,19 +102,19 @@ def legend(figure: Figure, keys: Sequence[Artist]) -> None:
 
 
 def _width(inches: Sequence[float], columns: int) -> float:
-    """Of a legend that fills its columns one after the other, the first ones one key longer."""
+    """Return the width in inches of a legend that fills columns one by one, the first ones one key longer."""
     rows, longer = divmod(len(inches), columns)
     ends = [(rows + 1) * min(i, longer) + rows * max(i - longer, 0) for i in range(columns + 1)]
     return sum(max(inches[a:b]) for a, b in pairwise(ends))
 
 
 def deviations(stds: Iterable[float]) -> list[float]:
-    """Lengths of error bars; none for a single seed, whose deviation is 0."""
+    """Return lengths of error bars; NaN, which draws none, for a single seed, whose deviation is 0."""
     return [std or math.nan for std in stds]
 
 
 def set_scale(ax: Axes, values: Iterable[float], axis: Literal["x", "y"] = "y") -> None:
-    """A logarithmic axis where the range of the values demands it, with ticks written out (30, 100, 3,000).
+    """Make an axis logarithmic where the range of the values demands it, with ticks written out (30, 100, 3,000).
 
     Where some values are not positive it is linear around zero, below a hundredth of the largest.
     """
@@ -133,7 +133,7 @@ def set_scale(ax: Axes, values: Iterable[float], axis: Literal["x", "y"] = "y") 
 
 
 def save(figure: Figure, out: Path, name: str) -> list[Path]:
-    """`name.png` and `name.svg`, the same bytes each time: no date, no program, ids from a fixed salt."""
+    """Write `name.png` and `name.svg`, the same bytes each time: no date, no program, ids from a fixed salt."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, alike in both
     png, svg = out / f"{name}.png", out / f"{name}.svg"
@@ -143,5 +143,5 @@ def save(figure: Figure, out: Path, name: str) -> list[Path]:
 
 
 def style() -> AbstractContextManager[None]:
-    """`with style():` around all drawing and saving."""
+    """Return the context of all drawing and saving: `with style():`."""
     return matplotlib.rc_context(RC)

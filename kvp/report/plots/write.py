@@ -33,7 +33,7 @@ def write_plots(runs: Sequence[Run], out: Path) -> list[Path]:
 
 
 def figures(runs: Sequence[Run]) -> Iterator[tuple[str, Figure | None]]:
-    """Every plot by name, None without data for it."""
+    """Yield every plot with a name; None without data for it."""
     points = find_points(runs)
     denominators = sorted({point.ratio[1] for point in points if point.ratio})
     for of in denominators:

@@ -1,1 +1,1 @@
-"""The records of runs, and what may be compared."""
+"""Records of runs, and what may be compared."""

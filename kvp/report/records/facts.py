@@ -1,4 +1,4 @@
-"""What a number was measured under: facts by name, and how to say them."""
+"""Facts that a number was measured under, by name, and their words. They decide what may share a column or a panel."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _of_tasks(results: ZeroShotRecord, task: str, metric: str) -> Facts:
     tasks = {name: _of_task(results.tasks[name]) for name in metrics}
     merged: Facts = {"metrics": ", ".join(f"{name} {kind}" for name, kind in metrics.items())}
     for name in next(iter(tasks.values()), {}):
-        values = {task: its[name] for task, its in tasks.items()}
+        values = {task: facts[name] for task, facts in tasks.items()}
         first, *others = values.values()
         listed = ", ".join(f"{value} ({task})" for task, value in values.items())
         merged[name] = listed if any(other != first for other in others) else first
@@ -124,13 +124,13 @@ def pruning(record: RunRecord) -> dict[str, float | None] | None:
 
 
 def phrases(of: Facts, leave_out: Collection[str] = ()) -> list[str]:
-    """Facts in words, without those that were not recorded."""
-    told = {name: value for name, value in of.items() if value is not None or name in WITHOUT}
-    return [phrase(name, value) for name, value in told.items() if name not in leave_out]
+    """Return facts in words, without those that were not recorded."""
+    recorded = {name: value for name, value in of.items() if value is not None or name in WITHOUT}
+    return [phrase(name, value) for name, value in recorded.items() if name not in leave_out]
 
 
 def phrase(name: str, value: Any) -> str:
-    """One fact in words."""
+    """Return one fact in words: "window 128", "all documents"."""
     if value is None:
         return WITHOUT.get(name, f"no {name}")
     return WORDS.get(name, f"{name} {{}}").format(f"{value:g}" if isinstance(value, float) else value)

@@ -1,4 +1,4 @@
-"""The records that a report reads: run.json files, or results.jsonl, their committed form.
+"""Runs that a report reads: run.json files, or results.jsonl, their committed form.
 
 runs = read_runs(["outputs/runs", "ratio_sweep"])
 collect(runs, Path("experiments/ratio_sweep/results.jsonl"))
@@ -54,7 +54,7 @@ class Run:
 
     @property
     def place(self) -> str:
-        """The path from here or from the repository's root, the same on every machine; and the line."""
+        """The path from here or from the repository's root, the same on every machine, and the line."""
         path = self.path.resolve()
         root = next((root for root in (Path.cwd(), ROOT) if path.is_relative_to(root)), None)
         shown = (path.relative_to(root) if root else path).as_posix()
@@ -62,7 +62,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path | str]) -> list[Run]:
-    """The runs below these paths, by name; of one configuration read twice, the newest finished one.
+    """Return the runs below these paths, by name; of one configuration read twice, the newest finished one.
 
     Args:
         paths: run.json files, directories that hold some, results.jsonl files, or names of experiments.
@@ -89,11 +89,12 @@ def collect(runs: Sequence[Run], out: Path) -> None:
 
 
 def _age(run: Run) -> tuple[bool, str, str]:
+    """Return what sorts records of one configuration: finished ones last, then by start."""
     return run.status == "finished", run.record.provenance.started, str(run.path)
 
 
 def _files(path: Path) -> list[Path]:
-    """The record files that a path or an experiment's name stands for."""
+    """Return the record files that a path or an experiment's name stands for."""
     if path.is_file():
         return [path]
     places = [path, *(root / path for root in EXPERIMENTS if not path.is_absolute())]
@@ -117,7 +118,7 @@ def _read(path: Path) -> Iterator[Run]:
 
 
 def _portable(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record without hosts and traceback; paths become names: prune/<fingerprint>/model."""
+    """Return the record without host and traceback; paths become names: prune/<fingerprint>/model."""
     stages = [(stage["path"], f"{stage['name']}/{stage['fingerprint'][:16]}") for stage in record["stages"]]
 
     def named(text: str) -> str:

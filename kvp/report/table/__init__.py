@@ -1,1 +1,1 @@
-"""From records to a table."""
+"""Tables of the records of runs."""

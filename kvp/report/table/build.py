@@ -1,4 +1,4 @@
-"""From a spec and runs to a table: gather the numbers of each cell, compare them, mark the best, say what differs."""
+"""Build a table from a spec and runs: gather the numbers, compare them, mark the best, say what differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that must not be compared are not: where a column mixes what they were measured under."""
+"""Comparison of a column's numbers: some differences are refused, others are footnotes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from kvp.report.records.facts import Facts, facts, phrase
 from kvp.report.records.keys import label
 from kvp.report.records.runs import Run
 
-HARD = (
-    "corpus",
-    "part",
-    "window",
-    "metrics",
-    "batch_size",
-    "prompt_length",
-    "new_tokens",
-)  # refused, not noted
-MACHINE = ("device", "threads")  # the seeds of one cell may come from different machines
+# facts that are refused in one column; other differences get a footnote
+HARD = ("corpus", "part", "window", "metrics", "batch_size", "prompt_length", "new_tokens")
+MACHINE = ("device", "threads")  # facts in which the seeds of one cell may differ
 UNCOMMITTED = "uncommitted code"
-KEYS = {  # of the configuration, behind a fact
+KEYS = {  # the key of the configuration behind a fact
     **{f: f"evaluation.perplexity.{f}" for f in ("part", "window", "stride", "join", "bos", "max_tokens")},
     "metrics": "evaluation.zero_shot.tasks",
     **{f: f"evaluation.zero_shot.{f}" for f in ("limit", "num_fewshot", "add_bos_token", "source")},
@@ -33,7 +26,7 @@ KEYS = {  # of the configuration, behind a fact
 
 @dataclass(frozen=True, eq=False)
 class Number:
-    """A run's number in a row: `metric` as it is in the record, dense.x in the dense row."""
+    """A run's number in a row; `metric` is the path in the record, dense.x in the dense row."""
 
     row: int
     run: Run
@@ -42,13 +35,13 @@ class Number:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a column's numbers were measured under.
+    """The facts of a column's numbers, and where they differ.
 
     Attributes:
-        common: What most of them share.
-        remarks: What to say of a row's number.
-        read: Rows of which calibration or recovery read the evaluated corpus, and which of them.
-        comparable: Whether the best of the column can be told.
+        common: The facts that most of them share.
+        remarks: What to say of a number, by row.
+        read: Who read the evaluated corpus before (calibration, recovery), by row.
+        comparable: Whether the column can have a best number.
     """
 
     common: Facts
@@ -63,28 +56,27 @@ def compare(
     """Compare the numbers of a column; facts whose key is `shown` as a label of the rows may differ.
 
     Raises:
-        ValueError: They must not stand in one column, or in one cell; the message names two runs and the
+        ValueError: Numbers must not stand in one column, or in one cell; the message names two runs and the
             filter that parts them.
     """
     under = {number: facts(number.run.record, number.metric) for number in numbers}
-    names = dict.fromkeys(name for its in under.values() for name in its)
     common: Facts = {}
     remarks: dict[int, list[str]] = {}
+    read: dict[int, list[str]] = {}
     comparable = True
-    for name in names:
-        values = {number: its[name] for number, its in under.items() if name in its}
+    for name in dict.fromkeys(name for known in under.values() for name in known):
+        values = {number: known[name] for number, known in under.items() if name in known}
         common[name] = usual = Counter(values.values()).most_common(1)[0][0]
         if KEYS.get(name) in shown:
             continue
         _refuse_within_cells(title, name, values)
-        for number, value in values.items():
-            if value != usual:
-                if name in HARD and not allow_mixed:
-                    first = next(other for other, its in values.items() if its == usual)
-                    _refuse(title, name, (first, usual), (number, value))
-                comparable &= name not in HARD
-                _remark(remarks, number, f"{phrase(name, value)}, most are {phrase(name, usual)}")
-    read: dict[int, list[str]] = {}
+        different = {number: value for number, value in values.items() if value != usual}
+        if different and name in HARD and not allow_mixed:
+            first = next(number for number, value in values.items() if value == usual)
+            _refuse(title, name, (first, usual), next(iter(different.items())))
+        comparable &= not different or name not in HARD
+        for number, value in different.items():
+            _remark(remarks, number, f"{phrase(name, value)}, most are {phrase(name, usual)}")
     for number in numbers:
         for text in _overlaps(number):
             _remark(read, number, text)
@@ -95,7 +87,7 @@ def compare(
 
 
 def facts_differ(ours: Facts, theirs: Facts) -> tuple[bool, list[str]]:
-    """Whether our numbers may be compared with published ones, and what differs, in words."""
+    """Return whether our numbers may be compared with published ones, and what differs, in words."""
     differing = [name for name, value in theirs.items() if name in ours and ours[name] != value]
     remarks = [f"{phrase(name, theirs[name])}, ours {phrase(name, ours[name])}" for name in differing]
     return not {*HARD, "max_tokens", "limit"} & {*differing}, remarks
@@ -129,7 +121,7 @@ def _refuse(title: str, name: str, *pair: tuple[Number, Any], cell: bool = False
 
 
 def _overlaps(number: Number) -> list[str]:
-    """Who read the corpus of a perplexity."""
+    """Return who read the corpus of a perplexity before: "calibration read the same text"."""
     model, *path = number.metric.split(".")
     if model == "dense" or path[:2] != ["evaluation", "perplexity"]:
         return []

@@ -1,4 +1,4 @@
-"""What stands below a table: protocols, how to read the numbers, what they lack."""
+"""Notes below a table: protocols, how to read the numbers, what they lack."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NO_CONTROL = (
 
 
 def make_notes(drafts: Sequence[Draft], lines: Sequence[Line], extra: Sequence[str]) -> list[str]:
-    """The notes; `extra` are the keys that were not asked for."""
+    """Return the notes of a table; `extra` are the keys that label rows without being asked for."""
     protocols: dict[str, list[str]] = {}
     for draft in drafts:
         common = draft.comparison.common

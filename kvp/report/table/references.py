@@ -48,7 +48,7 @@ class Published:
 
 
 def load_published(models: Iterable[str]) -> list[Published]:
-    """What was published for these models; nothing where there is no folder of references.
+    """Return what was published for these models; nothing where there is no folder of references.
 
     Raises:
         ValueError: A file is no list of published numbers.
@@ -91,11 +91,11 @@ def _published(model: str, name: str, paper: Mapping[str, Any], row: Mapping[str
 
 
 def _labels(filters: Mapping[str, Any]) -> dict[str, list[str]]:
-    return {key: its if isinstance(its, list) else [str(its)] for key, its in filters.items()}
+    return {key: value if isinstance(value, list) else [str(value)] for key, value in filters.items()}
 
 
 def published_cell(entry: Published, draft: Draft, lines: Sequence[Line]) -> tuple[Cell, list[str]]:
-    """A published number in one of our columns with our distance to it, and the remarks on it."""
+    """Return a published number in one of our columns with our distance to it, and the remarks on it."""
     spec, metric = draft.spec, draft.spec.metric
     if metric not in entry.numbers:
         return Cell(), []
@@ -111,7 +111,7 @@ def published_cell(entry: Published, draft: Draft, lines: Sequence[Line]) -> tup
 
 
 def _ours(entry: Published, draft: Draft, lines: Sequence[Line]) -> float | None:
-    """The number of our row of the same method, if there is just one."""
+    """Return the number of our row of the same method, if there is just one."""
     found = [
         cell.value
         for line, cell in zip(lines, draft.cells, strict=True)
@@ -124,4 +124,6 @@ def _same(entry: Published, line: Line, model: str) -> bool:
     if not entry.ours:
         return entry.ours is None and line.kind == "dense"
     filters = {**entry.ours, **(entry.recipe if model == "recovered" else {})}
-    return line.kind == "run" and all(matches(run, *its) for run in line.of(model) for its in filters.items())
+    return line.kind == "run" and all(
+        matches(run, *each) for run in line.of(model) for each in filters.items()
+    )

@@ -53,7 +53,7 @@ def markdown(table: Table) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """Numbers as they are: the mean, its deviation and the number of runs of each column."""
+    """Return the table as CSV, not rounded: mean, deviation and number of runs of each column."""
     stream = io.StringIO()
     write = csv.writer(stream, lineterminator="\n")
     heads = [(c.title, f"{c.title}: std", f"{c.title}: runs") for c in table.columns]
@@ -64,7 +64,7 @@ def comma_separated(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """A booktabs tabular to \\input, its notes below it."""
+    """Return the table as a booktabs tabular to \\input, with the notes below."""
     heads = [*table.keys, *(column.heading for column in table.columns)]
     sections = ["".join(f"{_tex_row(row)}\n" for row in section) for section in table.sections]
     footnotes = [rf"\textsuperscript{{{letter(i)}}}\,{_tex(text)}" for i, text in enumerate(table.footnotes)]
@@ -88,7 +88,7 @@ def latex(table: Table) -> str:
 
 
 def sources(table: Table) -> dict[str, Any]:
-    """The runs behind each cell: by hash, with their names and where they were read."""
+    """Return the runs behind each cell: by hash, with their names and where they were read."""
     runs = {run.hash: run for row in table.rows for cell in row.cells for run in cell.runs}
     titles = [column.title for column in table.columns]
     return {
@@ -115,7 +115,7 @@ def _markdown(cell: Cell) -> str:
 
 
 def _values(cell: Cell) -> tuple[Any, Any, Any]:
-    """Of a failure its reason; nothing of what is missing."""
+    """Return mean, deviation and number of runs; of a failure the reason, of what is missing nothing."""
     if cell.value is None:
         return (cell.text if cell.runs else ""), "", ""
     return cell.value, "" if cell.std is None else cell.std, len(cell.runs) or ""

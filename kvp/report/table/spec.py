@@ -1,4 +1,4 @@
-"""What a table shows: a small YAML file. `kvp/report/specs` has the shipped ones; main.yaml explains the language."""
+"""Specs: small YAML files that say what a table shows. `specs/` has the shipped ones; main.yaml explains them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UNITS = {"": 1.0, "%": 100.0, "M": 1e-6, "KiB": 2.0**-10, "MiB": 2.0**-20}
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnSpec:
-    """A column, or with a pattern in its metric (`*`, `a|b`) one per match, {} in the title being the match.
+    """A column; with a pattern in the metric (`*`, `a|b`), one per match, {} in the title being the match.
 
     Attributes:
         metric: Path in the record, or the difference "a - b" of two; `pruning.seconds` and `pruning.peak_bytes` are
@@ -48,7 +48,7 @@ class ColumnSpec:
 
     @property
     def model(self) -> str:
-        """The model whose number it is; what is said of the cut counts as pruned."""
+        """The model that the number belongs to; ratio.* and pruning.* count as pruned."""
         root = self.metric.partition(".")[0]
         return root if root in MODELS else {"recovery": "recovered"}.get(root, "pruned")
 
@@ -87,7 +87,7 @@ class Spec:
 
 
 def load_spec(name: str) -> Spec:
-    """A shipped spec by its name, or any by its path.
+    """Return a shipped spec by name, or any spec by path.
 
     Raises:
         ValueError: There is none, or it does not say what a table needs.
@@ -105,7 +105,7 @@ def load_spec(name: str) -> Spec:
 
 
 def expand(columns: Sequence[ColumnSpec], runs: Sequence[Run]) -> list[ColumnSpec]:
-    """The columns with their patterns filled in from the records; those that no record has are left out.
+    """Return the columns with patterns filled in from the records; columns that no record has are left out.
 
     Raises:
         ValueError: A metric is neither in a record nor can it be.
@@ -114,18 +114,18 @@ def expand(columns: Sequence[ColumnSpec], runs: Sequence[Run]) -> list[ColumnSpe
 
 
 def as_model(metric: str, model: str) -> str:
-    """The same number of another of the three models; what is no model's stays."""
+    """Return the metric of another of the three models; a metric of the run stays."""
     paths = [path.strip().partition(".") for path in metric.split(" - ")]
     return " - ".join(f"{model if root in MODELS else root}{dot}{rest}" for root, dot, rest in paths)
 
 
 def of_any_model(metric: str) -> list[str]:
-    """The same number of each of the three models."""
+    """Return the metric of each of the three models."""
     return list(dict.fromkeys(as_model(metric, model) for model in MODELS))
 
 
 def read(record: RunRecord, metric: str) -> float | None:
-    """The number behind a metric, None without one."""
+    """Return the number behind a metric; None if the record has none."""
     values = [_walk(record, path.strip().split(".")) for path in metric.split(" - ")]
     if not all(isinstance(value, int | float) for value in values):
         return None

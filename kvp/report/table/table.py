@@ -85,5 +85,5 @@ class Table:
 
 
 def letter(footnote: int) -> str:
-    """0 -> a, 25 -> z, 26 -> aa."""
+    """Return the letter of a footnote: 0 -> a, 25 -> z, 26 -> aa."""
     return (letter(footnote // 26 - 1) if footnote >= 26 else "") + chr(ord("a") + footnote % 26)
