@@ -23,7 +23,7 @@ from kvp.models.shapes import layer_shapes
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.stages import dense
 from kvp.provenance import provenance
-from kvp.strategies.base import Target
+from kvp.strategies.target import Target
 
 T = TypeVar("T")
 

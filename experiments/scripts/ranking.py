@@ -34,8 +34,9 @@ from kvp.models.spaces import find_spaces
 from kvp.pipeline.experiment import Checkpoint, Experiment
 from kvp.pipeline.stages import dense, score
 from kvp.provenance import provenance
-from kvp.strategies.base import Scores, ScoreStrategy
 from kvp.strategies.signals.losses import losses_without
+from kvp.strategies.target import Scores
+from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Plan, Space
 
 METHODS = (

@@ -39,8 +39,9 @@ from kvp.models.mustafar import Mustafar
 from kvp.models.shapes import require_whole_stream
 from kvp.recovery.lora import Lora
 from kvp.store import Stage, Store
-from kvp.strategies.base import Strategy, Target
+from kvp.strategies.base import Strategy
 from kvp.strategies.methods.none import NoPruning
+from kvp.strategies.target import Target
 from kvp.tracking import Tracker
 from kvp.types import Budget
 

@@ -29,7 +29,8 @@ from kvp.models.surgery import apply
 from kvp.pipeline import inputs
 from kvp.pipeline.experiment import Checkpoint, Experiment, Record
 from kvp.store import Stage
-from kvp.strategies.base import Scores
+from kvp.strategies.base import PlannedStrategy
+from kvp.strategies.target import Scores
 from kvp.types import Plan
 
 if TYPE_CHECKING:
@@ -112,7 +113,11 @@ def prune(x: Experiment, dense: Checkpoint) -> Checkpoint:
     found = search(x, dense, scored, sensed, scores, profile)
 
     def work(directory: Path) -> dict[str, Any]:
-        plan = read_plan(found.path) if found else x.strategy.plan(dense.config, scores, x.budget, profile)
+        if found:
+            plan = read_plan(found.path)
+        else:
+            assert isinstance(x.strategy, PlannedStrategy)  # all that do not search are
+            plan = x.strategy.plan(dense.config, scores, x.budget, profile)
         if compensation := x.strategy.compensation:
             target = x.target(dense)
             plan = compensation.refit(target.model, target.batches, plan, directory / REFIT)

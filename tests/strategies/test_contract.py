@@ -17,7 +17,6 @@ from kvp.models.spaces import available_kinds
 from kvp.models.surgery import apply
 from kvp.strategies.allocation.allocate import Global, Sensitivity, Uniform
 from kvp.strategies.allocation.tied import Tied
-from kvp.strategies.base import Target
 from kvp.strategies.compensation.sequential import Sequential
 from kvp.strategies.methods.adapruner import AdaPruner
 from kvp.strategies.methods.flap import FLAP
@@ -39,6 +38,7 @@ from kvp.strategies.methods.think import ThinK
 from kvp.strategies.methods.wanda_sp import WandaSP
 from kvp.strategies.search.evolution import Evolution
 from kvp.strategies.signals.gradients import scoring_bytes
+from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
 from tests.models.test_published_counts import LLAMA_7B

@@ -7,7 +7,7 @@ one's budget, `strategy.ratio` the second's, a fraction of the matrices that are
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,8 +19,10 @@ from kvp.models.family import family_of
 from kvp.models.plans import REFIT, edits_file
 from kvp.models.shapes import layer_shapes
 from kvp.models.uncut import uncut
-from kvp.strategies.base import Scores, Strategy, Target
+from kvp.options import options
+from kvp.strategies.base import PlannedStrategy, Strategy
 from kvp.strategies.signals.walk import move, on_cpu
+from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.wrapper import Wrapper
 from kvp.types import Budget, Plan
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Chain(Wrapper):
     """A cut, then zeros.
 
@@ -39,6 +41,7 @@ class Chain(Wrapper):
     """
 
     late: ClassVar[tuple[str, ...]] = (*Wrapper.late, "second", "ratio")
+    sparsifies: ClassVar[bool] = True
 
     second: Strategy
     ratio: Budget
@@ -63,11 +66,6 @@ class Chain(Wrapper):
         """If one of them does."""
         compensated = self.first.compensation is not None
         return self.first.needs_calibration or self.second.needs_calibration or compensated
-
-    @property
-    def sparsifies(self) -> bool:
-        """The second does."""
-        return True
 
     @property
     def then(self) -> tuple[Budget, ...]:
@@ -108,6 +106,7 @@ class Chain(Wrapper):
         if self.first.searches:
             plan = self.first.search(target, scores, budget, profile, directory)
         else:
+            assert isinstance(self.first, PlannedStrategy)
             plan = self.first.plan(target.config, scores, budget, profile)
         compensation = self.first.compensation
         if compensation is None:

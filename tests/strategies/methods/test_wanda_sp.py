@@ -9,8 +9,8 @@ import torch
 
 from kvp.models.masks import mask
 from kvp.strategies.allocation.allocate import Uniform
-from kvp.strategies.base import Target
 from kvp.strategies.methods.wanda_sp import WandaSP
+from kvp.strategies.target import Target
 from kvp.types import Budget, Plan
 from tests.conftest import tiny_model
 from tests.strategies.compensation.test_compensate import batches, naive_inputs

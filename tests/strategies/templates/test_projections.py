@@ -11,7 +11,7 @@ from kvp.models.masks import mask
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import find_spaces
 from kvp.models.surgery import apply
-from kvp.strategies.base import Target
+from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
 from tests.strategies.test_contract import STRATEGIES, make_plan

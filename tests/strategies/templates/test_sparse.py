@@ -240,7 +240,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from kvp.strategies.methods.alps import ALPS
-from kvp.strategies.base import Target
+from kvp.strategies.target import Target
 from kvp.strategies.signals.estimate import layerwise_bytes
 from kvp.strategies.methods.sparsegpt import SparseGPT
 from kvp.strategies.methods.wanda import Wanda
