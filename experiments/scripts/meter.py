@@ -22,8 +22,8 @@ from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.session import Session
 from kvp.pipeline.stages import make
 from kvp.provenance import provenance
-from kvp.strategies.base import Target
 from kvp.strategies.steps import Job, find_plan
+from kvp.strategies.target import Target
 
 T = TypeVar("T")
 

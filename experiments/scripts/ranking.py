@@ -35,9 +35,10 @@ from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.session import Checkpoint, Session
 from kvp.pipeline.stages import Planning, make
 from kvp.provenance import provenance
-from kvp.strategies.base import Scores, ScoreStrategy
 from kvp.strategies.signals.losses import losses_without
 from kvp.strategies.steps import Score
+from kvp.strategies.target import Scores
+from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Plan, Space
 
 METHODS = (

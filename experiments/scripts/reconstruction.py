@@ -20,13 +20,13 @@ from experiments.scripts.chosen import chosen
 from kvp.models.linears import linears
 from kvp.pipeline.session import Session
 from kvp.pipeline.stages import make
-from kvp.strategies.base import Target
 from kvp.strategies.methods.alps import ALPS
 from kvp.strategies.methods.magnitude_sparse import MagnitudeSparse
 from kvp.strategies.methods.sparsegpt import SparseGPT
 from kvp.strategies.methods.wanda import Wanda
 from kvp.strategies.signals.moments import input_moments
 from kvp.strategies.signals.walk import walk
+from kvp.strategies.target import Target
 from kvp.strategies.templates.sparse import SparseStrategy
 
 METHODS = {"magnitude": MagnitudeSparse(), "wanda": Wanda(), "sparsegpt": SparseGPT(), "alps": ALPS()}

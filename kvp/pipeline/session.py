@@ -20,8 +20,8 @@ from torch import Tensor
 from kvp.models.load import ModelSource, load_config, load_model, load_tokenizer, resolve_dtype
 from kvp.pipeline.experiment import Experiment
 from kvp.store import Finished, fingerprint
-from kvp.strategies.base import Target
 from kvp.strategies.steps import Job
+from kvp.strategies.target import Target
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

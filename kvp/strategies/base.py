@@ -1,121 +1,115 @@
-"""What a strategy is: from a model and calibration data to a plan.
+"""What every strategy has in common: from a model and calibration data to a plan.
 
-A strategy works in two steps, because the first is expensive and the second cheap: `score` looks at
-the model and does not know the budget; `plan` turns scores and a budget into indices. A sweep over
-ratios therefore scores once.
+Scoring is expensive and does not know the budget; planning is cheap and does. A sweep over ratios scores once.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
+from typing_extensions import override
 
-from kvp.models.masks import masked, without
-from kvp.models.shapes import CHANNELS_PER_PAIR, layer_shapes
-from kvp.models.spaces import find_spaces
-from kvp.strategies.allocation.allocate import Allocator, Sensitivity
-from kvp.strategies.allocation.pools import Part, Pool
+from kvp.options import options
 from kvp.strategies.compensation.compensate import Compensation
-from kvp.strategies.signals.losses import losses_without
-from kvp.types import Budget, Kind, Plan, Space
+from kvp.strategies.target import Scores, Target
+from kvp.types import Budget, Plan, Space
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
-
-Scores = Mapping[Space, Tensor]
-CHANNELS_PER_UNIT: dict[Kind, int] = {"qk": CHANNELS_PER_PAIR, "vo": 1, "ffn": 1}
+    from transformers import PretrainedConfig
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a strategy may look at.
-
-    Attributes:
-        model: The model to prune, in eval mode.
-        calibration: (num_samples, length) token ids; None for strategies that need none.
-        batch_size: Samples per pass.
-        seed: For everything that is drawn.
-    """
-
-    model: PreTrainedModel
-    calibration: Tensor | None
-    batch_size: int
-    seed: int
-
-    @property
-    def config(self) -> PretrainedConfig:
-        """The model's config."""
-        return self.model.config
-
-    @cached_property
-    def batches(self) -> tuple[Tensor, ...]:
-        """The calibration ids in batches."""
-        return self.batches_of(self.batch_size)
-
-    def batches_of(self, batch_size: int) -> tuple[Tensor, ...]:
-        """The calibration ids in batches of `batch_size`."""
-        assert self.calibration is not None, "this strategy needs calibration data"
-        return self.calibration.split(batch_size)
-
-
-@dataclass(frozen=True, kw_only=True)
+@options
 class Strategy(ABC):
-    """Base of all structural methods: abstract; its leaves are final, and their fields are their YAML.
+    """Base of all methods. A leaf is one file in `methods`, and its fields are the options of its YAML.
+
+    A run calls, in this order:
+
+    1. `check(config, budget)`, before any weight is read: ValueError for a budget that this model cannot meet.
+    2. `score(target)`: per `Space` a tensor of the space's shape. Higher = kept. The unit is the method's own, but
+       one method's scores compare across spaces wherever its allocator compares them.
+    3. `sensitivity(target, scores)`, if `probes`: (layers,) float64, nats per token that the loss rises without a
+       layer's part. Higher = the layer loses less.
+    4. `search(target, scores, budget, profile, directory)`, if `searches`: the plan, found with the model at hand.
+       Otherwise `plan(config, scores, budget, profile)` of a `PlannedStrategy`: the same without the model.
+    5. `compensation.refit(...)`, if there is one: the plan, with the kept weights rewritten.
+
+    A plan holds the indices that *stay*, sorted, per space, and the weights that are rewritten before the cut. Nothing
+    in a method cuts: `kvp.models.surgery` does.
+
+    Most methods derive from a template and write one function. This one keeps the KV groups and neurons of the
+    largest output weights::
+
+        @options
+        class OutputNorm(ScoreStrategy):
+            power: float = Field(default=2.0, gt=0, description="p of sum |w|^p")
+            needs_calibration: ClassVar[bool] = False
+
+            @override
+            def kinds(self) -> tuple[Kind, ...]:
+                return ("kv_group", "ffn")
+
+            @override
+            def score(self, target: Target) -> dict[Space, Tensor]:
+                scores = {}
+                for space in self.spaces(target.config):
+                    member = members(target.config, space)[-1]  # o_proj or down_proj: the unit's columns
+                    weight = target.model.get_parameter(f"{member.name}.weight").detach().float()
+                    scores[space] = fold(weight.abs().pow(self.power).sum(0), member, space)
+                return scores
+
+    Add `conf/strategy/output_norm.yaml` and a case in `tests/strategies/cases.py`. Other templates cut rope pairs and
+    channels (`channels`), score by a walk through the layers (`projections`), remove blocks (`blocks`), zero single
+    weights (`sparse`) or go on from another strategy (`wrapper`).
 
     Class attributes:
-        late: Fields that do not change the scores; they are left out of the score stage's fingerprint.
+        late: Options that do not change `score`. They are left out of the fingerprint of the scores, so runs that
+            differ in nothing else share them. An option that does change the scores and stands here makes a run find
+            the *stale* scores of another value, without an error. One that is missing here costs only time.
+        sparsifies: Whether the plan zeroes single weights, in matrices of the same shape.
         prunes: Whether it removes anything; false: the dense baseline.
+        slices: Whether the plan cuts the residual stream, after which nothing else can be pruned.
 
     Attributes:
         compensation: What the kept weights do for those that were cut; None: nothing.
     """
 
+    node: ClassVar[str] = "strategy"
     late: ClassVar[tuple[str, ...]] = ("compensation",)
+    sparsifies: ClassVar[bool] = False
+    slices: ClassVar[bool] = False
     prunes: ClassVar[bool] = True
 
     compensation: Compensation | None = None
 
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ValueError(
-                f"strategy.{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-            )
+    # Those below are properties, because a few strategies derive them from options. A leaf for which one is
+    # constant writes a class attribute: `searches: ClassVar[bool] = True`.
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether `score` or `sensitivity` reads calibration data."""
+        """Tell whether `score`, `sensitivity` or `search` reads calibration data."""
         return True
 
     @property
     def probes(self) -> bool:
-        """Whether `plan` wants the profile that `sensitivity` measures."""
+        """Tell whether the plan depends on the profile that `sensitivity` measures."""
         return False
 
     @property
-    def sparsifies(self) -> bool:
-        """Whether its plan leaves single weights at zero, in matrices of the same shape."""
-        return False
-
-    @property
-    def slices(self) -> bool:
-        """Whether its plan cuts the residual stream, after which nothing else can be pruned."""
+    def searches(self) -> bool:
+        """Tell whether `search` reads the model, so that it is a stage of its own."""
         return False
 
     @property
     def joins(self) -> int | None:
-        """How many KV heads an attention has before it is cut; None: as many as the model's."""
+        """Return how many KV heads an attention has before it is cut; None: as many as the model's."""
         return None
 
     @property
     def then(self) -> tuple[Budget, ...]:
-        """The budgets of what it does after the first, if it does several things."""
+        """Return the budgets of the steps after the first, if the strategy takes several."""
         return ()
 
     @abstractmethod
@@ -128,149 +122,61 @@ class Strategy(ABC):
 
     @abstractmethod
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """A score for every index of every space, of the space's shape; higher = kept."""
-
-    def sensitivity(self, target: Target, scores: Scores) -> Tensor:
-        """(layers,) how much the loss rises, in nats per token, without each layer's part."""
-        raise AssertionError(f"{type(self).__name__} asks for no sensitivity profile")
-
-    @property
-    def probes_by_score(self) -> bool:
-        """Whether `sensitivity` reads the scores."""
-        return False
-
-    def probe_inputs(self) -> dict[str, Any]:
-        """Return what decides the profile, besides model, calibration and scores."""
-        raise AssertionError(f"{type(self).__name__} asks for no sensitivity profile")
+        """Return a score for every index of every space that may be cut, of the space's shape; higher = kept."""
 
     @abstractmethod
-    def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
-        """The indices that stay under `budget`.
-
-        Args:
-            config: Of the model the scores belong to.
-            scores: What `score` returned.
-            budget: How much to remove, of what.
-            profile: (layers,) what `sensitivity` returned, zeros if the strategy does not probe.
-        """
-
-    @property
-    def searches(self) -> bool:
-        """Whether the plan is found by looking at the model again, under the budget: by `search`."""
-        return False
-
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
-        """What `plan` does, for strategies whose plan depends on the model as well as on scores.
+        """Return the plan under `budget`.
 
         Args:
             target: The model, and all that is drawn: the same seed, the same plan.
-            scores: As for `plan`, with `budget` and `profile`.
+            scores: What `score` returned.
+            budget: How much to remove, of what.
+            profile: (layers,) what `sensitivity` returned; zeros if the strategy does not probe.
             directory: Keeps the files of a killed search for the next attempt (`kvp.strategies.search.trials`).
         """
-        raise AssertionError(f"{type(self).__name__} plans from its scores alone")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreStrategy(Strategy):
-    """A strategy whose plan is: allocate the budget to pools, keep the best units of each.
-
-    Leaves write `kinds` and `score`, and `pools` where units compete otherwise than index by index.
-    """
-
-    late: ClassVar[tuple[str, ...]] = ("compensation", "allocator")
-
-    allocator: Allocator
-
-    @property
-    def probes(self) -> bool:
-        """The allocator decides."""
-        return isinstance(self.allocator, Sensitivity)
-
-    @abstractmethod
-    def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of spaces this strategy cuts."""
-
-    def spaces(self, config: PretrainedConfig) -> list[Space]:
-        """The spaces it cuts: those kinds in every layer."""
-        return find_spaces(config, self.kinds())
-
-    def pools(self, config: PretrainedConfig, scores: Scores) -> list[Pool]:
-        """Which units compete with each other: by default the indices of each space, row by row."""
-        return [
-            Pool(
-                parts=(Part(space, score.view(-1, space.shape[-1])),),
-                units=space.shape[-1],
-                step=self._step(space.kind),
-                layer=space.layer,
-            )
-            for space, score in scores.items()
-        ]
-
-    def _step(self, kind: Kind) -> int:
-        """Units that make `allocator.multiple_of` channels; whole groups and sublayers have no such width."""
-        channels = CHANNELS_PER_UNIT.get(kind)
-        return max(1, self.allocator.multiple_of // channels) if channels else 1
-
-    def check(self, config: PretrainedConfig, budget: Budget) -> None:
-        """Plan with scores of zero: the budget and the spaces are the same."""
-        scores = {space: torch.zeros(space.shape) for space in self.spaces(config)}
-        self.plan(config, scores, budget, torch.zeros(len(layer_shapes(config))))
-
-    def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
-        """Allocate, then keep the best units of every pool."""
-        pools = self.pools(config, scores)
-        units = self.allocator.allocate(config, pools, budget, profile)
-        return Plan(
-            {s: keep for pool, k in zip(pools, units, strict=True) for s, keep in pool.keep(k).items()}
-        )
 
     def sensitivity(self, target: Target, scores: Scores) -> Tensor:
-        """(layers,) nats per token that the loss rises without each layer's attention, or a part of it.
+        """Return (layers,) nats per token that the loss rises without each layer's part.
 
-        Phase A of KVPruner (arXiv 2409.11057, figure 3: the change after removing the KV of a block).
+        Raises:
+            NotImplementedError: The strategy does not probe.
         """
-        allocator = self.allocator
-        assert isinstance(allocator, Sensitivity)
-        model, layers = target.model, range(len(layer_shapes(target.config)))
-        if allocator.probe == "attention":
-            removals = [(n, partial(without, model, n, "attention")) for n in layers]
-        else:
-            plans = self._partial_plans(target.config, scores, allocator.probe_ratio)
-            removals = [(n, partial(masked, model, plan)) for n, plan in plans.items()]
-        assert target.calibration is not None
-        batches = target.calibration[: allocator.probe_samples].split(target.batch_size)
-        base, losses = losses_without(model, batches, removals)
-        profile = torch.zeros(len(layers), dtype=torch.float64)
-        profile[[n for n, _ in removals]] = losses - base
-        return profile
+        raise NotImplementedError(f"{type(self).__name__} asks for no sensitivity profile")
 
     @property
     def probes_by_score(self) -> bool:
-        """Only the partial probe: removing the whole attention depends on no score."""
-        return isinstance(self.allocator, Sensitivity) and self.allocator.probe == "partial"
+        """Tell whether `sensitivity` reads the scores."""
+        return False
 
     def probe_inputs(self) -> dict[str, Any]:
-        """Return the options of the probe, and for the partial one those that bind units together."""
-        allocator = self.allocator
-        assert isinstance(allocator, Sensitivity)
-        if not self.probes_by_score:
-            return {"probe": "attention", "samples": allocator.probe_samples}
-        late = {name: getattr(self, name) for name in self.late if name not in ScoreStrategy.late}
-        return {
-            "probe": "partial",
-            "ratio": allocator.probe_ratio,
-            "samples": allocator.probe_samples,
-            **late,
-        }
+        """Return what decides the profile, besides model, calibration and scores.
 
-    def _partial_plans(self, config: PretrainedConfig, scores: Scores, ratio: float) -> dict[int, Plan]:
-        """Per layer, the plan that removes `ratio` of its units and touches no other layer."""
-        keep = {
-            space: indices
-            for pool in self.pools(config, scores)
-            for space, indices in pool.keep(max(1, round(pool.units * (1 - ratio)))).items()
-        }
-        layers = sorted({space.layer for space in keep if space.layer is not None})
-        return {n: Plan({s: indices for s, indices in keep.items() if s.layer == n}) for n in layers}
+        Raises:
+            NotImplementedError: The strategy does not probe.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks for no sensitivity profile")
+
+
+@options
+class PlannedStrategy(Strategy):
+    """A strategy that can plan from its scores alone; one that `searches` as well overrides `search`."""
+
+    @abstractmethod
+    def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
+        """Return the plan under `budget`, with all that `search` is given but the model.
+
+        Args:
+            config: The config of the model that the scores belong to.
+            scores: What `score` returned.
+            budget: How much to remove, of what.
+            profile: (layers,) what `sensitivity` returned; zeros if the strategy does not probe.
+        """
+
+    @override
+    def search(
+        self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
+    ) -> Plan:
+        return self.plan(target.config, scores, budget, profile)

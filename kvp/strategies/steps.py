@@ -19,7 +19,8 @@ from typing_extensions import override
 
 from kvp.models.plans import read_edits, read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import layer_shapes
-from kvp.strategies.base import Scores, Strategy, Target
+from kvp.strategies.base import PlannedStrategy, Strategy
+from kvp.strategies.target import Scores, Target
 from kvp.types import Budget, Plan
 
 if TYPE_CHECKING:
@@ -187,6 +188,7 @@ class FindPlan(Step):
         profile = values.get("sensitivity", torch.zeros(len(layer_shapes(job.config))))
         if strategy.searches:
             return strategy.search(job.target(), scores, job.budget, profile, directory)
+        assert isinstance(strategy, PlannedStrategy)  # all that do not search are
         return strategy.plan(job.config, scores, job.budget, profile)
 
     @override

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from kvp.strategies.base import Target
 from kvp.strategies.signals.moments import Moments
+from kvp.strategies.target import Target
 from kvp.types import Budget
 
 

@@ -2,133 +2,65 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 
-from kvp.models.joined import joined
+from kvp.models.masks import mask
 from kvp.models.plans import read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import available_kinds
 from kvp.models.surgery import apply
-from kvp.strategies.allocation.allocate import Global, Sensitivity, Uniform
-from kvp.strategies.allocation.tied import Tied
-from kvp.strategies.base import Target
-from kvp.strategies.compensation.sequential import Sequential
-from kvp.strategies.methods.adapruner import AdaPruner
-from kvp.strategies.methods.flap import FLAP
+from kvp.strategies import methods
+from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.methods.kvpruner import KVPruner
-from kvp.strategies.methods.kvpruner_plus import KVPrunerPlus
-from kvp.strategies.methods.llm_bip import LLMBIP
-from kvp.strategies.methods.llm_pruner import LLMPruner
-from kvp.strategies.methods.magnitude import Magnitude
-from kvp.strategies.methods.nirvana import NIRVANA
 from kvp.strategies.methods.none import NoPruning
-from kvp.strategies.methods.numerical import Numerical
 from kvp.strategies.methods.random import Random
-from kvp.strategies.methods.regrow import Regrow
-from kvp.strategies.methods.search_llm import SearchLLM
-from kvp.strategies.methods.shortened_llm import ShortenedLLM
-from kvp.strategies.methods.shortgpt import ShortGPT
-from kvp.strategies.methods.sleb import SLEB
-from kvp.strategies.methods.think import ThinK
-from kvp.strategies.methods.wanda_sp import WandaSP
-from kvp.strategies.search.evolution import Evolution
 from kvp.strategies.signals.gradients import scoring_bytes
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
-from tests.helpers.masks import mask
 from tests.models.test_published_counts import LLAMA_7B
-
-BUDGET = Budget(value=0.25, of="kv_cache", tolerance=0.15)
-GOLDEN = Path(__file__).parent / "golden.json"
-
-STRATEGIES = {
-    "kvpruner": KVPruner(allocator=Sensitivity(multiple_of=2)),
-    "kvpruner_attention_probe": KVPruner(allocator=Sensitivity(multiple_of=2, probe="attention")),
-    "kvpruner_coupled": KVPruner(allocator=Uniform(multiple_of=2), grouping="coupled"),
-    "kvpruner_layer": KVPruner(allocator=Global(multiple_of=2), scope="layer"),
-    "kvpruner_model": KVPruner(allocator=Uniform(multiple_of=2), scope="model", importance="second_order"),
-    "kvpruner_groups": KVPruner(allocator=Sensitivity(), grouping="kv_group", importance="mixed"),
-    "kvpruner_vo": KVPruner(allocator=Uniform(multiple_of=2), grouping="vo", importance="activation"),
-    "kvpruner_plus": KVPrunerPlus(
-        allocator=Global(multiple_of=2), grouping="apart", context=40, angle=0.9, compensation=Sequential()
-    ),
-    "kvpruner_plus_stock": KVPrunerPlus(
-        allocator=Uniform(multiple_of=2), scope="model", context=40, angle=0.9, importance="taylor_gate"
-    ),
-    "kvpruner_plus_joined": KVPrunerPlus(
-        allocator=Global(multiple_of=2), grouping="apart", context=40, angle=0.9, num_key_value_heads=1
-    ),
-    "kvpruner_plus_vo": KVPrunerPlus(allocator=Uniform(multiple_of=2), grouping="vo"),
-    "random": Random(allocator=Uniform(multiple_of=2)),
-    "magnitude": Magnitude(allocator=Uniform(multiple_of=2), norm="l1"),
-    "shortened_llm": ShortenedLLM(protect_first=0, protect_last=0),
-    "shortened_llm_taylor": ShortenedLLM(protect_first=1, protect_last=0, criterion="taylor"),
-    "shortened_llm_magnitude": ShortenedLLM(protect_first=0, protect_last=1, criterion="magnitude"),
-    "shortgpt": ShortGPT(),
-    "sleb": SLEB(protect_first=0, protect_last=0),
-    "flap": FLAP(allocator=Global(multiple_of=1, max_ratio=1.0, per_cost=False)),
-    "numerical": Numerical(allocator=Global(multiple_of=1, max_ratio=1.0, per_cost=False)),
-    "wanda_sp": WandaSP(allocator=Uniform(multiple_of=1, max_ratio=1.0)),
-    "adapruner": AdaPruner(
-        allocator=Uniform(multiple_of=1), protect_first=0, protect_last=0, trials=6, parts=2
-    ),
-    "llm_pruner": LLMPruner(allocator=Uniform(multiple_of=1), protect_first=0, protect_last=1),
-    "llm_pruner_threshold": LLMPruner(
-        allocator=Global(multiple_of=1, per_cost=False),
-        protect_first=0,
-        protect_last=0,
-        importance="second_order",
-        group_reduction="prod",
-    ),
-    "llm_pruner_steps": LLMPruner(
-        allocator=Uniform(multiple_of=1), protect_first=0, protect_last=0, iterative_steps=2
-    ),
-    "think": ThinK(allocator=Uniform(multiple_of=2, max_ratio=1.0), window=8),
-    "llm_bip": LLMBIP(allocator=Uniform(multiple_of=1, max_ratio=1.0)),
-    "nirvana": NIRVANA(allocator=Tied(multiple_of=1, max_ratio=1.0), draws=2),
-    "regrow": Regrow(first=Magnitude(allocator=Uniform(multiple_of=2), norm="l1"), growth=0.3),
-    "search_llm": SearchLLM(
-        allocator=Uniform(multiple_of=2),
-        evolution=Evolution(generations=2, population=5, parents=2, mutated=2, crossed=2),
-    ),
-}
-
-
-def make_plan(strategy, model, budget=BUDGET):
-    ids = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(6))
-    target = Target(model, ids if strategy.needs_calibration else None, batch_size=2, seed=1)
-    scores = strategy.score(target)
-    profile = strategy.sensitivity(target, scores) if strategy.probes else torch.zeros(3)
-    if strategy.searches:
-        with TemporaryDirectory() as directory:
-            return strategy.search(target, scores, budget, profile, Path(directory))
-    return strategy.plan(model.config, scores, budget, profile)
+from tests.strategies.cases import BUDGET, CASES, CUTS, OPTIONS, ZEROS, make_plan, strategy, whole
+from tests.strategies.golden import assert_golden, zero_rows
 
 
 def offers(strategy, config):
     return set(strategy.kinds()) <= set(available_kinds(config))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_has_a_case(option):
+    tested = {words.split()[0] for words in CASES.values()}
+    assert option in tested, (
+        f"conf/strategy/{option}.yaml is not tested: add it to CUTS of tests/strategies/cases.py"
+    )
+
+
+def test_every_method_is_an_option():
+    made = [strategy(name) for name in CASES]
+    made += [getattr(one, part) for one in made for part in ("first", "second") if hasattr(one, part)]
+    reached = {Path(inspect.getfile(type(one))) for one in made}
+    for path in sorted(Path(methods.__file__).parent.glob("[!_]*.py")):
+        assert path in reached, f"no conf/strategy/*.yaml makes a class of {path.name}: add one, and its case"
+
+
+@pytest.mark.parametrize("name", CUTS)
 def test_contract(name, family, heads, tokens):
-    strategy, model = STRATEGIES[name], tiny_model(family, heads, dtype=torch.float64)
-    if not offers(strategy, model.config):
+    method, model = strategy(name), tiny_model(family, heads, dtype=torch.float64)
+    if not offers(method, model.config):
         with pytest.raises(ValueError, match=r"has no space 'qk'|keep the heads apart"):
-            strategy.check(model.config, BUDGET)
+            method.check(model.config, BUDGET)
         return
-    if heads == "mqa" and "kv_group" in strategy.kinds():
+    if heads == "mqa" and "kv_group" in method.kinds():
         with pytest.raises(ValueError, match="cannot be reached"):  # the only group of a layer stays
-            strategy.check(model.config, BUDGET)
+            method.check(model.config, BUDGET)
         return
-    strategy.check(model.config, BUDGET)
-    model = joined(model, strategy.joins)
-    plan = make_plan(strategy, model)
-    again = make_plan(strategy, model)
+    method.check(model.config, BUDGET)
+    model = whole(method, model)
+    plan = make_plan(method, model)
+    again = make_plan(method, model)
     assert all(torch.equal(keep, again.keep[space]) for space, keep in plan.keep.items())
     dense, left = (
         size(model.config, shapes).kv_bytes_per_token
@@ -141,8 +73,8 @@ def test_contract(name, family, heads, tokens):
 
 
 def test_ratio_zero_keeps_everything(family):
-    strategy, model = Random(allocator=Uniform(), grouping="vo"), tiny_model(family)
-    plan = make_plan(strategy, model, Budget(value=0, of="kv_cache"))
+    method, model = Random(allocator=Uniform(), grouping="vo"), tiny_model(family)
+    plan = make_plan(method, model, Budget(value=0, of="kv_cache"))
     assert all(keep.shape == space.shape for space, keep in plan.keep.items())
 
 
@@ -154,8 +86,8 @@ def test_scopes_share_what_they_say(tokens):
     model = tiny_model("llama", "gqa", head_dim=16)
     for scope in ("layer", "model"):
         for grouping in ("coupled", "separate"):
-            strategy = KVPruner(allocator=Uniform(multiple_of=4), scope=scope, grouping=grouping)
-            plan = make_plan(strategy, model)
+            method = KVPruner(allocator=Uniform(multiple_of=4), scope=scope, grouping=grouping)
+            plan = make_plan(method, model)
             for kind in ("qk", "vo"):
                 rows = [keep for space, keep in plan.keep.items() if space.kind == kind]
                 assert all((row == row[0]).all() for row in rows)
@@ -164,32 +96,24 @@ def test_scopes_share_what_they_say(tokens):
 
 
 def test_coupled_groups_keep_one_channel_set_for_q_k_v_and_o():
-    plan = make_plan(STRATEGIES["kvpruner_coupled"], tiny_model("llama", "gqa"))
+    plan = make_plan(strategy("kvpruner_coupled"), tiny_model("llama", "gqa"))
     by_layer = {(space.kind, space.layer): keep for space, keep in plan.keep.items()}
     for layer in range(3):
         pairs = by_layer["qk", layer]
         assert torch.equal(by_layer["vo", layer], torch.cat([pairs, pairs + 4], dim=-1))
 
 
-def test_golden_plans(request):
-    """Plans of fixed models under fixed seeds; delete golden.json to write it anew after a reasoned change."""
-    plans = {
-        name: {
-            s.key: keep.tolist()
-            for s, keep in make_plan(
-                strategy, joined(tiny_model("llama", "gqa", dtype=torch.float64), strategy.joins)
-            ).keep.items()
-        }
-        for name, strategy in STRATEGIES.items()
-    }
-    if not GOLDEN.exists():
-        GOLDEN.write_text(json.dumps(plans, indent=0))
-    assert plans == json.loads(GOLDEN.read_text())
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ZEROS and name != "slicegpt"])
+def test_golden_plans(name):
+    method = strategy(name)
+    plan = make_plan(method, whole(method, tiny_model("llama", "gqa", dtype=torch.float64)))
+    kept = {space.key: keep.tolist() for space, keep in plan.keep.items()}
+    assert_golden(name, "golden.json", kept | (zero_rows(plan) if method.sparsifies else {}))
 
 
 def test_plans_and_scores_survive_the_disk(tmp_path):
-    model, strategy = tiny_model(), STRATEGIES["kvpruner"]
-    plan = make_plan(strategy, model)
+    model = tiny_model()
+    plan = make_plan(strategy("kvpruner"), model)
     write_plan(tmp_path, plan)
     assert all(torch.equal(keep, plan.keep[space]) for space, keep in read_plan(tmp_path).keep.items())
     scores = {space: torch.rand(space.shape) for space in plan.keep}

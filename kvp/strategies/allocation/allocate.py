@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.shapes import cut, layer_shapes, size
+from kvp.options import options
 from kvp.strategies.allocation.pools import Pool
 from kvp.types import Budget, Plan
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Allocator(ABC):
     """Turns a budget into a number of units to keep per pool: exactly, or not at all.
 
@@ -32,14 +33,10 @@ class Allocator(ABC):
         max_ratio: No pool loses more than this fraction.
     """
 
-    multiple_of: int = 8
-    max_ratio: float = 0.75
+    node: ClassVar[str] = "strategy.allocator"
 
-    def __post_init__(self) -> None:
-        if self.multiple_of < 1:
-            raise ValueError(f"allocator.multiple_of must be >= 1, got {self.multiple_of}")
-        if not 0 < self.max_ratio <= 1:
-            raise ValueError(f"allocator.max_ratio must be in (0, 1], got {self.max_ratio}")
+    multiple_of: int = Field(default=8, ge=1, description="widths are multiples of it")
+    max_ratio: float = Field(default=0.75, gt=0, le=1, description="the fraction that a pool may lose")
 
     @abstractmethod
     def targets(
@@ -141,7 +138,7 @@ def settle(
         spent += cost
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Uniform(Allocator):
     """The same fraction everywhere."""
 
@@ -152,7 +149,7 @@ class Uniform(Allocator):
         return _by_weight([1.0] * len(pools), self, pools, costs, total)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Global(Allocator):
     """One ranking over all pools: the units of the lowest score go first.
 
@@ -182,7 +179,7 @@ class Global(Allocator):
         return removed
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Sensitivity(Allocator):
     """KVPruner's phase A: a block whose loss rises more without its KV gives up less.
 
@@ -202,26 +199,21 @@ class Sensitivity(Allocator):
     """
 
     rule: Literal["inverse", "softmax"] = "inverse"
-    temperature: float = 0.75
-    epsilon: float = 0.01
+    temperature: float = Field(default=0.75, ge=0, description="0 is uniform with rule=inverse")
+    epsilon: float = Field(default=0.01, gt=0, description="nats per token, added to every sensitivity")
     probe: Literal["attention", "partial"] = "attention"
-    probe_ratio: float = 0.5
-    probe_samples: int | None = None
+    probe_ratio: float = Field(
+        default=0.5, gt=0, le=1, description="the fraction that the partial probe removes"
+    )
+    probe_samples: int | None = Field(
+        default=None, ge=1, description="null probes on all calibration samples"
+    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rule not in ("inverse", "softmax"):
-            raise ValueError(f"allocator.rule must be inverse or softmax, got {self.rule!r}")
-        if self.probe not in ("attention", "partial"):
-            raise ValueError(f"allocator.probe must be attention or partial, got {self.probe!r}")
-        if self.temperature < 0 or (self.rule == "softmax" and self.temperature == 0):
-            raise ValueError(f"allocator.temperature must be >= 0 (softmax: > 0), got {self.temperature}")
-        if self.epsilon <= 0:
-            raise ValueError(f"allocator.epsilon must be > 0, got {self.epsilon}")
-        if self.probe_samples is not None and self.probe_samples < 1:
-            raise ValueError(f"allocator.probe_samples must be >= 1 or null, got {self.probe_samples}")
-        if not 0 < self.probe_ratio <= 1:
-            raise ValueError(f"allocator.probe_ratio must be in (0, 1], got {self.probe_ratio}")
+        if self.rule == "softmax" and self.temperature == 0:
+            raise ValueError(
+                "strategy.allocator.temperature must be > 0 with strategy.allocator.rule=softmax, got 0: it divides"
+            )
 
     def weights(self, profile: Tensor) -> list[float]:
         """(layers,) weights from sensitivities S_n = NLL without block n - NLL, in nats per token."""

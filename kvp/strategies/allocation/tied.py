@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from pydantic import Field
 from torch import Tensor
 
+from kvp.options import options
 from kvp.strategies.allocation.allocate import Global, water_fill
 from kvp.strategies.allocation.pools import Pool
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Tied(Global):
     """One ranking over the attention units of all layers, one over their MLP units; `gamma` ties them.
 
@@ -23,12 +24,9 @@ class Tied(Global):
         gamma: Fraction of the MLP removed per fraction of the attention.
     """
 
-    gamma: float = 3.36
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.gamma <= 0:
-            raise ValueError(f"allocator.gamma must be > 0, got {self.gamma}")
+    gamma: float = Field(
+        default=3.36, gt=0, description="fraction of the MLP removed per fraction of the attention"
+    )
 
     def targets(
         self, pools: Sequence[Pool], costs: Sequence[float], total: float, profile: Tensor

@@ -20,16 +20,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.masks import edited, masks_of
 from kvp.models.plans import edits_file, found_or_made
+from kvp.options import options
 from kvp.strategies.signals.moments import Moments, input_moments
 from kvp.strategies.signals.walk import Visit, walk
 from kvp.types import Plan
@@ -38,8 +40,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@options
 class Compensation(ABC):
     """Rewrites what a plan keeps, from the inputs that calibration data give."""
+
+    node: ClassVar[str] = "strategy.compensation"
 
     @abstractmethod
     def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:
@@ -55,11 +60,11 @@ class Compensation(ABC):
         """
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class OnDenseInputs(Compensation):
     """Projection by projection, from the inputs of the dense model."""
 
-    needs_covariance = False
+    needs_covariance: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, weight: Tensor, keep: Tensor, inputs: Moments) -> tuple[Tensor, Tensor | None]:
@@ -106,7 +111,7 @@ def cut_inputs(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
     return {name: keep for name, keep in keeps.items() if not keep.all()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Bias(OnDenseInputs):
     """Adds the mean of what was removed; the weights stay."""
 
@@ -115,7 +120,7 @@ class Bias(OnDenseInputs):
         return weight[:, keep], weight[:, ~keep] @ inputs.mean[~keep]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class LeastSquares(OnDenseInputs):
     """Refits the kept columns, by the covariance C of the inputs.
 
@@ -127,13 +132,10 @@ class LeastSquares(OnDenseInputs):
         intercept: Whether a bias is fitted too; without it C is the uncentred X^T X / tokens.
     """
 
-    needs_covariance = True
-    ridge: float = 0.01
-    intercept: bool = True
+    needs_covariance: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        if not self.ridge > 0:
-            raise ValueError(f"strategy.compensation.ridge must be > 0, got {self.ridge}")
+    ridge: float = Field(default=0.01, gt=0, description="relative to the mean variance of the kept inputs")
+    intercept: bool = True
 
     def solve(self, weight: Tensor, keep: Tensor, inputs: Moments) -> tuple[Tensor, Tensor | None]:
         """V and the bias."""

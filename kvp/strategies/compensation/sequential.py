@@ -17,16 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.masks import edited, masked
 from kvp.models.plans import edits_file, found_or_made
+from kvp.options import options
 from kvp.strategies.compensation.compensate import Compensation, cut_inputs
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.walk import Visit, walk
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Sequential(Compensation):
     """Least squares on the inputs of the cut model.
 
@@ -45,14 +47,10 @@ class Sequential(Compensation):
         sink_weight: Tokens that the first of a sequence counts as; None: one, as all others do.
     """
 
-    ridge: float = 0.1
-    sink_weight: float | None = None
-
-    def __post_init__(self) -> None:
-        if not self.ridge > 0:
-            raise ValueError(f"strategy.compensation.ridge must be > 0, got {self.ridge}")
-        if self.sink_weight is not None and not self.sink_weight > 0:
-            raise ValueError(f"strategy.compensation.sink_weight must be > 0 tokens, got {self.sink_weight}")
+    ridge: float = Field(default=0.1, gt=0, description="relative to the mean square of the kept inputs")
+    sink_weight: float | None = Field(
+        default=None, gt=0, description="tokens that the first of a sequence counts as"
+    )
 
     @torch.no_grad()
     def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:

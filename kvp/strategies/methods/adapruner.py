@@ -21,17 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.spaces import members
-from kvp.strategies.base import Scores, Target
+from kvp.options import options
 from kvp.strategies.search.trials import Trials, masked_loss
 from kvp.strategies.signals.fisher import fisher_sums
+from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.coupled import CoupledStrategy
 from kvp.strategies.templates.reductions import unit_scores
 from kvp.types import Budget, Plan, Space
@@ -45,7 +46,7 @@ Rows = dict[tuple[str, int], Tensor]
 START = {"granularity": "element", "second_order": 0.0, "reduction": "sum"}  # LLM-Pruner, with all parts
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class AdaPruner(CoupledStrategy):
     """LLM-Pruner's structures by a searched importance on searched samples.
 
@@ -57,24 +58,14 @@ class AdaPruner(CoupledStrategy):
     """
 
     late: ClassVar[tuple[str, ...]] = (*CoupledStrategy.late, "trials", "gradient_checkpointing")
+    searches: ClassVar[bool] = True
 
-    trials: int = 50
-    parts: int = 8
-    validation: float = 0.25
+    trials: int = Field(default=50, ge=1)
+    parts: int = Field(default=8, ge=1, description="the calibration samples are cut into them")
+    validation: float = Field(
+        default=0.25, gt=0, lt=1, description="fraction of the samples that is held out"
+    )
     gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("trials", "parts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"strategy.{name} must be >= 1, got {getattr(self, name)}")
-        if not 0 < self.validation < 1:
-            raise ValueError(f"strategy.validation must be in (0, 1), got {self.validation}")
-
-    @property
-    def searches(self) -> bool:
-        """Always."""
-        return True
 
     def score(self, target: Target) -> dict[Space, Tensor]:
         """What the search starts from."""

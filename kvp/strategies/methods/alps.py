@@ -22,11 +22,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from kvp.options import options
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.templates.sparse import Prune, SparseStrategy
 
@@ -38,7 +40,7 @@ SETTLED = 30, 3e-4  # steps, and the change of the support after them that ends 
 TINY = torch.finfo(torch.float32).tiny
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ALPS(SparseStrategy):
     """Zeroes weights by ADMM, and refits the others.
 
@@ -50,23 +52,13 @@ class ALPS(SparseStrategy):
     """
 
     late: ClassVar[tuple[str, ...]] = (*SparseStrategy.late, "damping", "rho", "max_steps", "refit_steps")
-    comparisons: ClassVar[tuple[str, ...]] = ("matrix", "row")
     needs_covariance: ClassVar[bool] = True
 
-    compare: str = "matrix"
-    damping: float = 0.01
-    rho: float = 0.1
-    max_steps: int = 300
-    refit_steps: int = 10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("damping", "rho"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"strategy.{name} must be > 0, got {getattr(self, name)}")
-        for name in ("max_steps", "refit_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"strategy.{name} must be >= 0, got {getattr(self, name)}")
+    compare: Literal["matrix", "row"] = "matrix"
+    damping: float = Field(default=0.01, gt=0, description="relative to the mean of the diagonal of X^T X")
+    rho: float = Field(default=0.1, gt=0, description="the weight of the constraint at the start")
+    max_steps: int = Field(default=300, ge=0, description="steps of ADMM")
+    refit_steps: int = Field(default=10, ge=0, description="steps of conjugate gradients")
 
     def pruner(self, inputs: Moments | None) -> Prune:
         """With one eigendecomposition for all matrices that these inputs feed."""

@@ -7,7 +7,7 @@ one's budget, `strategy.ratio` the second's, a fraction of the matrices that are
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -19,9 +19,11 @@ from kvp.models.family import family_of
 from kvp.models.plans import edits_file
 from kvp.models.shapes import layer_shapes
 from kvp.models.uncut import uncut
-from kvp.strategies.base import Scores, Strategy, Target
+from kvp.options import options
+from kvp.strategies.base import Strategy
 from kvp.strategies.signals.walk import move, on_cpu
 from kvp.strategies.steps import Job, find_plan
+from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.wrapper import Wrapper
 from kvp.types import Budget, Plan
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Chain(Wrapper):
     """A cut, then zeros.
 
@@ -40,6 +42,7 @@ class Chain(Wrapper):
     """
 
     late: ClassVar[tuple[str, ...]] = (*Wrapper.late, "second", "ratio")
+    sparsifies: ClassVar[bool] = True
 
     second: Strategy
     ratio: Budget
@@ -64,11 +67,6 @@ class Chain(Wrapper):
         """If one of them does."""
         compensated = self.first.compensation is not None
         return self.first.needs_calibration or self.second.needs_calibration or compensated
-
-    @property
-    def sparsifies(self) -> bool:
-        """The second does."""
-        return True
 
     @property
     def then(self) -> tuple[Budget, ...]:

@@ -22,12 +22,12 @@ only other difference, does not survive the z-score. A layer keeps at least one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kvp.options import options
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.templates.projections import ProjectionStrategy
 from kvp.types import Kind
@@ -35,7 +35,7 @@ from kvp.types import Kind
 Metric = Literal["wifv", "ifv", "wifn"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class FLAP(ProjectionStrategy):
     """KV groups and neurons by the fluctuation of what they put into the residual stream.
 
@@ -44,9 +44,6 @@ class FLAP(ProjectionStrategy):
     """
 
     metric: Metric = "wifv"
-
-    def __post_init__(self) -> None:
-        self._one_of("metric", get_args(Metric))
 
     def columns(self, kind: Kind, weight: Tensor, inputs: Moments) -> Tensor:
         """(in,) z-scores of the metric."""

@@ -9,14 +9,12 @@ rule of (A) in `kvp.strategies.allocation.allocate.Sensitivity` and the importan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import get_args
-
+from kvp.options import options
 from kvp.strategies.signals.importance import Importance
 from kvp.strategies.templates.channels import ImportanceStrategy
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class KVPruner(ImportanceStrategy):
     """The paper's strategy, with its open choices as options.
 
@@ -25,10 +23,6 @@ class KVPruner(ImportanceStrategy):
     """
 
     importance: Importance = "taylor_gate"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._one_of("importance", get_args(Importance))
 
     @property
     def criterion(self) -> Importance:

@@ -24,12 +24,13 @@ which stock engines serve.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.family import family_of
@@ -38,12 +39,13 @@ from kvp.models.masks import edited, masked, masks_of
 from kvp.models.plans import edits_file, found_or_made
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
-from kvp.strategies.base import Scores, Target
+from kvp.options import options
 from kvp.strategies.compensation.sequential import Products, at_work
 from kvp.strategies.signals.gradients import backward_by_sample, require_finite
 from kvp.strategies.signals.heads import Turned, first_folded, turn
 from kvp.strategies.signals.importance import Importance, announce_memory, score_spaces
 from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.channels import ChannelStrategy
 from kvp.types import Budget, Plan, Space
 
@@ -51,11 +53,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Basis = Literal["rank", "channels"]
-Worth = Literal["output"] | Importance
+Worth = Literal["output", Importance]
 RIDGE = 0.1  # of the refit that worth is measured with, as compensation=sequential has it
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class KVPrunerPlus(ChannelStrategy):
     """The parts as options.
 
@@ -70,22 +72,11 @@ class KVPrunerPlus(ChannelStrategy):
     """
 
     values: Basis = "rank"
-    context: int | None = 1024
-    angle: float = 0.2
+    grouping: Literal["apart", "separate", "vo"] = "separate"
+    context: int | None = Field(default=1024, ge=1, description="tokens; null folds no pair")
+    angle: float = Field(default=0.2, gt=0, lt=1, description="radians")
     num_key_value_heads: int | None = None
     importance: Worth = "output"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._one_of("values", get_args(Basis))
-        self._one_of("importance", ("output", *get_args(Importance)))
-        self._one_of("grouping", ("apart", "separate", "vo"))
-        if self.context is not None and self.context < 1:
-            raise ValueError(
-                f"strategy.context must be >= 1 token, or null to fold no pair, got {self.context}"
-            )
-        if not 0 < self.angle < 1:
-            raise ValueError(f"strategy.angle must be in (0, 1) radians, got {self.angle}")
 
     @property
     def joins(self) -> int | None:

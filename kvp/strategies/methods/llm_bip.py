@@ -18,7 +18,6 @@ There is no public code, and we had the formulas second hand. Ours:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -27,10 +26,11 @@ from torch import Tensor
 from kvp.models.family import family_of
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import fold, members
+from kvp.options import options
 from kvp.strategies.allocation.pools import Pool
-from kvp.strategies.base import Scores
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.walk import Visit
+from kvp.strategies.target import Scores
 from kvp.strategies.templates.projections import LayerwiseStrategy, shares
 from kvp.types import Space
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class LLMBIP(LayerwiseStrategy):
     """KV groups and neurons by what reaches the output of their block: its summed absolute change, mean over tokens.
 

@@ -23,25 +23,27 @@ Channel-wise mode, which narrows the residual stream itself, is not offered.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.masks import masked
 from kvp.models.spaces import keep_mask, members
-from kvp.strategies.base import Scores, Target
+from kvp.options import options
 from kvp.strategies.signals.importance import row_sums
+from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.coupled import CoupledStrategy
-from kvp.strategies.templates.reductions import REDUCE, Reduction, channels_per_unit, unit_scores
+from kvp.strategies.templates.reductions import Reduction, channels_per_unit, unit_scores
 from kvp.types import Budget, Plan, Space
 
 Criterion = Literal["taylor_vector", "taylor_element", "second_order", "mixed", "l1", "l2", "random"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class LLMPruner(CoupledStrategy):
     """Block-wise LLM-Pruner.
 
@@ -58,16 +60,9 @@ class LLMPruner(CoupledStrategy):
 
     importance: Criterion = "taylor_element"
     group_reduction: Reduction = "sum"
-    iterative_steps: int = 1
+    iterative_steps: int = Field(default=1, ge=1)
     reference_gqa_alignment: bool = False
     gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._one_of("importance", get_args(Criterion))
-        self._one_of("group_reduction", tuple(REDUCE))
-        if self.iterative_steps < 1:
-            raise ValueError(f"strategy.iterative_steps must be >= 1, got {self.iterative_steps}")
 
     @property
     def needs_calibration(self) -> bool:

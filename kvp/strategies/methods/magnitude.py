@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from kvp.options import options
 from kvp.strategies.signals.importance import Importance
 from kvp.strategies.templates.channels import ImportanceStrategy
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Magnitude(ImportanceStrategy):
     """Score = sum of |w|^p over everything the unit cuts.
 
@@ -18,10 +18,6 @@ class Magnitude(ImportanceStrategy):
     """
 
     norm: Literal["l1", "l2"] = "l2"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._one_of("norm", ("l1", "l2"))
 
     @property
     def criterion(self) -> Importance:

@@ -10,27 +10,22 @@ threshold; a dequantised model has many equal ones.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from kvp.options import options
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.templates.sparse import Prune, SparseStrategy
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class MagnitudeSparse(SparseStrategy):
     """Zeroes the smallest weights."""
 
-    comparisons: ClassVar[tuple[str, ...]] = ("matrix", "row")
+    needs_calibration: ClassVar[bool] = False
 
-    compare: str = "matrix"
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Only the weights are read."""
-        return False
+    compare: Literal["matrix", "row"] = "matrix"
 
     def pruner(self, inputs: Moments | None) -> Prune:
         """The same for every input."""

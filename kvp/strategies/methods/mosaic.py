@@ -15,18 +15,19 @@ released: `strategy=chain` puts this on top of any structural strategy.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.linears import all_linears, linears
 from kvp.models.plans import found_or_made
-from kvp.strategies.base import Target
+from kvp.options import options
 from kvp.strategies.signals.moments import Moments, input_moments
 from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.target import Target
 from kvp.strategies.templates.surgeon import SurgeonStrategy
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ BOUNDS = (0.01, 0.99)  # of a projection's sparsity
 OUTLIERS = "outliers.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Mosaic(SurgeonStrategy):
     """SparseGPT by projection.
 
@@ -47,8 +48,8 @@ class Mosaic(SurgeonStrategy):
 
     late: ClassVar[tuple[str, ...]] = (*SurgeonStrategy.late, "outlier", "spread")
 
-    outlier: float = 3.0
-    spread: float = 0.08
+    outlier: float = Field(default=3.0, ge=0, description="times the mean of a matrix")
+    spread: float = Field(default=0.08, ge=0, description="of the sparsity around its mean")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,9 +58,6 @@ class Mosaic(SurgeonStrategy):
                 f"strategy.pattern={self.pattern} is one sparsity for all projections, which Mosaic varies: use "
                 "strategy=sparsegpt, or strategy.pattern=unstructured"
             )
-        for name in ("outlier", "spread"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"strategy.{name} must be >= 0, got {getattr(self, name)}")
 
     def ratios(self, target: Target, ratio: float, directory: Path) -> dict[str, float]:
         """By the outliers of the dense model, which the stage's directory keeps."""

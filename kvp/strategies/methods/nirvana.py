@@ -20,20 +20,23 @@ Otherwise than there, all ours:
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from kvp.models.masks import masked
 from kvp.models.spaces import members
-from kvp.strategies.base import Scores, ScoreStrategy, Target
+from kvp.options import options
 from kvp.strategies.signals.gradients import gradient_sums
 from kvp.strategies.signals.importance import GRADIENT, announce_memory, sum_members
 from kvp.strategies.signals.losses import divergences
+from kvp.strategies.target import Scores, Target
+from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Budget, Kind, Plan, Space
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class NIRVANA(ScoreStrategy):
     """KV groups and neurons by what they do to the outputs.
 
@@ -56,22 +59,18 @@ class NIRVANA(ScoreStrategy):
 
     late: ClassVar[tuple[str, ...]] = (*ScoreStrategy.late, "draws", "gradient_checkpointing")
 
-    draws: int = 4
-    share: float = 0.5
-    batch_size: int | None = None
+    draws: int = Field(default=4, ge=1)
+    share: float = Field(default=0.5, gt=0, le=1, description="fraction of the calibration samples per draw")
+    batch_size: int | None = Field(
+        default=None, ge=1, description="samples per backward; null takes a whole draw"
+    )
     gradient_checkpointing: bool = True
 
     def __post_init__(self) -> None:
-        if self.draws < 1:
-            raise ValueError(f"strategy.draws must be >= 1, got {self.draws}")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"strategy.share must be in (0, 1], got {self.share}")
         if self.draws > 1 and self.share == 1:
             raise ValueError(
                 "strategy.share=1 makes all draws the same: use strategy.draws=1, or a share below 1"
             )
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"strategy.batch_size must be >= 1 or null, got {self.batch_size}")
 
     @property
     def searches(self) -> bool:

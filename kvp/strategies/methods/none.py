@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from kvp.strategies.base import Scores, Strategy, Target
+from kvp.options import options
+from kvp.strategies.base import PlannedStrategy
+from kvp.strategies.target import Scores, Target
 from kvp.types import Budget, Plan, Space
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoPruning(Strategy):
+@options
+class NoPruning(PlannedStrategy):
     """Keeps everything, whatever the ratio."""
 
+    needs_calibration: ClassVar[bool] = False
     prunes: ClassVar[bool] = False
-
-    @property
-    def needs_calibration(self) -> bool:
-        """Nothing is scored."""
-        return False
 
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
         """Every model can be left as it is."""

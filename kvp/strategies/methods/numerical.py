@@ -24,12 +24,12 @@ There is no public code. Ours, where the paper says nothing we could read:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from kvp.options import options
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.templates.projections import ProjectionStrategy
 from kvp.types import Kind
@@ -37,7 +37,7 @@ from kvp.types import Kind
 DAMPING = 1e-6  # of K's diagonal, and of its mean
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Numerical(ProjectionStrategy):
     """KV groups and neurons by the optimal soft mask of o_proj's and down_proj's columns."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from kvp.options import options
 from kvp.strategies.signals.importance import Importance
 from kvp.strategies.templates.channels import ImportanceStrategy
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Random(ImportanceStrategy):
     """Keep units drawn uniformly under the run's seed."""
 

@@ -18,18 +18,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from kvp.models.spaces import Member, fold, keep_mask, members
-from kvp.strategies.base import Scores, ScoreStrategy, Target
+from kvp.options import options
 from kvp.strategies.signals.gradients import backward_by_sample
 from kvp.strategies.signals.importance import announce_memory
+from kvp.strategies.target import Scores, Target
+from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.strategies.templates.wrapper import Wrapper
 from kvp.types import Budget, Kind, Plan, Space
 
@@ -39,9 +42,13 @@ if TYPE_CHECKING:
 GATED: dict[Kind, int] = {"qk": 1, "vo": 0, "kv_group": 2, "ffn": 1}  # which member: k, v, v, up
 ABOVE = 1e6  # times the largest score of what is gone: also per parameter, whatever the units weigh
 TINY = 1e-30  # where all scores are equal
+CHOOSE = (
+    "it must plan from its scores, which regrowth changes: choose kvpruner, magnitude, llm_pruner, flap, "
+    "or wanda_sp with sequential=false"
+)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Regrow(Wrapper):
     """A strategy, corrected by the gradients of what it removed.
 
@@ -52,16 +59,13 @@ class Regrow(Wrapper):
 
     late: ClassVar[tuple[str, ...]] = (*Wrapper.late, "growth")
 
-    first: ScoreStrategy
-    growth: float = 0.5
+    first: ScoreStrategy = Field(description=CHOOSE)
+    growth: float = Field(default=0.5, ge=0, lt=1, description="part of what is left in the end")
 
     def __post_init__(self) -> None:
         name = type(self.first).__name__
-        if not isinstance(self.first, ScoreStrategy) or self.first.searches:
-            raise ValueError(
-                f"strategy.first must plan from its scores, which are changed to grow units back; {name} looks for "
-                "its plan in another way: choose kvpruner, magnitude, llm_pruner, flap, wanda_sp, ..."
-            )
+        if self.first.searches:
+            raise ValueError(f"strategy.first={name} searches for its plan: {CHOOSE}")
         if unknown := set(self.first.kinds()) - set(GATED):
             raise ValueError(
                 f"strategy.first must cut {', '.join(GATED)}, which have activations to gate; {name} cuts "
@@ -72,8 +76,6 @@ class Regrow(Wrapper):
                 "strategy.compensation comes after regrowth: set strategy.first.compensation=null and "
                 "strategy/compensation"
             )
-        if not 0 <= self.growth < 1:
-            raise ValueError(f"strategy.growth must be in [0, 1), got {self.growth}")
 
     def kinds(self) -> tuple[Kind, ...]:
         """The first's."""

@@ -28,24 +28,27 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.spaces import fold, members
+from kvp.options import options
 from kvp.strategies.allocation.allocate import unit_cost
 from kvp.strategies.allocation.pools import Pool
-from kvp.strategies.base import Scores, ScoreStrategy, Target
 from kvp.strategies.search.evolution import Evolution
 from kvp.strategies.search.subnets import Subnet, Subnets, name_of
 from kvp.strategies.search.trials import Trials, masked_loss
 from kvp.strategies.signals.moments import Moments, input_moments
 from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.channels import coupled_parts
+from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Budget, Kind, Plan, Space
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ if TYPE_CHECKING:
 RANGES = {0.1: (0.9, 0.6), 0.2: (0.8, 0.4), 0.3: (0.3, 0.2), 0.4: (0.6, 0.1), 0.5: (0.6, 0.1)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SearchLLM(ScoreStrategy):
     """Channels of heads and neurons of MLPs, searched.
 
@@ -68,24 +71,12 @@ class SearchLLM(ScoreStrategy):
     """
 
     late: ClassVar[tuple[str, ...]] = (*ScoreStrategy.late, "evolution", "attention_least", "mlp_least")
+    searches: ClassVar[bool] = True
 
     evolution: Evolution
-    attention_least: float | None = None
-    mlp_least: float | None = None
-    damping: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name in ("attention_least", "mlp_least"):
-            least = getattr(self, name)
-            if least is not None and not 0 <= least <= 1:
-                raise ValueError(f"strategy.{name} must be in [0, 1] or null, got {least}")
-        if not self.damping > 0:
-            raise ValueError(f"strategy.damping must be > 0, got {self.damping}")
-
-    @property
-    def searches(self) -> bool:
-        """Always."""
-        return True
+    attention_least: float | None = Field(default=None, ge=0, le=1, description="null takes the paper's")
+    mlp_least: float | None = Field(default=None, ge=0, le=1, description="null takes the paper's")
+    damping: float = Field(default=0.01, gt=0, description="relative to the mean of the diagonal of X^T X")
 
     def kinds(self) -> tuple[Kind, ...]:
         """Q and K, V and O, MLP."""

@@ -18,16 +18,17 @@ variants of `ppl` share the hidden states before their block (`kvp.strategies.si
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.family import family_of
 from kvp.models.spaces import Member, fold, members
-from kvp.strategies.base import Target
+from kvp.options import options
 from kvp.strategies.signals.importance import Importance, row_sums
+from kvp.strategies.target import Target
 from kvp.strategies.templates.blocks import DepthStrategy
 from kvp.types import Space
 
@@ -38,7 +39,7 @@ Criterion = Literal["ppl", "taylor", "magnitude"]
 SUMMED: dict[str, Importance] = {"taylor": "taylor_element", "magnitude": "l1"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ShortenedLLM(DepthStrategy):
     """One-shot depth pruning.
 
@@ -50,13 +51,9 @@ class ShortenedLLM(DepthStrategy):
     late: ClassVar[tuple[str, ...]] = (*DepthStrategy.late, "gradient_checkpointing")
 
     criterion: Criterion = "ppl"
-    protect_first: int = 4
-    protect_last: int = 2
+    protect_first: int = Field(default=4, ge=0, description="blocks at the input that stay")
+    protect_last: int = Field(default=2, ge=0, description="blocks at the output that stay")
     gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._one_of("criterion", get_args(Criterion))
 
     @property
     def needs_calibration(self) -> bool:

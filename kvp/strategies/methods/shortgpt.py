@@ -12,24 +12,24 @@ or `mlp` grouping is that of the sublayer with its residual addition: our extens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import pi
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvp.models.masks import without
-from kvp.strategies.base import Target
+from kvp.options import options
 from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.target import Target
 from kvp.strategies.templates.blocks import DepthStrategy
 from kvp.types import Space
 
 Distance = Literal["cosine", "angular"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ShortGPT(DepthStrategy):
     """Depth pruning by block influence.
 
@@ -38,10 +38,6 @@ class ShortGPT(DepthStrategy):
     """
 
     distance: Distance = "cosine"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._one_of("distance", get_args(Distance))
 
     def score(self, target: Target) -> dict[Space, Tensor]:
         """Block influence, float64."""

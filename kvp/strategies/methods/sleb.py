@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from kvp.models.masks import without
-from kvp.strategies.base import Strategy, Target
+from kvp.options import options
+from kvp.strategies.base import Strategy
+from kvp.strategies.target import Target
 from kvp.strategies.templates.blocks import DepthStrategy
 from kvp.types import Space
 
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SLEB(DepthStrategy):
     """Greedy depth pruning.
 
@@ -43,17 +46,10 @@ class SLEB(DepthStrategy):
 
     late: ClassVar[tuple[str, ...]] = Strategy.late  # what is protected is never tried
 
-    protect_first: int = 1
-    protect_last: int = 1
-    max_ratio: float = 0.5
-    samples: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.max_ratio <= 1:
-            raise ValueError(f"strategy.max_ratio must be in (0, 1], got {self.max_ratio}")
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"strategy.samples must be >= 1 or null, got {self.samples}")
+    protect_first: int = Field(default=1, ge=0, description="blocks at the input that stay")
+    protect_last: int = Field(default=1, ge=0, description="blocks at the output that stay")
+    max_ratio: float = Field(default=0.5, gt=0, le=1, description="fraction of the blocks that is ranked")
+    samples: int | None = Field(default=None, ge=1, description="null decides on all calibration samples")
 
     def most(self, config: PretrainedConfig) -> int:
         """As many as are ranked."""

@@ -24,22 +24,24 @@ Otherwise than there:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.family import family_of
 from kvp.models.plans import SUBLAYERS, bases_file, found_or_made
 from kvp.models.shapes import layer_shapes, size, sliced
 from kvp.models.stream import project
-from kvp.strategies.base import Scores, Strategy, Target
+from kvp.options import options
+from kvp.strategies.base import Strategy
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.target import Scores, Target
 from kvp.types import Budget, Plan, Space
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 Orientation = Literal["random", "pca"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SliceGPT(Strategy):
     """Slices the residual stream.
 
@@ -58,29 +60,18 @@ class SliceGPT(Strategy):
     """
 
     late: ClassVar[tuple[str, ...]] = ("compensation", "multiple_of", "orientation")  # nothing is scored
+    searches: ClassVar[bool] = True  # every basis depends on those before it
+    slices: ClassVar[bool] = True
 
-    multiple_of: int = 8
+    multiple_of: int = Field(default=8, ge=1, description="widths of the stream are multiples of it")
     orientation: Orientation = "random"
 
     def __post_init__(self) -> None:
-        self._one_of("orientation", get_args(Orientation))
-        if self.multiple_of < 1:
-            raise ValueError(f"strategy.multiple_of must be >= 1, got {self.multiple_of}")
         if self.compensation is not None:
             raise ValueError(
                 "strategy.compensation makes up for columns of o_proj and down_proj; slicing cuts rows of them: "
                 "leave it out"
             )
-
-    @property
-    def searches(self) -> bool:
-        """Every basis depends on those before it."""
-        return True
-
-    @property
-    def slices(self) -> bool:
-        """It does nothing else."""
-        return True
 
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
         """Find the width."""
@@ -115,10 +106,6 @@ class SliceGPT(Strategy):
     def score(self, target: Target) -> dict[Space, Tensor]:
         """No space is cut."""
         return {}
-
-    def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
-        """Not to be had without the model: see `search`."""
-        raise AssertionError("SliceGPT slices with the model at hand")
 
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path

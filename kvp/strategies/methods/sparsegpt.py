@@ -13,11 +13,10 @@ down) is not here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from kvp.options import options
 from kvp.strategies.templates.surgeon import SurgeonStrategy
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SparseGPT(SurgeonStrategy):
     """The same sparsity in every matrix."""

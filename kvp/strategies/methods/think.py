@@ -15,20 +15,21 @@ ours:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kvp.models.family import family_of
-from kvp.strategies.base import ScoreStrategy, Target
+from kvp.options import options
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.logits import observed_attention, pair_interactions
+from kvp.strategies.target import Target
+from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Kind, Space
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ThinK(ScoreStrategy):
     """Rope pairs by what they add to the logits of the last queries.
 
@@ -36,11 +37,9 @@ class ThinK(ScoreStrategy):
         window: Queries observed, the last ones of each calibration sample.
     """
 
-    window: int = 32
+    window: int = Field(default=32, ge=1, description="queries observed, the last ones of each sample")
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"strategy.window must be >= 1, got {self.window}")
         if self.compensation is not None:
             raise ValueError(
                 "query-key channels enter no projection, so nothing can compensate for them; "

@@ -10,22 +10,20 @@ each row's total score in place of a count) is not here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 from torch import Tensor
 
+from kvp.options import options
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.templates.sparse import Prune, SparseStrategy
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Wanda(SparseStrategy):
     """Zeroes the weights that move their output least."""
 
-    comparisons: ClassVar[tuple[str, ...]] = ("row", "matrix")
-
-    compare: str = "row"
+    compare: Literal["row", "matrix"] = "row"
 
     def pruner(self, inputs: Moments | None) -> Prune:
         """By the norms of these inputs."""

@@ -15,17 +15,17 @@ int(ratio n) of n.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from kvp.models.masks import masked
+from kvp.options import options
 from kvp.strategies.allocation.pools import Pool
-from kvp.strategies.base import Scores, Target
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.signals.walk import walk
+from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.projections import ProjectionStrategy, shares
 from kvp.types import Budget, Kind, Plan, Space
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class WandaSP(ProjectionStrategy):
     """KV groups and neurons by weight times activation norm.
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import ClassVar, Literal
 
+from pydantic import Field
+
+from kvp.options import options
 from kvp.strategies.search.subnets import Subnet, Subnets, name_of
 
 log = logging.getLogger(__name__)
@@ -15,7 +17,7 @@ log = logging.getLogger(__name__)
 Resize = Literal["random", "importance"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Evolution:
     """Generations of mutated, crossed and fresh subnets; the parents are the best so far.
 
@@ -38,42 +40,28 @@ class Evolution:
         samples: Calibration samples that measure a subnet, the first ones; None: all. The paper says "a few".
     """
 
-    generations: int = 50
-    population: int = 100
-    parents: int = 10
-    mutated: int = 50
-    crossed: int = 30
-    mask_probability: float = 0.3
-    ratio_probability: float = 0.1
-    initial_mask_probability: float = 0.6
-    initial_ratio_probability: float = 0.3
-    overlap: float = 0.8
+    node: ClassVar[str] = "strategy.evolution"
+
+    generations: int = Field(default=50, ge=1)
+    population: int = Field(default=100, ge=1)
+    parents: int = Field(default=10, ge=1)
+    mutated: int = Field(default=50, ge=0)
+    crossed: int = Field(default=30, ge=0)
+    mask_probability: float = Field(default=0.3, ge=0, le=1)
+    ratio_probability: float = Field(default=0.1, ge=0, le=1)
+    initial_mask_probability: float = Field(default=0.6, ge=0, le=1)
+    initial_ratio_probability: float = Field(default=0.3, ge=0, le=1)
+    overlap: float = Field(default=0.8, ge=0, le=1, description="least part of a mask that a mutation leaves")
     resize: Resize = "random"
-    samples: int | None = 8
+    samples: int | None = Field(
+        default=8, ge=1, description="null measures a subnet on all calibration samples"
+    )
 
     def __post_init__(self) -> None:
-        counts = {"generations": 1, "population": 1, "parents": 1, "mutated": 0, "crossed": 0, "samples": 1}
-        for name, least in counts.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"strategy.evolution.{name} must be >= {least}, got {value}")
         if self.mutated + self.crossed > self.population:
             raise ValueError(
                 f"strategy.evolution: {self.mutated} mutated and {self.crossed} crossed subnets are more than "
-                f"a population of {self.population}"
-            )
-        for name in (
-            "mask_probability",
-            "ratio_probability",
-            "initial_mask_probability",
-            "initial_ratio_probability",
-            "overlap",
-        ):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"strategy.evolution.{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.resize not in get_args(Resize):
-            raise ValueError(
-                f"strategy.evolution.resize must be one of {', '.join(get_args(Resize))}, got {self.resize!r}"
+                f"a population of {self.population}: lower them, or raise strategy.evolution.population"
             )
 
     @property

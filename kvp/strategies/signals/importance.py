@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from kvp.models.spaces import Member, axis_sums, fold, members
-from kvp.strategies.base import Target
 from kvp.strategies.signals.fisher import FisherReduce, fisher_sums
 from kvp.strategies.signals.gradients import (
     Reduce,
@@ -41,6 +40,7 @@ from kvp.strategies.signals.gradients import (
     output_square_sums,
     scoring_bytes,
 )
+from kvp.strategies.target import Target
 from kvp.types import Kind, Space
 
 if TYPE_CHECKING:

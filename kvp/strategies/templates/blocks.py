@@ -6,19 +6,21 @@ models whose blocks differ too. Every block that falls takes its share of the KV
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.masks import without
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import find_spaces, members
-from kvp.strategies.base import Scores, Strategy, Target
+from kvp.options import options
+from kvp.strategies.base import PlannedStrategy, Strategy
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.losses import losses_without
+from kvp.strategies.target import Scores, Target
 from kvp.types import Budget, Kind, Plan, Space
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 Grouping = Literal["block", "attention", "mlp"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class DepthStrategy(Strategy):
+@options
+class DepthStrategy(PlannedStrategy):
     """Remove the blocks of the lowest scores, as many as bring the model nearest to the budget.
 
     Leaves write `score`: (layers,), higher = kept; among equals the lower index goes first.
@@ -42,14 +44,10 @@ class DepthStrategy(Strategy):
     late: ClassVar[tuple[str, ...]] = (*Strategy.late, "protect_first", "protect_last")
 
     grouping: Grouping = "block"
-    protect_first: int = 0
-    protect_last: int = 0
+    protect_first: int = Field(default=0, ge=0, description="blocks at the input that stay")
+    protect_last: int = Field(default=0, ge=0, description="blocks at the output that stay")
 
     def __post_init__(self) -> None:
-        self._one_of("grouping", get_args(Grouping))
-        for name in ("protect_first", "protect_last"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"strategy.{name} must be >= 0, got {getattr(self, name)}")
         if self.compensation is not None:
             raise ValueError(
                 "a removed block leaves no projection behind that could compensate for it; "

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kvp.models.spaces import find_spaces
+from kvp.options import options
 from kvp.strategies.allocation.pools import Part, Pool
-from kvp.strategies.base import Scores, ScoreStrategy, Target
 from kvp.strategies.signals.importance import Importance, score_spaces
+from kvp.strategies.target import Scores, Target
+from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Kind, Space
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ Grouping = Literal["coupled", "separate", "apart", "kv_group", "vo", "ffn", "blo
 Scope = Literal["head", "layer", "model"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ChannelStrategy(ScoreStrategy):
     """Cut units bound together by `grouping`, shared by `scope`.
 
@@ -46,8 +47,6 @@ class ChannelStrategy(ScoreStrategy):
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        self._one_of("grouping", get_args(Grouping))
-        self._one_of("scope", get_args(Scope))
         if self.scope != "head" and self.grouping not in ("coupled", "separate", "vo"):
             raise ValueError(
                 f"strategy.scope={self.scope} has no meaning for grouping={self.grouping}; use scope=head, or "
@@ -101,7 +100,7 @@ class ChannelStrategy(ScoreStrategy):
         return {s: mean[s.kind].expand_as(score) for s, score in shared.items()}
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ImportanceStrategy(ChannelStrategy):
     """Such units, scored by one of `kvp.strategies.signals.importance`."""
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.shapes import cut, layer_shapes, size
+from kvp.options import options
 from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.allocation.pools import Pool
-from kvp.strategies.base import Scores, ScoreStrategy
+from kvp.strategies.target import Scores
 from kvp.strategies.templates.reductions import channels_per_unit
+from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Budget, Kind, Plan, Space
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 Grouping = Literal["both", "kv_group", "ffn"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class CoupledStrategy(ScoreStrategy):
     """Whole KV groups and FFN neurons of the middle layers.
 
@@ -35,20 +37,12 @@ class CoupledStrategy(ScoreStrategy):
     late: ClassVar[tuple[str, ...]] = (*ScoreStrategy.late, "unit_ratio")
 
     grouping: Grouping = "both"
-    protect_first: int = 4
-    protect_last: int = 2
-    unit_ratio: float | None = None
+    protect_first: int = Field(default=4, ge=0, description="layers at the input that stay")
+    protect_last: int = Field(default=2, ge=0, description="layers at the output that stay")
+    unit_ratio: float | None = Field(default=None, ge=0, lt=1, description="null lets the budget decide")
 
     def __post_init__(self) -> None:
-        self._one_of("grouping", get_args(Grouping))
-        for name in ("protect_first", "protect_last"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"strategy.{name} must be >= 0, got {getattr(self, name)}")
-        if self.unit_ratio is None:
-            return
-        if not 0 <= self.unit_ratio < 1:
-            raise ValueError(f"strategy.unit_ratio must be in [0, 1) or null, got {self.unit_ratio}")
-        if not isinstance(self.allocator, Uniform):
+        if self.unit_ratio is not None and not isinstance(self.allocator, Uniform):
             raise ValueError(
                 "strategy.unit_ratio says how many units go in each layer, and so does the allocator: use "
                 "strategy/allocator=uniform, or strategy.unit_ratio=null"

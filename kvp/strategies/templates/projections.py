@@ -9,23 +9,25 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvp.models.spaces import fold, members
+from kvp.options import options
 from kvp.strategies.allocation.pools import Pool
-from kvp.strategies.base import ScoreStrategy, Target
 from kvp.strategies.signals.moments import Moments, input_moments
 from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.target import Target
+from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Kind, Space
 
 TINY = torch.finfo(torch.float32).tiny
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class LayerwiseStrategy(ScoreStrategy):
     """Cut KV groups with their query heads, and neurons, scored by one walk through the layers.
 
@@ -49,7 +51,7 @@ class LayerwiseStrategy(ScoreStrategy):
         """(units,) per space of the layer visited, float64; higher = kept."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class ProjectionStrategy(LayerwiseStrategy):
     """A unit's score is the mean of its columns'.
 

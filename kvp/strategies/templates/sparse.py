@@ -15,21 +15,23 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from kvp.models.linears import all_linears, linears
 from kvp.models.masks import edited
 from kvp.models.plans import edits_file, found_or_made
-from kvp.strategies.base import Scores, Strategy, Target
+from kvp.options import options
+from kvp.strategies.base import Strategy
 from kvp.strategies.signals.estimate import layerwise_bytes
 from kvp.strategies.signals.moments import Moments, input_moments
 from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.selection import Pattern, lowest, share
 from kvp.types import Budget, Plan, Space
 
@@ -41,12 +43,11 @@ log = logging.getLogger(__name__)
 Prune = Callable[[Tensor, float], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SparseStrategy(Strategy):
     """Zeroes single weights.
 
     Class attributes:
-        comparisons: The values that `compare` may have.
         needs_covariance: Whether the inputs' covariance is gathered, or their norms only.
 
     Attributes:
@@ -56,14 +57,16 @@ class SparseStrategy(Strategy):
     """
 
     late: ClassVar[tuple[str, ...]] = ("compensation", "compare", "pattern")  # nothing is scored beforehand
-    comparisons: ClassVar[tuple[str, ...]]
     needs_covariance: ClassVar[bool] = False
+    sparsifies: ClassVar[bool] = True
+    searches: ClassVar[bool] = True  # every layer depends on the pruned layers before it
 
     compare: str
-    pattern: str = "unstructured"
+    pattern: str = Field(
+        default="unstructured", description='"unstructured", or "N:M" in quotes, such as "2:4"'
+    )
 
     def __post_init__(self) -> None:
-        self._one_of("compare", self.comparisons)
         Pattern.parse(self.pattern)
         if self.compensation is not None:
             raise ValueError(
@@ -74,16 +77,6 @@ class SparseStrategy(Strategy):
     def groups(self) -> Pattern | None:
         """The N:M pattern, None if unstructured."""
         return Pattern.parse(self.pattern)
-
-    @property
-    def sparsifies(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def searches(self) -> bool:
-        """Every layer depends on the pruned layers before it."""
-        return True
 
     @abstractmethod
     def pruner(self, inputs: Moments | None) -> Prune:
@@ -143,10 +136,6 @@ class SparseStrategy(Strategy):
     def score(self, target: Target) -> dict[Space, Tensor]:
         """No space is cut: what a weight is worth depends on the budget, by way of the layers before it."""
         return {}
-
-    def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
-        """Not to be had without the model: see `search`."""
-        raise AssertionError(f"{type(self).__name__} prunes with the model at hand")
 
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path

@@ -10,18 +10,19 @@ right, W_i,j: -= W_ij / U_jj U_j,j:. Kept weights of settled columns stay as the
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from kvp.options import options
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.templates.selection import Pattern
 from kvp.strategies.templates.sparse import Prune, SparseStrategy
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class SurgeonStrategy(SparseStrategy):
     """Zeroes weights column by column, with updates.
 
@@ -31,24 +32,19 @@ class SurgeonStrategy(SparseStrategy):
     """
 
     late: ClassVar[tuple[str, ...]] = (*SparseStrategy.late, "block_size", "damping")
-    comparisons: ClassVar[tuple[str, ...]] = ("block", "row")
     needs_covariance: ClassVar[bool] = True
 
-    compare: str = "block"
-    block_size: int = 128
-    damping: float = 0.01
+    compare: Literal["block", "row"] = "block"
+    block_size: int = Field(default=128, ge=1, description="columns")
+    damping: float = Field(default=0.01, gt=0, description="relative to the mean of the diagonal of X^T X")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size < 1:
-            raise ValueError(f"strategy.block_size must be >= 1, got {self.block_size}")
         if self.groups and self.block_size % self.groups.of:
             raise ValueError(
                 f"strategy.block_size must be a multiple of the {self.groups.of} of strategy.pattern="
                 f"{self.pattern}, got {self.block_size}"
             )
-        if not self.damping > 0:
-            raise ValueError(f"strategy.damping must be > 0, got {self.damping}")
 
     def pruner(self, inputs: Moments | None) -> Prune:
         """With one factor for all matrices that these inputs feed."""

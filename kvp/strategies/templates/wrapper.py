@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
-from kvp.strategies.base import Scores, Strategy, Target
-from kvp.types import Budget, Plan, Space
+from kvp.options import options
+from kvp.strategies.base import Strategy
+from kvp.strategies.target import Scores, Target
+from kvp.types import Space
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
-
-@dataclass(frozen=True, kw_only=True)
+@options
 class Wrapper(Strategy):
     """Scores and probes as `first` does, then looks for the plan with the model at hand.
 
     Attributes:
         first: The strategy that it goes on from.
     """
+
+    searches: ClassVar[bool] = True  # looks at the model that the first leaves
 
     first: Strategy
 
@@ -34,11 +35,6 @@ class Wrapper(Strategy):
         """As the first does."""
         return self.first.joins
 
-    @property
-    def searches(self) -> bool:
-        """It needs the model that the first leaves."""
-        return True
-
     def score(self, target: Target) -> dict[Space, Tensor]:
         """The first's."""
         return self.first.score(target)
@@ -48,14 +44,10 @@ class Wrapper(Strategy):
         return self.first.sensitivity(target, scores)
 
     @property
+    @override
     def probes_by_score(self) -> bool:
-        """As the first does."""
         return self.first.probes_by_score
 
+    @override
     def probe_inputs(self) -> dict[str, Any]:
-        """The first's."""
         return self.first.probe_inputs()
-
-    def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
-        """Not to be had without the model: see `search`."""
-        raise AssertionError(f"{type(self).__name__} plans with the model at hand")

@@ -128,7 +128,7 @@ def test_pool_keeps_the_best_and_breaks_ties_downwards():
         (lambda: Uniform(multiple_of=0), "multiple_of must be >= 1, got 0"),
         (lambda: Uniform(max_ratio=0), r"max_ratio must be in \(0, 1\], got 0"),
         (lambda: Sensitivity(temperature=-1), "temperature must be >= 0"),
-        (lambda: Sensitivity(rule="linear"), "rule must be inverse or softmax"),
+        (lambda: Sensitivity(rule="linear"), "rule must be one of inverse, softmax"),
         (lambda: Random(allocator=Uniform(), grouping="heads"), "grouping must be one of coupled"),
         (lambda: Random(allocator=Uniform(), grouping="ffn", scope="layer"), "no meaning for grouping=ffn"),
     ],

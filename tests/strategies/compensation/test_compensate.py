@@ -10,12 +10,12 @@ from kvp.models.masks import masks_of
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.surgery import apply
 from kvp.strategies.allocation.allocate import Global
-from kvp.strategies.base import Target
 from kvp.strategies.compensation.compensate import Bias, LeastSquares
 from kvp.strategies.methods.flap import FLAP
 from kvp.strategies.methods.numerical import Numerical
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.signals.walk import caught_inputs
+from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import random_plan, refitted, tiny_model
 from tests.helpers.masks import mask

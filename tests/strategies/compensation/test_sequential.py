@@ -108,7 +108,7 @@ def test_a_killed_refit_goes_on_after_the_last_layer(tmp_path):
 def test_options_out_of_range_are_refused():
     with pytest.raises(ValueError, match="ridge must be > 0"):
         Sequential(ridge=0)
-    with pytest.raises(ValueError, match="sink_weight must be > 0 tokens, got -1"):
+    with pytest.raises(ValueError, match="sink_weight must be > 0 or null, got -1: tokens"):
         Sequential(sink_weight=-1)
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from kvp.strategies.allocation.allocate import Uniform
-from kvp.strategies.base import Target
 from kvp.strategies.methods import adapruner
 from kvp.strategies.methods.adapruner import START, AdaPruner
 from kvp.strategies.methods.llm_pruner import LLMPruner
 from kvp.strategies.search.trials import masked_loss
+from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import tiny_model
 from tests.strategies.methods.test_llm_pruner import naive_scores

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from experiments.scripts.reconstruction import METHODS, errors
-from kvp.strategies.base import Target
 from kvp.strategies.methods.alps import ALPS, Problem
 from kvp.strategies.methods.sparsegpt import SparseGPT
+from kvp.strategies.target import Target
 from tests.conftest import tiny_model
 from tests.strategies.sparse import error, lowest_of, problem
 

@@ -17,7 +17,6 @@ from kvp.models.uncut import uncut
 from kvp.pipeline.summary import print_summary
 from kvp.record import RunRecord
 from kvp.strategies.allocation.allocate import Uniform
-from kvp.strategies.base import Target
 from kvp.strategies.compensation.compensate import LeastSquares
 from kvp.strategies.methods.chain import Chain
 from kvp.strategies.methods.kvpruner import KVPruner
@@ -27,6 +26,7 @@ from kvp.strategies.methods.slicegpt import SliceGPT
 from kvp.strategies.methods.sparsegpt import SparseGPT
 from kvp.strategies.methods.wanda import Wanda
 from kvp.strategies.methods.wanda_sp import WandaSP
+from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import random_plan, refitted, tiny_config, tiny_model
 from tests.helpers.masks import mask

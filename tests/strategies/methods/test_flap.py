@@ -11,8 +11,8 @@ import torch
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.spaces import find_spaces
 from kvp.strategies.allocation.allocate import Global
-from kvp.strategies.base import Target
 from kvp.strategies.methods.flap import FLAP
+from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
 from tests.strategies.compensation.test_compensate import batches, naive_inputs

@@ -15,12 +15,12 @@ from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
 from kvp.models.surgery import apply
 from kvp.strategies.allocation.allocate import Global, Uniform
-from kvp.strategies.base import Target
 from kvp.strategies.compensation.sequential import Sequential
 from kvp.strategies.methods import kvpruner_plus
 from kvp.strategies.methods.kvpruner_plus import KVPrunerPlus, output_slopes, refit_errors
 from kvp.strategies.signals.heads import turn
 from kvp.strategies.signals.walk import Visit, caught_inputs, hidden_states, walk
+from kvp.strategies.target import Target
 from kvp.types import Budget, Plan
 from tests.conftest import refitted, tiny_config, tiny_model
 from tests.helpers.masks import mask

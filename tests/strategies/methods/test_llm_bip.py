@@ -9,9 +9,9 @@ from kvp.models.masks import masked
 from kvp.models.spaces import find_spaces
 from kvp.models.surgery import apply
 from kvp.strategies.allocation.allocate import Uniform
-from kvp.strategies.base import Target
 from kvp.strategies.methods.llm_bip import LLMBIP
 from kvp.strategies.signals.walk import hidden_states
+from kvp.strategies.target import Target
 from kvp.types import Plan
 from tests.conftest import tiny_model
 from tests.strategies.compensation.test_compensate import batches, naive_inputs

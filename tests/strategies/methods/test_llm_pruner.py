@@ -14,8 +14,8 @@ from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import find_spaces
 from kvp.models.surgery import apply
 from kvp.strategies.allocation.allocate import Global, Sensitivity, Uniform
-from kvp.strategies.base import Target
 from kvp.strategies.methods.llm_pruner import LLMPruner
+from kvp.strategies.target import Target
 from kvp.types import Budget, Plan
 from tests.conftest import random_plan, tiny_config, tiny_model
 from tests.models.test_published_counts import LLAMA3_8B, LLAMA_7B, TINYLLAMA

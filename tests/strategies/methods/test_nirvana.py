@@ -12,10 +12,10 @@ from transformers import LlamaConfig
 from kvp.models.masks import masked
 from kvp.models.spaces import find_spaces
 from kvp.strategies.allocation.tied import Tied
-from kvp.strategies.base import Target
 from kvp.strategies.methods.nirvana import NIRVANA, draw
 from kvp.strategies.signals.gradients import scoring_bytes
 from kvp.strategies.signals.losses import divergences
+from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import random_plan, tiny_config, tiny_model
 from tests.helpers.masks import mask

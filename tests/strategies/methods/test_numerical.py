@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from kvp.strategies.allocation.allocate import Uniform
-from kvp.strategies.base import Target
 from kvp.strategies.methods.numerical import Numerical
+from kvp.strategies.target import Target
 from tests.conftest import tiny_model
 from tests.strategies.compensation.test_compensate import batches, naive_inputs
 

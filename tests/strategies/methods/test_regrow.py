@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from kvp.models.spaces import find_spaces, keep_mask, members
 from kvp.strategies.allocation.allocate import Global, Uniform
-from kvp.strategies.base import Target
 from kvp.strategies.compensation.compensate import Bias
 from kvp.strategies.methods.kvpruner import KVPruner
 from kvp.strategies.methods.magnitude import Magnitude
 from kvp.strategies.methods.regrow import GATED, Regrow, corrected, gated_worth
 from kvp.strategies.methods.shortgpt import ShortGPT
 from kvp.strategies.methods.sleb import SLEB
+from kvp.strategies.target import Target
 from kvp.types import Budget, Plan, Space
 from tests.conftest import exact_norms, random_plan, tiny_config, tiny_model
 from tests.helpers.masks import mask

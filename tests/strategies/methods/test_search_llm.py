@@ -15,7 +15,6 @@ import torch
 
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.strategies.allocation.allocate import Uniform
-from kvp.strategies.base import Target
 from kvp.strategies.compensation.compensate import LeastSquares
 from kvp.strategies.methods.search_llm import SearchLLM
 from kvp.strategies.search.evolution import Evolution
@@ -23,6 +22,7 @@ from kvp.strategies.search.subnets import name_of, resize
 from kvp.strategies.search.trials import Trials, masked_loss
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.signals.walk import caught_inputs
+from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
 from tests.pipeline.test_run import overrides, run_here

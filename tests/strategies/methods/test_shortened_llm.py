@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from experiments.scripts.sensitivity import naive_losses
 from kvp.models.surgery import apply
-from kvp.strategies.base import Target
 from kvp.strategies.methods.shortened_llm import ShortenedLLM
+from kvp.strategies.target import Target
 from kvp.types import Plan, Space
 from tests.conftest import tiny_model
 

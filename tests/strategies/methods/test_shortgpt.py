@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from kvp.strategies.base import Target
 from kvp.strategies.methods.shortgpt import ShortGPT
+from kvp.strategies.target import Target
 from tests.conftest import tiny_model
 
 

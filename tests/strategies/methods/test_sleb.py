@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from kvp.models.surgery import apply
-from kvp.strategies.base import Target
 from kvp.strategies.methods.sleb import SLEB
+from kvp.strategies.target import Target
 from kvp.types import Budget, Plan, Space
 from tests.conftest import tiny_model
 

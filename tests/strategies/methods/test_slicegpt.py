@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from kvp.models.plans import read_plan, write_plan
 from kvp.models.shapes import layer_shapes, size, sliced
 from kvp.models.surgery import apply
-from kvp.strategies.base import Target
 from kvp.strategies.compensation.compensate import Bias
 from kvp.strategies.methods.slicegpt import SliceGPT
+from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import exact_norms, tiny_config, tiny_model
 from tests.helpers.masks import mask

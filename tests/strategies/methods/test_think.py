@@ -11,11 +11,11 @@ from kvp.models.masks import masked
 from kvp.models.spaces import find_spaces
 from kvp.models.surgery import apply
 from kvp.strategies.allocation.allocate import Uniform
-from kvp.strategies.base import Target
 from kvp.strategies.compensation.compensate import Bias
 from kvp.strategies.methods.think import ThinK
 from kvp.strategies.signals.logits import observed_attention
 from kvp.strategies.signals.walk import caught_inputs
+from kvp.strategies.target import Target
 from kvp.types import Budget, Plan
 from tests.conftest import random_plan, tiny_config, tiny_model
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kvp.strategies.allocation.allocate import Uniform
-from kvp.strategies.base import Target
 from kvp.strategies.methods.wanda_sp import WandaSP
+from kvp.strategies.target import Target
 from kvp.types import Budget, Plan
 from tests.conftest import tiny_model
 from tests.helpers.masks import mask

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from kvp.models.spaces import find_spaces
-from kvp.strategies.base import Target
+from kvp.strategies.target import Target
 from kvp.strategies.signals.importance import score_spaces
 from kvp.strategies.signals.gradients import scoring_bytes
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from kvp.models.spaces import find_spaces
-from kvp.strategies.base import Target
 from kvp.strategies.signals.importance import Importance, score_spaces
+from kvp.strategies.target import Target
 from tests.conftest import tiny_model
 
 HEAD_DIM = 8

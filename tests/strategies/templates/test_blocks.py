@@ -7,11 +7,11 @@ import torch
 
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.surgery import apply
-from kvp.strategies.base import Target
 from kvp.strategies.compensation.compensate import Bias
 from kvp.strategies.methods.shortened_llm import ShortenedLLM
 from kvp.strategies.methods.shortgpt import ShortGPT
 from kvp.strategies.methods.sleb import SLEB
+from kvp.strategies.target import Target
 from kvp.types import Budget, Plan, Space
 from tests.conftest import random_plan, tiny_config, tiny_model
 from tests.models.test_published_counts import LLAMA_7B, params

@@ -7,21 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kvp.models.masks import mask
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import find_spaces
 from kvp.models.surgery import apply
-from kvp.strategies.base import Target
+from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
-from tests.helpers.masks import mask
-from tests.strategies.test_contract import STRATEGIES, make_plan
+from tests.strategies import cases
+from tests.strategies.cases import make_plan
 
 HEAD_DIM = 8
 
 
 @pytest.fixture(params=["flap", "numerical", "wanda_sp", "llm_bip"])
 def strategy(request):
-    return STRATEGIES[request.param]
+    return cases.strategy(request.param)
 
 
 def scores_of(strategy, model, batch_size=2):
@@ -102,7 +103,7 @@ def test_a_parameter_budget_takes_groups_and_neurons(strategy, family, tokens):
 @pytest.mark.parametrize(("by_share", "layer"), [(True, 1), (False, 0)])
 def test_the_odd_group_goes_where_it_is_the_least_share(name, by_share, layer):
     """One of six groups: scores that grow with depth must not decide that the first layer loses it."""
-    strategy, config = replace(STRATEGIES[name], by_share=by_share), tiny_config("llama", "gqa")
+    strategy, config = replace(cases.strategy(name), by_share=by_share), tiny_config("llama", "gqa")
     groups = torch.tensor([[1.1, 1.0], [40.0, 10.0], [110.0, 100.0]], dtype=torch.float64)
     scores = {
         space: groups[space.layer] if space.kind == "kv_group" else torch.ones(space.shape)

@@ -23,9 +23,6 @@ from kvp.models.masks import edited
 from kvp.models.sparsity import is_n_of_m
 from kvp.models.surgery import apply
 from kvp.strategies.compensation.compensate import Bias
-from kvp.strategies.methods.alps import ALPS
-from kvp.strategies.methods.magnitude_sparse import MagnitudeSparse
-from kvp.strategies.methods.mosaic import Mosaic
 from kvp.strategies.methods.sparsegpt import SparseGPT
 from kvp.strategies.methods.wanda import Wanda
 from kvp.strategies.signals.estimate import layerwise_bytes
@@ -37,16 +34,14 @@ from tests.conftest import tiny_config, tiny_model
 from tests.helpers.masks import mask
 from tests.pipeline.test_run import ROOT, overrides, run_here
 from tests.process import start_kvp
+from tests.strategies.cases import CUTS, ZEROS
+from tests.strategies.cases import strategy as made
+from tests.strategies.golden import assert_golden, zero_rows
 from tests.strategies.sparse import sparse_plan
-from tests.strategies.test_contract import STRATEGIES
 
-GOLDEN = Path(__file__).parents[1] / "golden_sparse.json"
 METHODS = {
-    "magnitude_sparse": MagnitudeSparse(),
-    "wanda": Wanda(),
-    "sparsegpt": SparseGPT(block_size=16),
-    "alps": ALPS(max_steps=30),
-}
+    name: made(name) for name in ZEROS if name != "mosaic"
+}  # mosaic varies the sparsity, see its own test
 IN_N_OF_M = {f"{name}_2:4": replace(method, pattern="2:4") for name, method in METHODS.items()}
 
 
@@ -117,24 +112,11 @@ def test_a_layer_is_pruned_on_the_states_of_the_pruned_layers_before_it(name, tm
             torch.testing.assert_close(plan.edits[linear.weight], expected)
 
 
-def test_golden_masks(tmp_path):
-    """Of fixed models under fixed seeds; delete golden_sparse.json to write it anew after a reasoned change."""
-    found = {}
-    for name, method in {**METHODS, **IN_N_OF_M, "mosaic": Mosaic(block_size=16, outlier=2.0)}.items():
-        plan = sparse_plan(
-            method,
-            tiny_model(dtype=torch.float64, num_hidden_layers=2),
-            0.5,
-            tmp_path / name.replace(":", "_"),
-        )
-        found[name] = {
-            key: [f"{int(''.join(map(str, row)), 2):x}" for row in gone.int().tolist()]
-            for key, gone in zeros(plan).items()
-            if key.startswith("model.layers.1.") and ("k_proj" in key or "down_proj" in key)
-        }
-    if not GOLDEN.exists():
-        GOLDEN.write_text(json.dumps(found, indent=0))
-    assert found == json.loads(GOLDEN.read_text())
+@pytest.mark.parametrize("name", [*ZEROS, *IN_N_OF_M])
+def test_golden_masks(name, tmp_path):
+    model = tiny_model(dtype=torch.float64, num_hidden_layers=2)
+    plan = sparse_plan(IN_N_OF_M.get(name) or made(name), model, 0.5, tmp_path)
+    assert_golden(name, "golden_sparse.json", zero_rows(plan))
 
 
 def test_only_one_layer_is_away_from_the_cpu_and_comes_back():
@@ -241,7 +223,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from kvp.strategies.methods.alps import ALPS
-from kvp.strategies.base import Target
+from kvp.strategies.target import Target
 from kvp.strategies.signals.estimate import layerwise_bytes
 from kvp.strategies.methods.sparsegpt import SparseGPT
 from kvp.strategies.methods.wanda import Wanda
@@ -316,10 +298,10 @@ def test_budgets_that_cannot_be_had(strategy, budget, message):
         strategy.check(tiny_config(), budget)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", CUTS)
 def test_strategies_that_cut_refuse_a_sparsity(name):
     with pytest.raises(ValueError, match="choose ratio=kv_cache, params, block_params, blocks"):
-        STRATEGIES[name].check(tiny_config(), Budget(value=0.5, of="sparsity"))
+        made(name).check(tiny_config(), Budget(value=0.5, of="sparsity"))
 
 
 def test_lora_would_fill_the_zeros(tmp_path):
