@@ -9,6 +9,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from kvp.report.records.runs import Run
+
 CLASSES = {"kvpruner": "KVPruner", "magnitude": "Magnitude", "random": "Random", "none": "NoPruning"}
 OPTIONS = {name: option for option, name in CLASSES.items()} | {
     "LeastSquares": "least_squares",
@@ -212,3 +214,7 @@ def write(directory: Path, *records: dict[str, Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2))
     return directory
+
+
+def as_runs(*records: dict) -> list[Run]:
+    return [Run(Path(f"{record['name']}/run.json"), None, record) for record in records]

@@ -10,8 +10,7 @@ from kvp.report.plots.points import find_points
 from kvp.report.plots.style import style
 from kvp.report.table.build import build
 from kvp.report.table.spec import Spec, load_spec
-from tests.report.plots.test_write import as_runs
-from tests.report.sample_records import make_record
+from tests.report.sample_records import as_runs, make_record
 
 TEACHER = {
     "class": "Distillation",

@@ -41,7 +41,7 @@ from kvp.strategies.signals.gradients import scoring_bytes
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
 from tests.helpers.masks import mask
-from tests.models.test_published_counts import LLAMA_7B
+from tests.helpers.published import LLAMA_7B
 
 BUDGET = Budget(value=0.25, of="kv_cache", tolerance=0.15)
 GOLDEN = Path(__file__).parent / "golden.json"

@@ -18,7 +18,7 @@ from kvp.report.plots.style import INK, looks, style
 from kvp.report.plots.write import figures, write_plots
 from kvp.report.records.runs import Run, read_runs
 from kvp.types import DENOMINATORS
-from tests.report.sample_records import make_failed, make_record, perplexity, write
+from tests.report.sample_records import as_runs, make_failed, make_record, perplexity, write
 
 ROOT = Path(__file__).parents[3]
 WIDTHS = {"num_attention_heads": 9, "num_key_value_heads": 3, "qk_head_dim": 64, "v_head_dim": 64}
@@ -44,10 +44,6 @@ def full_record(strategy: str = "kvpruner", ratio: float = 0.25, seed: int = 0, 
     if "recovered" in record:
         record["recovery"]["losses"] = [[step, 4.0 - 0.1 * step] for step in range(1, 11)]
     return record
-
-
-def as_runs(*records: dict) -> list[Run]:
-    return [Run(Path(f"{record['name']}/run.json"), None, record) for record in records]
 
 
 def study() -> list[dict]:
