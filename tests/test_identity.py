@@ -15,7 +15,7 @@ from kvp.identity import chosen_options, class_name, named
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import foretell
 from kvp.report.records.runs import read_runs
-from tests.pipeline.test_run import LIGHT, compose_here
+from tests.helpers.runs import LIGHT, compose_here
 from tests.report.sample_records import make_record
 
 ROOT = Path(__file__).parents[1]

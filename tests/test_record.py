@@ -14,7 +14,7 @@ from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.runfile import recorded
 from kvp.record import RunRecord
 from kvp.upgrade import upgraded
-from tests.pipeline.test_run import LIGHT, compose_here
+from tests.helpers.runs import LIGHT, compose_here
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted(

@@ -1,22 +1,17 @@
 from __future__ import annotations
 
-import base64
 import json
 import os
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kvp.tracking import Jsonl, Null, Wandb
+from tests.helpers.tracking import PNG, records
 
 ROOT = Path(__file__).parents[1]
-PNG = base64.b64decode(  # one pixel
-    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
-)
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -66,25 +61,6 @@ def offline(tmp_path_factory) -> tuple[Path, list[str], str]:
     done = subprocess.run(python, env=env, cwd=directory, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return directory, done.stdout.splitlines(), done.stderr
-
-
-def records(run_directory: Path) -> Iterator:
-    """The records of an offline run: LevelDB's log format, blocks of 32 KiB, after a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (file,) = run_directory.glob("wandb/offline-run-*/run-*.wandb")
-    data, position, record = file.read_bytes(), 7, b""
-    while position < len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        record += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield Record.FromString(record)
-            record = b""
 
 
 def items(entries) -> dict:

@@ -268,6 +268,6 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
         return getattr(torch, dtype)
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    # torch has no public call for a CPU's bfloat16; torch.backends.mkldnn names no instruction set.
+    # private, because the public torch.cpu.get_capabilities() is newer than the oldest torch that pyproject allows
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32

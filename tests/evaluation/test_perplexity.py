@@ -14,7 +14,7 @@ from kvp.data.tokens import digest, encode
 from kvp.evaluation.perplexity import Perplexity
 from kvp.models.nll import ROWS, token_nll
 from tests.conftest import tiny_model
-from tests.models.test_sparse_cache import naive, stepwise
+from tests.helpers.caches import naive, stepwise
 
 WINDOW, TOKENS = 32, 205
 

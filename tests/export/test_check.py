@@ -18,7 +18,7 @@ from kvp.export.stock import to_stock
 from kvp.export.verify import compare
 from kvp.models.load import byte_tokenizer, save
 from tests.conftest import tiny_model
-from tests.export.test_export import stock_model
+from tests.helpers.stock import stock_model
 
 
 @pytest.fixture(scope="module")

@@ -24,20 +24,7 @@ from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.methods.kvpruner import KVPruner
 from kvp.types import Budget, Plan
 from tests.conftest import random_plan, tiny_model
-
-ROPES = {
-    "default": {"rope_type": "default"},
-    "linear": {"rope_type": "linear", "factor": 2.0},
-    "llama3": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
-}
-
+from tests.helpers.stock import ROPES, shared_plan, stock_model
 
 WITHOUT_KVP = """
 import sys
@@ -51,35 +38,12 @@ for cls in AutoModelForCausalLM, LlamaForCausalLM:
 """
 
 
-def shared_plan(model, pairs):
-    """The rope pairs `pairs` in every head and layer, and as many value channels, different in every one."""
-    free = random_plan(model, ["qk", "vo"])
-    keep = {}
-    for space in free.keep:
-        groups, width = space.shape
-        if space.kind == "qk":
-            keep[space] = torch.tensor([list(pairs)] * groups)
-        else:
-            generator = torch.Generator().manual_seed(space.layer)
-            scores = torch.rand(groups, width, generator=generator)
-            keep[space] = scores.topk(2 * len(pairs)).indices.sort().values
-    return Plan(keep)
-
-
 def channel_plan(model, scope):
     strategy = KVPruner(allocator=Uniform(multiple_of=2), scope=scope)
     torch.manual_seed(0)
     scores = {space: torch.rand(space.shape) for space in find_spaces(model.config, strategy.kinds())}
     budget = Budget(value=0.25, of="kv_cache")
     return strategy.plan(model.config, scores, budget, torch.zeros(model.config.num_hidden_layers))
-
-
-def stock_model(family, heads, rope="default", pairs=(0, 2, 3), **changes):
-    theta = {"rope_theta": 1000.0}
-    model = tiny_model(
-        family, heads, rope_parameters=ROPES[rope] | theta, attention_bias=False, mlp_bias=False, **changes
-    )
-    return apply(model, shared_plan(model, pairs))
 
 
 @pytest.mark.parametrize("rope", ROPES)

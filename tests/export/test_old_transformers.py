@@ -16,7 +16,7 @@ from kvp.export.sample import Sample
 from kvp.export.verify import ask, compare
 from kvp.export.write import export
 from kvp.models.load import byte_tokenizer, save
-from tests.export.test_export import stock_model
+from tests.helpers.stock import stock_model
 
 VERSION = "4.57.6"
 HOME = os.environ.get("KVP_OLD_TRANSFORMERS", "~/.cache/kvp/transformers-" + VERSION)  # made once, 150 MB

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
 
 from kvp.measurement.count import cache_bytes, cache_bytes_per_token
 from kvp.models.mustafar import Mustafar, bytes_per_token, kept, pack, unpack
@@ -18,6 +15,7 @@ from kvp.models.sparse_cache import cache_for
 from kvp.models.surgery import apply
 from kvp.types import Plan
 from tests.conftest import random_plan, tiny_config, tiny_model
+from tests.helpers.caches import naive, stepwise
 
 OPTIONS = {"key_sparsity": 0.5, "value_sparsity": 0.7, "window": 4}
 KEPT = {"qk": (12, 16, 4), "vo": (24, 8, 32), "kv_group": (1, 2, 1)}  # pairs, channels, groups, per layer
@@ -36,40 +34,6 @@ def random_twin(family="llama", heads="gqa", *, options=OPTIONS, **changes):
     twin = apply(model, Plan(keep))
     twin.config.kvp_cache = options
     return twin
-
-
-class Naive(DynamicLayer):
-    """Everything dense; what has left the window is zeroed, vector by vector, before the next tokens come."""
-
-    def __init__(self, options: Mustafar) -> None:
-        super().__init__()
-        self.options = options
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        if self.is_initialized:
-            old = max(0, self.keys.shape[-2] - self.options.window)
-            for states, sparsity in (
-                (self.keys, self.options.key_sparsity),
-                (self.values, self.options.value_sparsity),
-            ):
-                for b, group, token in product(*map(range, (*states.shape[:2], old))):
-                    sizes = [abs(x) for x in states[b, group, token].tolist()]
-                    order = sorted(range(len(sizes)), key=sizes.__getitem__)
-                    states[b, group, token, order[: len(sizes) - kept(len(sizes), sparsity)]] = 0
-        return super().update(key_states, value_states)
-
-
-def naive(config) -> Cache:
-    return Cache(layers=[Naive(Mustafar.of(config)) for _ in layer_shapes(config)])
-
-
-@torch.no_grad()
-def stepwise(model, tokens: Tensor, cache: Cache, prompt: int) -> Tensor:
-    """Logits of a prompt, and then of token after token."""
-    sizes = [prompt, *[1] * (tokens.shape[1] - prompt)]
-    return torch.cat(
-        [model(part, past_key_values=cache).logits for part in tokens.split(sizes, dim=1)], dim=1
-    )
 
 
 def reachable(thing: object) -> dict[int, int]:

@@ -20,28 +20,10 @@ from kvp.__main__ import CONF, main
 from kvp.models.load import load_config, load_tokenizer
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import foretell
-from kvp.pipeline.run import run
 from kvp.record import RunRecord
+from tests.helpers.runs import LIGHT, ROOT, compose_here, overrides, run_here
+from tests.helpers.tracking import records
 from tests.process import start_kvp
-from tests.test_tracking import records
-
-ROOT = Path(__file__).parents[2]
-
-
-LIGHT = ("tracker=none", "measure=none", "evaluation.zero_shot=null")
-
-
-def overrides(tmp_path, *more):
-    return ["debug=smoke", f"store={tmp_path}/store", f"runs={tmp_path}/runs", *more]
-
-
-def compose_here(tmp_path, *more):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=overrides(tmp_path, *more), return_hydra_config=True)
-
-
-def run_here(tmp_path, *more):
-    return run(Experiment.compose(compose_here(tmp_path, *more))).data()
 
 
 def main_here(monkeypatch, capsys, *words):

@@ -14,7 +14,7 @@ from kvp.pipeline.run import run
 from kvp.pipeline.session import Session, Stage
 from kvp.pipeline.stages import CHAIN, Planning
 from kvp.strategies import steps
-from tests.pipeline.test_run import LIGHT, compose_here
+from tests.helpers.runs import LIGHT, compose_here
 
 WORDS = {
     "plain": (),

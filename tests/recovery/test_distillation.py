@@ -23,21 +23,15 @@ from kvp.recovery.distiller import Distiller
 from kvp.recovery.journal import newest_checkpoint
 from kvp.recovery.training import train
 from tests.conftest import random_plan, tiny_model
-from tests.pipeline.test_run import compose_here, run_here
-from tests.recovery.test_lora import (  # noqa: F401
-    adapter,
-    checkpoint,
-    corpora,
-    make,
-    one_thread,
-)
+from tests.helpers.recovery import adapter, make
+from tests.helpers.runs import compose_here, run_here
 
 BOTH = Distillation(hidden_weight=0.5, temperature=2.0)
 KL = Distillation(text_weight=0)
 
 
 @pytest.fixture(scope="module")
-def pruned(checkpoint, tmp_path_factory) -> Path:  # noqa: F811
+def pruned(checkpoint, tmp_path_factory) -> Path:
     """The checkpoint without two fifths of its channels."""
     path = tmp_path_factory.mktemp("pruned")
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
@@ -46,7 +40,7 @@ def pruned(checkpoint, tmp_path_factory) -> Path:  # noqa: F811
     return path
 
 
-def recover(recipe, student, teacher, directory, corpora, seed=3):  # noqa: F811
+def recover(recipe, student, teacher, directory, corpora, seed=3):
     directory.mkdir(exist_ok=True)
     return train(recipe, student, directory, corpora=corpora, seed=seed, device="cpu", teacher=teacher)
 
@@ -125,7 +119,7 @@ def test_only_the_adapter_moves_and_a_batch_costs_what_the_formula_says(options,
     assert loss.item() == pytest.approx(total.item(), rel=1e-4)
 
 
-def test_the_teacher_itself_is_at_no_distance_before_it_moves(checkpoint, corpora, tmp_path):  # noqa: F811
+def test_the_teacher_itself_is_at_no_distance_before_it_moves(checkpoint, corpora, tmp_path):
     recover(make(max_steps=3, distillation=BOTH), checkpoint, checkpoint, tmp_path / "x", corpora)
     first, *_, last = rows(tmp_path / "x")
     assert first["logits_loss"] == first["hidden_loss"] == 0
@@ -133,7 +127,7 @@ def test_the_teacher_itself_is_at_no_distance_before_it_moves(checkpoint, corpor
     assert last["logits_loss"] > 0
 
 
-def test_the_teacher_alone_brings_a_pruned_model_nearer_to_it(pruned, checkpoint, corpora, tmp_path):  # noqa: F811
+def test_the_teacher_alone_brings_a_pruned_model_nearer_to_it(pruned, checkpoint, corpora, tmp_path):
     result = recover(make(max_steps=16, distillation=KL), pruned, checkpoint, tmp_path / "x", corpora)
     told = result["distillation"]
     assert {key: told[key] for key in ("text_weight", "logits_weight", "temperature")} == {
@@ -149,8 +143,8 @@ def test_the_teacher_alone_brings_a_pruned_model_nearer_to_it(pruned, checkpoint
 
 def test_a_run_that_died_goes_on_with_the_same_losses(
     pruned,
-    checkpoint,  # noqa: F811
-    corpora,  # noqa: F811
+    checkpoint,
+    corpora,
     tmp_path,
     monkeypatch,
 ):
@@ -175,7 +169,7 @@ def test_a_run_that_died_goes_on_with_the_same_losses(
 
 
 @pytest.mark.slow
-def test_two_processes_learn_as_one_does(pruned, checkpoint, corpora, tmp_path):  # noqa: F811
+def test_two_processes_learn_as_one_does(pruned, checkpoint, corpora, tmp_path):
     recipe = make(max_steps=12, dropout=0.0, distillation=BOTH)  # less than an epoch
     for name, processes in {"one": 1, "two": 2}.items():
         recover(replace(recipe, num_processes=processes), pruned, checkpoint, tmp_path / name, corpora)
@@ -183,7 +177,7 @@ def test_two_processes_learn_as_one_does(pruned, checkpoint, corpora, tmp_path):
         assert two == pytest.approx(one, abs=1e-3, rel=1e-3)
 
 
-def test_another_vocabulary_is_refused_before_weights_are_read(checkpoint, corpora, tmp_path):  # noqa: F811
+def test_another_vocabulary_is_refused_before_weights_are_read(checkpoint, corpora, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other)
     (other / "model.safetensors").unlink()
@@ -221,7 +215,7 @@ def test_options_without_a_choice_are_refused():
         make(distillation={"temperature": 2.0})
 
 
-def test_the_identity_is_the_old_one_unless_there_is_a_teacher(corpora):  # noqa: F811
+def test_the_identity_is_the_old_one_unless_there_is_a_teacher(corpora):
     assert "distillation" not in make().identity(corpora)
     assert repr(make(distillation=KL).identity(corpora)["distillation"]["text_weight"]) == "0.0"  # not 0
     assert make(distillation=KL).identity(corpora) != make(distillation=BOTH).identity(corpora)

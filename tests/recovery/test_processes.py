@@ -10,7 +10,7 @@ import torch
 
 from kvp.data.text import PackedText
 from kvp.recovery.journal import newest_checkpoint
-from tests.recovery.test_lora import adapter, checkpoint, corpora, make, recover, train_until_killed  # noqa: F401
+from tests.helpers.recovery import adapter, make, recover, train_until_killed
 
 STEPS = 60  # less than an epoch
 DATA = PackedText(corpora=["text"], length=4)
@@ -20,7 +20,7 @@ def rows(directory):
     return [json.loads(line) for line in (directory / "losses.jsonl").open()]
 
 
-def test_two_processes_train_as_one_does_even_when_killed(checkpoint, corpora, tmp_path):  # noqa: F811
+def test_two_processes_train_as_one_does_even_when_killed(checkpoint, corpora, tmp_path):
     killed, losses = tmp_path / "killed", tmp_path / "killed" / "losses.jsonl"
     train_until_killed(checkpoint, killed, corpora, num_processes=2, dropout=0.0, data=DATA)
     time.sleep(0.5)
@@ -49,7 +49,7 @@ def test_two_processes_train_as_one_does_even_when_killed(checkpoint, corpora, t
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_is_heard(checkpoint, corpora, tmp_path):  # noqa: F811
+def test_a_process_that_fails_is_heard(checkpoint, corpora, tmp_path):
     with pytest.raises(RuntimeError, match=r"lower recovery.learning_rate"):
         recover(make(max_steps=4, num_processes=2, learning_rate=1e30), checkpoint, tmp_path / "x", corpora)
 

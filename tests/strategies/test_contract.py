@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvp.models.masks import mask
 from kvp.models.plans import read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import available_kinds
@@ -21,7 +20,8 @@ from kvp.strategies.methods.random import Random
 from kvp.strategies.signals.gradients import scoring_bytes
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
-from tests.models.test_published_counts import LLAMA_7B
+from tests.helpers.masks import mask
+from tests.helpers.published import LLAMA_7B
 from tests.strategies.cases import BUDGET, CASES, CUTS, OPTIONS, ZEROS, make_plan, strategy, whole
 from tests.strategies.golden import assert_golden, zero_rows
 

@@ -13,7 +13,7 @@ from kvp.bench.llama_cpp.table import table
 from kvp.data.corpora import PackagedCorpus
 from kvp.evaluation.perplexity import Perplexity
 from kvp.models.load import load_model, load_tokenizer
-from tests.export.test_gguf import saved
+from tests.helpers.tokenizers import saved
 
 
 def record_of(path, **changes):

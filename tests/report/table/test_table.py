@@ -26,8 +26,8 @@ from kvp.report.table.render import comma_separated, latex, markdown, sources
 from kvp.report.table.spec import ColumnSpec, Spec
 from kvp.report.table.table import Cell, Row, Table
 from kvp.report.track import track
+from tests.helpers.tracking import PNG, records
 from tests.report.sample_records import as_runs, make_failed, make_record, perplexity, write, zero_shot
-from tests.test_tracking import PNG, records
 
 ROOT = Path(__file__).parents[3]
 PPL = ColumnSpec(title="{}", metric="pruned.evaluation.perplexity.*.value", better="lower", decimals=1)

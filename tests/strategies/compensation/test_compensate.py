@@ -14,27 +14,11 @@ from kvp.strategies.compensation.compensate import Bias, LeastSquares
 from kvp.strategies.methods.flap import FLAP
 from kvp.strategies.methods.numerical import Numerical
 from kvp.strategies.signals.moments import Moments
-from kvp.strategies.signals.walk import caught_inputs
 from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import random_plan, refitted, tiny_model
+from tests.helpers.inputs import batches, naive_inputs
 from tests.helpers.masks import mask
-
-
-def batches(count=6):
-    ids = torch.randint(3, 96, (count, 20), generator=torch.Generator().manual_seed(3))
-    return ids.split(2)
-
-
-def naive_inputs(model, names):
-    """(tokens, in_features) per module, from plain passes of the whole model."""
-    seen = {name: [] for name in names}
-    for ids in batches():
-        with torch.no_grad(), caught_inputs(model, names) as caught:
-            model(ids)
-        for name in names:
-            seen[name].append(caught[name].flatten(0, 1))
-    return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
 def errors(model, plan, compensated):

@@ -16,7 +16,7 @@ from kvp.strategies.search.trials import masked_loss
 from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import tiny_model
-from tests.strategies.methods.test_llm_pruner import naive_scores
+from tests.helpers.gradients import naive_scores
 
 WIDTHS = {"allocator": Uniform(multiple_of=1), "protect_first": 0, "protect_last": 0}
 STRATEGY = AdaPruner(**WIDTHS, trials=14, parts=3)

@@ -30,7 +30,7 @@ from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import random_plan, refitted, tiny_config, tiny_model
 from tests.helpers.masks import mask
-from tests.pipeline.test_run import run_here
+from tests.helpers.runs import run_here
 
 HALF = Budget(value=0.5, of="sparsity")
 CUT = Budget(value=0.25, of="block_params", tolerance=0.15)

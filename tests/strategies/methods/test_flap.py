@@ -15,7 +15,7 @@ from kvp.strategies.methods.flap import FLAP
 from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
-from tests.strategies.compensation.test_compensate import batches, naive_inputs
+from tests.helpers.inputs import batches, naive_inputs
 
 HEAD_DIM = 8
 AL_AM = Global(multiple_of=1, max_ratio=1.0, per_cost=False)

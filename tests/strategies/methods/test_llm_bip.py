@@ -14,7 +14,7 @@ from kvp.strategies.signals.walk import hidden_states
 from kvp.strategies.target import Target
 from kvp.types import Plan
 from tests.conftest import tiny_model
-from tests.strategies.compensation.test_compensate import batches, naive_inputs
+from tests.helpers.inputs import batches, naive_inputs
 
 HEAD_DIM = 8
 STRATEGY = LLMBIP(allocator=Uniform(multiple_of=1))

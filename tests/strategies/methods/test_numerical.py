@@ -8,7 +8,7 @@ from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.methods.numerical import Numerical
 from kvp.strategies.target import Target
 from tests.conftest import tiny_model
-from tests.strategies.compensation.test_compensate import batches, naive_inputs
+from tests.helpers.inputs import batches, naive_inputs
 
 HEAD_DIM = 8
 STRATEGY = Numerical(allocator=Uniform(multiple_of=1))

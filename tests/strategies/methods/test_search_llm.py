@@ -25,7 +25,7 @@ from kvp.strategies.signals.walk import caught_inputs
 from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
-from tests.pipeline.test_run import overrides, run_here
+from tests.helpers.runs import overrides, run_here
 from tests.process import start_kvp
 
 QUICK = Evolution(generations=4, population=10, parents=3, mutated=5, crossed=3)

@@ -19,7 +19,7 @@ from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import exact_norms, tiny_config, tiny_model
 from tests.helpers.masks import mask
-from tests.pipeline.test_run import LIGHT, run_here
+from tests.helpers.runs import LIGHT, run_here
 
 GOLDEN = Path(__file__).parents[1] / "golden_slicegpt.json"
 WIDTH = 32  # of 48

@@ -12,8 +12,8 @@ from kvp.strategies.methods.wanda_sp import WandaSP
 from kvp.strategies.target import Target
 from kvp.types import Budget, Plan
 from tests.conftest import tiny_model
+from tests.helpers.inputs import batches, naive_inputs
 from tests.helpers.masks import mask
-from tests.strategies.compensation.test_compensate import batches, naive_inputs
 
 HEAD_DIM = 8
 STRATEGY = WandaSP(allocator=Uniform(multiple_of=1))

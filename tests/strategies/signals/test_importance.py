@@ -6,14 +6,12 @@ from typing import get_args
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from kvp.models.spaces import find_spaces
 from kvp.strategies.signals.importance import Importance, score_spaces
 from kvp.strategies.target import Target
 from tests.conftest import tiny_model
-
-HEAD_DIM = 8
+from tests.helpers.gradients import HEAD_DIM, naive_gradients
 
 
 @pytest.fixture
@@ -21,18 +19,6 @@ def target(heads):
     model = tiny_model("llama", heads, num_hidden_layers=2, attention_bias=False)
     ids = torch.randint(3, 96, (6, 12), generator=torch.Generator().manual_seed(2))
     return Target(model, ids, batch_size=3, seed=4)
-
-
-def naive_gradients(target, batch_size):
-    """Per batch, a full copy of all gradients of the mean loss."""
-    copies = []
-    for ids in target.calibration.split(batch_size):
-        target.model.zero_grad()
-        logits = target.model(ids).logits[:, :-1]
-        F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-        copies.append({name: p.grad.clone() for name, p in target.model.named_parameters()})
-    target.model.zero_grad()
-    return copies
 
 
 def slices(target, space, group, index):

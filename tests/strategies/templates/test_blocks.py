@@ -14,7 +14,7 @@ from kvp.strategies.methods.sleb import SLEB
 from kvp.strategies.target import Target
 from kvp.types import Budget, Plan, Space
 from tests.conftest import random_plan, tiny_config, tiny_model
-from tests.models.test_published_counts import LLAMA_7B, params
+from tests.helpers.published import LLAMA_7B, params
 
 BLOCKS = Space("block", None, (32,))
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvp.models.masks import mask
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import find_spaces
 from kvp.models.surgery import apply
 from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
+from tests.helpers.masks import mask
 from tests.strategies import cases
 from tests.strategies.cases import make_plan
 

@@ -32,7 +32,7 @@ from kvp.strategies.templates.selection import Pattern, lowest, share
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
 from tests.helpers.masks import mask
-from tests.pipeline.test_run import ROOT, overrides, run_here
+from tests.helpers.runs import ROOT, overrides, run_here
 from tests.process import start_kvp
 from tests.strategies.cases import CUTS, ZEROS
 from tests.strategies.cases import strategy as made
