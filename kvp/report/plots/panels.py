@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from kvp.report.plots.points import Point
 from kvp.report.records.facts import facts, phrase
-
-if TYPE_CHECKING:
-    from kvp.report.plots.points import Point
 
 BATCH = frozenset({"batch_size"})
 

@@ -10,7 +10,15 @@ from kvp.results import MeasureRecord, PerplexityRecord, TaskRecord, ZeroShotRec
 
 Facts = dict[str, Any]
 
-STAGES = ("join", "score", "sensitivity", "search", "prune")  # of the store, that pruning goes through
+STAGES = (
+    "join",
+    "score",
+    "sensitivity",
+    "search",
+    "plan",
+    "refit",
+    "prune",
+)  # of the store, that pruning goes through
 WORDS = {
     "corpus": "{}",
     "part": "{} part",
