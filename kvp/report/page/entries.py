@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from kvp.report.plots import panels
-from kvp.report.plots.panels import titles
-from kvp.report.plots.points import Panel, Point, Read, find_points
+from kvp.report.plots.means import Read
+from kvp.report.plots.panels import Panel, titles
+from kvp.report.plots.points import Point, find_points
 from kvp.report.records.keys import MISSING, label
 from kvp.report.records.runs import Run
 from kvp.report.table.cells import reason

@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kvp.record import Denominator
+from kvp.report.plots.means import Read, means
 from kvp.report.plots.offscale import COLLAPSED
 from kvp.report.plots.panels import titles
-from kvp.report.plots.points import Point, Read, means
+from kvp.report.plots.points import Point
 from kvp.report.plots.style import INK, Look, deviations, legend, looks, make_panels, set_scale
 
 ROW = 0.18  # inches of height

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
 
-from kvp.report.plots.points import Panel, Point
+from kvp.report.plots.points import Point
 from kvp.report.records.facts import facts, phrase
 
 BATCH = frozenset({"batch_size"})
+
+
+class Panel(NamedTuple):
+    """A title, and all the facts that must agree between the values of one panel."""
+
+    title: str
+    facts: tuple[tuple[str, Any], ...]
+
+    def under(self, *more: tuple[str, Any]) -> Panel:
+        """Return the panel of those values that share these facts, too."""
+        return self._replace(facts=(*more, *self.facts))
 
 
 def panel_of(point: Point, metric: str, title: str, without: Collection[str] = ()) -> Panel:

@@ -11,9 +11,10 @@ from matplotlib.lines import Line2D
 
 from kvp.record import Denominator
 from kvp.report.plots import panels
+from kvp.report.plots.means import Mean, Read, means
 from kvp.report.plots.offscale import NOTE, Spot, set_range
-from kvp.report.plots.panels import titles
-from kvp.report.plots.points import Mean, Panel, Point, Read, means
+from kvp.report.plots.panels import Panel, titles
+from kvp.report.plots.points import Point
 from kvp.report.plots.style import FAINT, INK, Look, deviations, legend, looks, make_panels
 
 Dash = Any  # a matplotlib line style

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from kvp.report.plots.means import means
 from kvp.report.plots.panels import decode_speed, peak_memory, titles
-from kvp.report.plots.points import Point, means
+from kvp.report.plots.points import Point
 from kvp.report.plots.style import COLOURS, FAINT, INK, Look, deviations, legend, looks, make_panels
 from kvp.results import MeasureRecord
 

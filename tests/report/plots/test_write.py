@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from kvp.report.plots import choices, layers, losses, panels, quality, speed
-from kvp.report.plots.points import find_points, means
+from kvp.report.plots.means import means
+from kvp.report.plots.points import find_points
 from kvp.report.plots.style import INK, looks, style
 from kvp.report.plots.write import figures, write_plots
 from kvp.report.records.runs import Run, read_runs

@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 
 from kvp.report.plots import panels, quality
-from kvp.report.plots.points import find_points, means
+from kvp.report.plots.means import means
+from kvp.report.plots.points import find_points
 from kvp.report.plots.style import style
 from kvp.report.records.facts import facts
 from kvp.report.table.build import build
