@@ -21,11 +21,11 @@ from kvp.bench.models import Subject
 from kvp.bench.protocols import Protocol
 from kvp.bench.rounds import Series, in_turns
 from kvp.bench.rows import Row, describe, make_rows, roofline
+from kvp.cost import device_name
 from kvp.measurement.cache import check_whole_cache
 from kvp.measurement.measure import Measure
 from kvp.measurement.paths import DecodePath
 from kvp.measurement.roofline import copy_bandwidth
-from kvp.measurement.speed import device_name
 from kvp.provenance import provenance
 
 SCHEMA = 1  # of bench.json; raised when a key changes its meaning

@@ -169,7 +169,9 @@ def test_force_computes_once_what_it_names_and_what_follows(swept, monkeypatch, 
     two = [word.replace("0.25,0.9,0.5", "0.25,0.5") for word in words]
     code, stdout, _ = kvp_here(monkeypatch, capsys, *two, "force=[score]")
     assert code == 0
-    assert "3 stand, 7 to compute (1 score, 2 plan, 2 prune, 2 perplexity)" in stdout  # the probe needs no scores
+    assert (
+        "3 stand, 7 to compute (1 score, 2 plan, 2 prune, 2 perplexity)" in stdout
+    )  # the probe needs no scores
     assert "3 found, 4 computed" in stdout
     assert "4 found, 3 computed" in stdout  # the second job finds the new scores of the first
     assert len(list(tmp_path.glob("store/score/.*.replaced-1"))) == 1

@@ -25,11 +25,11 @@ import torch
 
 from kvp.bench.llama_cpp.engine import cache_bytes_per_token, greedy, open_gguf, time_once, window_nll
 from kvp.bench.llama_cpp.table import table
+from kvp.cost import device_name
 from kvp.data.corpora import PackagedCorpus
 from kvp.data.tokens import digest, encode
 from kvp.export.gguf_file import FILE
 from kvp.export.write import export
-from kvp.measurement.speed import device_name
 from kvp.models.load import load_model, load_tokenizer
 from kvp.provenance import provenance
 
