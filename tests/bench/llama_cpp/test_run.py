@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 
 import pytest
 import torch
 
-from kvp.bench.llama_cpp.__main__ import PROMPTS, find_models, run
+from kvp.bench.llama_cpp import compare
+from kvp.bench.llama_cpp.__main__ import find_models, run
+from kvp.bench.llama_cpp.compare import PROMPTS, Model, compare_speed
 from kvp.bench.llama_cpp.table import table
 from kvp.data.corpora import PackagedCorpus
 from kvp.evaluation.perplexity import Perplexity
 from kvp.models.load import load_model, load_tokenizer
+from kvp.store import Store
 from tests.export.test_gguf import saved
 
 
@@ -56,14 +60,47 @@ def test_the_table_has_medians_and_ratios_of_rounds():
         "cache_bytes_per_token": {"dense": 200.0, "pruned": 100.0},
         "seconds": {name: {"prefill": times, "decode": times} for name, times in seconds.items()},
     }
-    said = table({"models": {"dense": model, "pruned": model}, "speed": {"8+4": point}})
+    said = re.sub(" +", " ", table({"models": {"dense": model, "pruned": model}, "speed": {"8+4": point}}))
     assert "| dense | 1.0 | 7.389 / 7.400 | 0.0050 |" in said
     assert "| pruned | 100 | 8.0 [8.0, 12.0] | 2.00 | 4.0 [4.0, 6.0] | 2.00 |" in said
     assert "**pruned**, 1 of 2 tokens as in transformers: One *two three*" in said
 
 
+def test_a_stopped_comparison_goes_on_after_its_last_round(tmp_path, monkeypatch):
+    """Six turns of three rounds; the second round is stopped and begins anew, the first stays."""
+    models = [Model(name, tmp_path, {}, tmp_path / name) for name in ("dense", "pruned")]
+    for model in models:
+        model.gguf.mkdir()
+        (model.gguf / "model.gguf").write_text(model.name)
+    engine = Namespace(n_vocab=lambda: 10)
+    opened, turns = [], []
+
+    def time_once(*args):
+        turns.append(len(turns))
+        if len(turns) == 4:
+            raise KeyboardInterrupt
+        return 1.0, float(len(turns))
+
+    monkeypatch.setattr(compare, "version", lambda name: "1.0")
+    monkeypatch.setattr(compare, "open_gguf", lambda *args, **kwargs: opened.append(args) or engine)
+    monkeypatch.setattr(compare, "cache_bytes_per_token", lambda engine, ids: 24.0)
+    monkeypatch.setattr(compare, "time_once", time_once)
+    options = Namespace(steps=4, rounds=3, threads=1, clock="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        compare_speed(models, 8, options, Store(tmp_path / "steps"))
+    for _ in range(2):  # the second time everything is found, and no engine is opened
+        result = compare_speed(models, 8, options, Store(tmp_path / "steps"))
+        decode = {name: seconds["decode"] for name, seconds in result["seconds"].items()}
+        assert decode == {"dense": [1.0, 5.0, 7.0], "pruned": [2.0, 6.0, 8.0]}
+        assert result["cache_bytes_per_token"] == {"dense": 24.0, "pruned": 24.0}
+    assert len(opened) == 4
+    (models[0].gguf / "model.gguf").write_text("another")
+    compare_speed(models, 8, options, Store(tmp_path / "steps"))
+    assert len(opened) == 6, "another GGUF is measured anew"
+
+
 @pytest.mark.slow
-def test_a_tiny_model_from_run_to_table(tmp_path):
+def test_a_tiny_model_from_run_to_table(tmp_path, monkeypatch):
     pytest.importorskip("llama_cpp")
     checkpoint = saved(tmp_path / "model")
     perplexity = Perplexity(corpora=["squad"], window=32, max_tokens=128)
@@ -84,5 +121,6 @@ def test_a_tiny_model_from_run_to_table(tmp_path):
     assert point["cache_bytes_per_token"]["dense"] == 3 * 2 * (6 + 6) * 2  # layers, groups, channels, bytes
     assert len(point["seconds"]["pruned 25% of kv_cache"]["decode"]) == 2
     before = (tmp_path / "results.json").read_text()
+    monkeypatch.setattr(compare, "open_gguf", lambda *args, **kwargs: 1 / 0)  # all of it is found
     run(options)
     assert json.loads((tmp_path / "results.json").read_text())["speed"] == json.loads(before)["speed"]
