@@ -1,4 +1,4 @@
-"""Where a number comes from: code, versions, machine."""
+"""Provenance of a number: code, versions, machine."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 
+from kvp.cost import device_kind, device_name
+
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "lm-eval", "safetensors", "wandb")
 
 
 def provenance(device: str) -> dict[str, Any]:
-    """Commit and dirtiness of the checkout, package versions, python, device, command line."""
+    """Return the checkout's commit, package versions, Python, device and command line.
+
+    `device` is the kind of device: results other than speed agree between CPUs of one architecture, and reports
+    footnote devices that differ. The measurements of speed name the CPU model themselves.
+    """
     import kvp
 
     return {
@@ -24,19 +30,19 @@ def provenance(device: str) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **hardware(device),
+        "device": device_kind(device),
+        "threads": torch.get_num_threads(),
         "command": " ".join(["python -m kvp", *sys.argv[1:]]),
     }
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """What speed depends on."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu ({platform.machine()})"
-    return {"device": name, "threads": torch.get_num_threads()}
+    """Return what speed depends on: the name of the GPU or CPU model, and the number of threads."""
+    return {"device": device_name(device), "threads": torch.get_num_threads()}
 
 
 def _commit() -> dict[str, Any]:
-    """The git commit of the code, None outside a checkout (an installed wheel has its version)."""
+    """Return the git commit of the code, None outside a checkout: an installed wheel has its version."""
 
     def git(*words: str) -> str:
         here = Path(__file__).parent

@@ -16,15 +16,11 @@ import json
 import logging
 import math
 import os
-import re
-import resource
 import shutil
 import socket
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
@@ -32,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from kvp.cost import measured
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ class StageError(OSError):
 class Finished:
     """A finished stage: its directory, and the mapping its work returned, as JSON gives it back.
 
-    `seconds` and `peak_bytes` (see `measured`) are those of the process that did the work. `found`
+    `seconds` and `peak_bytes` (see `kvp.cost.measured`) are those of the process that did the work. `found`
     says that it was finished before; False: it was computed now.
     """
 
@@ -169,40 +167,6 @@ class Store:
 
 def _older(final: Path, since: float | None) -> bool:
     return since is not None and (final / MANIFEST).stat().st_mtime < since
-
-
-@contextmanager
-def measured() -> Iterator[dict[str, Any]]:
-    """Fills in `seconds` and `peak_bytes` of a block once it is over; blocks must not nest.
-
-    The peak is that of the GPUs if the process has used one, otherwise its resident memory (since the
-    block began on Linux, since the process began elsewhere).
-    """
-    cost: dict[str, Any] = {}
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # begins VmHWM anew
-    if cuda := _cuda():
-        for device in range(cuda.device_count()):
-            cuda.reset_peak_memory_stats(device)
-    started = time.perf_counter()
-    yield cost
-    cost["seconds"] = time.perf_counter() - started
-    cost["peak_bytes"] = _peak_bytes()
-
-
-def _cuda() -> Any:
-    """`torch.cuda` if this process uses it, else None; does not import torch to find out."""
-    torch = sys.modules.get("torch")
-    return torch.cuda if torch and torch.cuda.is_initialized() else None
-
-
-def _peak_bytes() -> int:
-    if cuda := _cuda():
-        return sum(map(cuda.max_memory_allocated, range(cuda.device_count())))
-    with suppress(OSError):
-        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
-            return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _plain(value: Any, where: str) -> Any:

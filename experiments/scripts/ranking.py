@@ -39,6 +39,7 @@ from kvp.strategies.signals.losses import losses_without
 from kvp.strategies.steps import Score
 from kvp.strategies.target import Scores
 from kvp.strategies.templates.scored import ScoreStrategy
+from kvp.tables import markdown
 from kvp.types import Plan, Space
 
 METHODS = (
@@ -157,20 +158,26 @@ def compare(methods: Sequence[str], samples: int, options: Sequence[str]) -> dic
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown, best within layers first."""
+    """Return the result as Markdown, best within layers first."""
     agrees = ("groups scored", "Spearman", "within layers", "least right")
     heads = ("method", *agrees, "rise, uniform", "rise, one ranking")
     rows = [
-        f"| {name} | {row['groups']} | {row['spearman']:.2f} | {row['within_layers']:.2f} | "
-        f"{row['least_right']:.0%} | {row['rise_uniform']:.2f} | {row['rise_global']:.2f} |"
+        [
+            name,
+            str(row["groups"]),
+            f"{row['spearman']:.2f}",
+            f"{row['within_layers']:.2f}",
+            f"{row['least_right']:.0%}",
+            f"{row['rise_uniform']:.2f}",
+            f"{row['rise_global']:.2f}",
+        ]
         for name, row in sorted(result["methods"].items(), key=lambda item: -item[1]["within_layers"])
     ]
-    lines = [f"| {' | '.join(heads)} |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |", *rows]
     below = (
         f"Rises in nats per token on {result['samples']} calibration samples, summed over the {result['removed']} "
         f"groups that go; the {result['removed']} least of all groups: {result['least_rise']:.2f}."
     )
-    return "\n".join([*lines, "", below, ""])
+    return f"{markdown(heads, rows)}\n\n{below}\n"
 
 
 def main() -> None:

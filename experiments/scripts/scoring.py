@@ -1,4 +1,4 @@
-"""What pruning by each method costs: seconds and peak memory, every method in a fresh process.
+"""Measure the cost of pruning by each method: seconds and peak memory, every method in a fresh process.
 
     python -m experiments.scripts.scoring [--strategies NAME,NAME] [--out DIR] [option=value ...]
     python -m experiments.scripts.scoring model=llama_7b_shape         # on a GPU: random weights, no download
@@ -10,21 +10,27 @@ plan and compensation, not the cut itself, which is the same for all: on the clo
 which other processes disturb less. Shapes of random weights read random tokens, which cost the same.
 Peaks are over an empty process: the weights are in them, the interpreter is not.
 
-Writes cost.jsonl (with provenance) and cost.md, after every method; of earlier results, those of other methods
-or models stay. A method that fails says why, and the others go on.
+Writes cost.jsonl (with provenance) and cost.md after every method. Results of other methods or models that cost.jsonl
+holds already stay. A method that fails says why, and the others go on. A command that was killed goes on after its
+last method; a finished one measures anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from kvp.store import Store
+from kvp.tables import markdown
 
 METHODS: dict[str, list[str]] = {
     "magnitude": [],
@@ -54,7 +60,7 @@ Line = dict[str, Any]
 
 
 def main() -> None:
-    """Measure the strategies one after the other, or in the child's process one; 1 if one failed."""
+    """Measure the strategies one after the other; exit code 1 if one failed."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.scripts.scoring",
         description=__doc__,
@@ -81,7 +87,7 @@ def main() -> None:
 
 
 def parse(strategies: str) -> dict[str, list[str]]:
-    """Name -> options, from "flap,adapruner strategy.trials=50"."""
+    """Return options by name from "flap,adapruner strategy.trials=50"."""
     asked = [words.split() for words in strategies.split(",")]
     return {name: options or METHODS.get(name, []) for name, *options in asked}
 
@@ -89,43 +95,66 @@ def parse(strategies: str) -> dict[str, list[str]]:
 def run(
     strategies: Mapping[str, Sequence[str]], common: Sequence[str], out: Path, command: str
 ) -> list[Line]:
-    """Measure each in a process of its own; returns the lines of this command."""
-    out.mkdir(parents=True, exist_ok=True)
-    lines = []
+    """Measure each strategy in a process of its own, and return the lines of this command.
+
+    Finished strategies of a killed command are found in `out`/steps, which a finished command removes.
+    """
+    store, lines = Store(out / "steps"), []
     for number, (name, options) in enumerate(strategies.items(), start=1):
         print(f"[{number}/{len(strategies)}] {' '.join([name, *options])}", file=sys.stderr, flush=True)
-        line = _in_a_process([*COMMON, *common, f"strategy={name}", *options])
+        words = [*COMMON, *common, f"strategy={name}", *options]
+        try:
+            line = store.once("cost", {"options": words}, partial(_in_a_process, words)).result
+        except MethodError as error:
+            line = error.line
         line = {"strategy": name, "options": list(options), **line}
         line["provenance"] = {**line.get("provenance", {}), "command": command}
-        told = line["failed"] or f"{line['seconds']:.1f} s, {line['peak_bytes'] / 2**20:,.0f} MiB"
-        print(f"[{number}/{len(strategies)}] {name}: {told}", file=sys.stderr, flush=True)
+        outcome = line["failed"] or f"{line['seconds']:.1f} s, {line['peak_bytes'] / 2**20:,.0f} MiB"
+        print(f"[{number}/{len(strategies)}] {name}: {outcome}", file=sys.stderr, flush=True)
         lines.append(line)
-        write(_merged(out / "cost.jsonl", lines), out)
+        write([*_others(out / "cost.jsonl", lines), *lines], out)
+    shutil.rmtree(store.root)
     return lines
 
 
-def _in_a_process(words: Sequence[str]) -> Line:
-    """What the child prints last; why there is nothing, if it was killed."""
+class MethodError(Exception):
+    """A method failed; `line` says why. No store keeps it, so a repeated command tries again."""
+
+    def __init__(self, line: Line) -> None:
+        super().__init__(line["failed"])
+        self.line = line
+
+
+def _in_a_process(words: Sequence[str], _: Path) -> Line:
+    """Return what the child prints last.
+
+    Raises:
+        MethodError: The method failed, or its process was killed.
+    """
     with tempfile.TemporaryFile("w+") as output:
         ended = subprocess.run(
             [sys.executable, "-m", "experiments.scripts.scoring", "--child", *words], stdout=output
         )
         output.seek(0)
         printed = output.read().splitlines()
-    if ended.returncode == 0 and printed:
-        return json.loads(printed[-1])
     how = f"killed by signal {-ended.returncode}" if ended.returncode < 0 else f"exit {ended.returncode}"
-    return {"model": None, "failed": f"{how}, see above"}
+    line: Line = {"model": None, "failed": f"{how}, see above"}
+    if ended.returncode == 0 and printed:
+        line = json.loads(printed[-1])
+    if line["failed"]:
+        raise MethodError(line)
+    return line
 
 
-def _merged(path: Path, lines: Sequence[Line]) -> list[Line]:
+def _others(path: Path, lines: Sequence[Line]) -> list[Line]:
+    """Return the lines in a cost.jsonl of other methods or models."""
     earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     new = {(line["model"], line["strategy"]) for line in lines}
-    return [line for line in earlier if (line["model"], line["strategy"]) not in new] + list(lines)
+    return [line for line in earlier if (line["model"], line["strategy"]) not in new]
 
 
 def write(lines: Sequence[Line], out: Path) -> None:
-    """cost.jsonl, and a table per model as cost.md."""
+    """Write cost.jsonl, and a table per model as cost.md."""
     (out / "cost.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     measured = [line for line in lines if not line["failed"]]
     parts = [table(title, list(group)) for title, group in groupby(sorted(measured, key=_title), key=_title)]
@@ -143,11 +172,11 @@ def _title(line: Line) -> str:
 
 
 def table(title: str, lines: Sequence[Line]) -> str:
-    """Markdown; seconds per step, cheapest method first."""
+    """Return seconds per step as Markdown, cheapest method first."""
     steps = list(dict.fromkeys(step for line in lines for step in line["steps"]))
     ends = ("all s", "CPU s", "peak MiB", "peak / weights")
     heads = ["strategy", "options", *(f"{step} s" for step in steps), *ends]
-    rows = [heads, ["---", "---", *["---:"] * (len(heads) - 2)]]
+    rows = []
     for line in sorted(lines, key=lambda line: line["seconds"]):
         seconds = [f"{line['steps'][s]['seconds']:.1f}" if s in line["steps"] else "—" for s in steps]
         peak = line["peak_bytes"]
@@ -158,7 +187,7 @@ def table(title: str, lines: Sequence[Line]) -> str:
             f"{peak / line['weights_bytes']:.2f}",
         ]
         rows.append([line["strategy"], " ".join(line["options"]) or "—", *seconds, *sizes])
-    return "\n".join([title, "", *(f"| {' | '.join(row)} |" for row in rows), ""])
+    return f"{title}\n\n{markdown(heads, rows, labels=2)}\n"
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Check, measure, write and print."""
+    """Check the benchmark, measure, write the results and print them."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for chatty in ("httpx", "matplotlib", "fontTools"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -50,16 +50,14 @@ def run(options: argparse.Namespace) -> None:
     bench.check()
     record = bench.run(options.out)
 
-    from rich.console import Console
-
     from kvp.bench.plots import write_plots
-    from kvp.bench.table import WIDTH, markdown, print_tables
+    from kvp.bench.table import markdown, print_tables
 
-    header = {key: value for key, value in record.items() if key not in ("rows", "begun")}
+    header = {key: value for key, value in record.items() if key != "rows"}
     lines = [json.dumps(line) + "\n" for line in (header, *record["rows"])]
     (options.out / "results.jsonl").write_text("".join(lines))
     (options.out / "table.md").write_text(markdown(record))
-    print_tables(record, Console(width=None if sys.stdout.isatty() else WIDTH))
+    print_tables(record)
     written = [
         "bench.json",
         "results.jsonl",

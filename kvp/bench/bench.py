@@ -1,50 +1,87 @@
-"""A benchmark from its models to its record; everything that can be refused is, before a weight is made."""
+"""A benchmark from its models to its record; refuses whatever it can before it makes a weight.
+
+Every step (the limits of a model, a round of all models) is a stage of a `kvp.store.Store` in the output directory.
+A benchmark that was killed goes on after its last step; a finished one removes the steps and is measured anew.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from kvp.bench.journal import begun, go_on, keep, place, write
 from kvp.bench.limits import find_batch, find_context, predicted_batch
 from kvp.bench.models import Subject
 from kvp.bench.protocols import Protocol
-from kvp.bench.rounds import Series, in_turns
-from kvp.bench.rows import Row, describe, make_rows, roofline
+from kvp.bench.rounds import Round, Series, in_turns
+from kvp.bench.rows import Row, describe, make_rows
+from kvp.cost import device_name
 from kvp.measurement.cache import check_whole_cache
 from kvp.measurement.measure import Measure
 from kvp.measurement.paths import DecodePath
 from kvp.measurement.roofline import copy_bandwidth
-from kvp.measurement.speed import device_name
 from kvp.provenance import provenance
+from kvp.store import Store, fingerprint
 
+FILE, STEPS = "bench.json", "steps"  # the record, and the store of an unfinished benchmark
 SCHEMA = 1  # of bench.json; raised when a key changes its meaning
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """What is compared, and how.
+class Steps:
+    """Steps of one benchmark, each done once, by however many processes it takes.
 
     Attributes:
-        subjects: The first is what the others are compared with.
-        name: Of the protocol.
-        protocol: The grid of rows.
+        seconds: Time that earlier processes spent on the steps found so far.
+    """
+
+    def __init__(self, store: Store, bench: Mapping[str, Any]) -> None:
+        self.store, self.bench, self.seconds = store, fingerprint("bench", SCHEMA, bench), 0.0
+
+    def once(
+        self, step: str, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the result of a step, found or worked now."""
+        done = self.store.once(step, {"bench": self.bench, **inputs}, lambda directory: work())
+        self.seconds += done.seconds if done.found else 0
+        return done.result
+
+    def processes(self, own: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return what every process of this benchmark began with, this one last, and remember `own` for the next."""
+        begun: list[dict[str, Any]] = []
+        for number in count(1):
+            done = self.store.once("process", {"bench": self.bench, "number": number}, lambda directory: own)
+            begun.append(done.result)
+            if not done.found:
+                break
+        return begun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A comparison of models under one protocol.
+
+    Attributes:
+        subjects: Models; the others are compared with the first.
+        name: Name of the protocol.
+        protocol: Grid of rows.
         asked: Batches that at least one model must be able to hold.
         paths: Ways to decode.
-        device: Where.
-        dtype: In what.
+        device: Device of all models.
+        dtype: Dtype of weights and cache.
         limit: Bytes that a model and its cache may take.
     """
 
@@ -58,7 +95,7 @@ class Bench:
     limit: int
 
     def check(self) -> None:
-        """Refuse what cannot be run; from shapes alone.
+        """Refuse what cannot be run, from shapes alone.
 
         Raises:
             ValueError: A sequence is longer than a model's positions, a cache cannot be served, weights or a
@@ -87,111 +124,115 @@ class Bench:
                     )
 
     def run(self, out: Path) -> dict[str, Any]:
-        """Measure everything; `out`/bench.json grows round by round, and the same benchmark goes on from there."""
+        """Measure everything and write `out`/bench.json; go on after the last step of an unfinished benchmark."""
         begin = time.time()
         out.mkdir(parents=True, exist_ok=True)
         gc.collect()
         gc.freeze()  # a million objects of imported modules, which every later collection would visit
-        record = go_on(self._header(begin), out)
-        before = record["provenance"]["seconds"]
-
-        def save() -> None:
-            record["provenance"]["seconds"] = before + time.time() - begin
-            write(record, out)
-
-        for subject in self.subjects[len(record["limits"]) :]:
-            record["limits"].append(self._limits(subject))
-            save()
-        found = {
-            (limits["model"], batch["prompt_length"], batch["new_tokens"]): batch["found"]
-            for limits in record["limits"]
-            for batch in limits["largest_batch"]
+        header = self._header()
+        steps = Steps(Store(out / STEPS), header)
+        own = {
+            "memory_limit_bytes": self.limit,
+            "copy_bytes_per_second": copy_bandwidth(self.device),
+            "started": datetime.fromtimestamp(begin, UTC).isoformat(timespec="seconds"),
         }
-        models = {subject.name: self._load(subject) for subject in self.subjects}
-        for path in self.paths:
-            for prompt, new in self.protocol.shapes:
-                most = {name: found[name, prompt, new] for name in models}
-                for point in self.protocol.points_of(prompt, new, max(most.values())):
-                    fit = {name: m for name, m in models.items() if most[name] >= point.batch_size}
-                    if fit or point.batch_size in self.asked:
-                        self._measure(record, fit, path, point, save)
-        record |= {"status": "finished", "begun": None}
-        for row in record["rows"]:  # of several processes the fastest copy counts
-            if not row["failed"]:
-                row["roofline"] |= roofline(row, record["copy_bytes_per_second"])
-        save()
-        return record
-
-    def _header(self, begin: float) -> dict[str, Any]:
-        return {
+        processes = steps.processes(own)
+        limit = processes[0]["memory_limit_bytes"]  # free memory varies; one benchmark keeps its limit
+        bandwidth = max(process["copy_bytes_per_second"] for process in processes)
+        limits = [self._limits(subject, limit, steps) for subject in self.subjects]
+        rows = self._rows(limits, bandwidth, steps)
+        record = {
             "schema": SCHEMA,
-            "status": "running",
+            "status": "finished",
+            **header,
+            "memory_limit_bytes": limit,
+            "copy_bytes_per_second": bandwidth,
+            "limits": limits,
+            "rows": rows,
+            "provenance": {
+                **provenance(str(self.device)),
+                "command": " ".join(["python -m kvp.bench", *sys.argv[1:]]),
+                "seed": self.protocol.seed,
+                "started": processes[0]["started"],
+                "seconds": time.time() - begin + steps.seconds,
+                "processes": len(processes),
+            },
+        }
+        (out / FILE).write_text(json.dumps(record, indent=1))
+        shutil.rmtree(out / STEPS)
+        return json.loads(json.dumps(record))
+
+    def _header(self) -> dict[str, Any]:
+        """Return what makes two benchmarks the same; the memory that happens to be free does not."""
+        return {
             "protocol": {"name": self.name, **asdict(self.protocol)},
             "paths": list(self.paths),
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": device_name(str(self.device)),
             "threads": torch.get_num_threads(),
-            "memory_limit_bytes": self.limit,
-            "copy_bytes_per_second": copy_bandwidth(self.device),
             "models": [describe(subject, self.subjects[0], self.dtype) for subject in self.subjects],
-            "limits": [],
-            "rows": [],
-            "begun": None,
-            "provenance": {
-                **provenance(str(self.device)),
-                "command": " ".join(["python -m kvp.bench", *sys.argv[1:]]),
-                "seed": self.protocol.seed,
-                "started": datetime.fromtimestamp(begin, UTC).isoformat(timespec="seconds"),
-                "seconds": 0.0,
-                "processes": 1,
-            },
         }
 
     def _load(self, subject: Subject) -> PreTrainedModel:
         return subject.load(device=self.device, dtype=self.dtype, seed=self.protocol.seed)
 
-    def _limits(self, subject: Subject) -> Row:
-        """With this model alone on the device."""
-        log.info("limits of %s", subject.name)
-        model = self._load(subject)
-        batches = [
-            {
-                "prompt_length": prompt,
-                "new_tokens": new,
-                **find_batch(subject, model, prompt_length=prompt, new_tokens=new, limit=self.limit),
-            }
-            for prompt, new in self.protocol.shapes
-        ]
-        context = find_context(subject, model, limit=self.limit)
-        return {"model": subject.name, "largest_batch": batches, "longest_context": context}
+    def _limits(self, subject: Subject, limit: int, steps: Steps) -> Row:
+        """Return the largest batches and the longest context of a model alone on the device."""
+
+        def work() -> Row:
+            log.info("limits of %s", subject.name)
+            model = self._load(subject)
+            batches = [
+                {
+                    "prompt_length": prompt,
+                    "new_tokens": new,
+                    **find_batch(subject, model, prompt_length=prompt, new_tokens=new, limit=limit),
+                }
+                for prompt, new in self.protocol.shapes
+            ]
+            context = find_context(subject, model, limit=limit)
+            return {"model": subject.name, "largest_batch": batches, "longest_context": context}
+
+        return steps.once("limits", {"model": subject.name}, work)
+
+    def _rows(self, limits: Sequence[Row], bandwidth: float, steps: Steps) -> list[Row]:
+        """Return the rows of all paths and points that at least one model can hold, or that were asked for."""
+        most = {
+            (one["model"], batch["prompt_length"], batch["new_tokens"]): batch["found"]
+            for one in limits
+            for batch in one["largest_batch"]
+        }
+        models = {subject.name: self._load(subject) for subject in self.subjects}
+        rows = []
+        for path in self.paths:
+            for prompt, new in self.protocol.shapes:
+                largest = {name: most[name, prompt, new] for name in models}
+                for point in self.protocol.points_of(prompt, new, max(largest.values())):
+                    fit = {name: m for name, m in models.items() if largest[name] >= point.batch_size}
+                    if fit or point.batch_size in self.asked:
+                        rows += self._measure(fit, path, point, bandwidth, steps)
+        return rows
 
     def _measure(
         self,
-        record: dict[str, Any],
         fit: Mapping[str, PreTrainedModel],
         path: DecodePath,
         point: Measure,
-        save: Callable[[], None],
-    ) -> None:
-        """One row per model; those that the batch does not fit take no turn."""
-        where = place(path, point)
-        if any(row.items() >= where.items() for row in record["rows"]):
-            return
+        bandwidth: float,
+        steps: Steps,
+    ) -> list[Row]:
+        """Return one row per model; a model that the batch does not fit takes no turn."""
         log.info(
             "%s, batch %d, %d + %d tokens", path, point.batch_size, point.prompt_length, point.new_tokens
         )
 
-        def after(series: Mapping[str, Series]) -> None:
-            keep(record, where, series)
-            save()
+        def keep(number: int, work: Callable[[], Round]) -> Round:
+            return steps.once("round", {"path": path, "point": asdict(point), "number": number}, work)
 
-        series = in_turns(fit, path, point, begun=begun(record, where), after=after)
+        series = in_turns(fit, path, point, keep=keep)
         absent = Series(failed="does not fit the memory")
         every = [series.get(subject.name, absent) for subject in self.subjects]
-        record["rows"] += make_rows(
-            self.subjects, every, path, point, dtype=self.dtype, bandwidth=record["copy_bytes_per_second"]
-        )
-        save()
+        return make_rows(self.subjects, every, path, point, dtype=self.dtype, bandwidth=bandwidth)
 
 
 def _gibibytes(count: float) -> str:

@@ -1,14 +1,14 @@
 """Several models timed in turns, so that what slows the machine down slows all of them.
 
 One process holds all models. In every round each of them does one run, in the given order and then in the
-reverse one; a ratio of two models is the median over the ratios of single rounds. Finished rounds are kept, so
-that a benchmark that was stopped goes on with the next one; a round is never made of two halves.
+reverse one; a ratio of two models is the median over the ratios of single rounds. A caller may keep finished
+rounds, so that a benchmark that was stopped goes on with the next one. A round is never made of two halves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,16 +22,20 @@ from kvp.measurement.speed import quartiles, time_run
 
 OUT_OF_MEMORY = "out of memory beside the other models"
 
+Round = dict[str, dict[str, Any]]  # what each model did in one round, as JSON data
+Keep = Callable[[int, Callable[[], Round]], Round]
 
-@dataclass
+
+@dataclass(frozen=True, kw_only=True)
 class Series:
-    """What one model did: seconds per round, those that do not count first, and the memory of the last.
+    """Seconds of one model's rounds, those that do not count first, and the memory of the last round.
 
     Attributes:
-        prefill: Seconds of reading the prompt.
-        decode: Seconds of all steps.
+        prefill: Seconds of reading the prompt, per round.
+        decode: Seconds of all steps, per round.
+        memory: Parts of the peak; None before the last round.
         kernels: Implementations of the attention.
-        failed: Why there is nothing, None if there is.
+        failed: Why the model has no rounds; None if it has.
     """
 
     prefill: list[float] = field(default_factory=list)
@@ -42,12 +46,23 @@ class Series:
 
     @property
     def whole(self) -> list[float]:
-        """Seconds of prompt and steps together."""
+        """Seconds of prompt and steps together, per round."""
         return [prefill + decode for prefill, decode in zip(self.prefill, self.decode, strict=True)]
 
     def counted(self, warmup: int) -> Series:
-        """Without the first `warmup` rounds."""
+        """Return the series without its first `warmup` rounds."""
         return replace(self, prefill=self.prefill[warmup:], decode=self.decode[warmup:])
+
+    def followed_by(self, run: dict[str, Any]) -> Series:
+        """Return the series with one more round; one that failed leaves nothing else."""
+        if run["failed"]:
+            return Series(failed=run["failed"])
+        return Series(
+            prefill=[*self.prefill, run["prefill"]],
+            decode=[*self.decode, run["decode"]],
+            memory=memory.Memory(**run["memory"]) if run["memory"] else None,
+            kernels=run["kernels"],
+        )
 
 
 def in_turns(
@@ -55,56 +70,63 @@ def in_turns(
     path: DecodePath,
     point: Measure,
     *,
-    begun: Mapping[str, Series] | None = None,
+    keep: Keep = lambda number, work: work(),
     watch: Callable[[str], None] = lambda name: None,
-    after: Callable[[Mapping[str, Series]], None] = lambda series: None,
 ) -> dict[str, Series]:
-    """`point.warmup` rounds that do not count and `point.runs` that do; one out of memory leaves the turns.
+    """Run `point.warmup` rounds that do not count and `point.runs` that do; one out of memory leaves the turns.
 
     Args:
-        models: By name, all on one device.
+        models: Models by name, all on one device.
         path: How they decode.
         point: Batch, prompt and new tokens.
-        begun: What an earlier process was told by `after`; goes on from there, without warming up again.
-        watch: Told the name of the model before each run.
-        after: Told everything after each round.
+        keep: Gets the number of a round and its work; returns the round, kept or worked now.
+        watch: Gets the name of the model before each run.
     """
-    series = dict(begun) if begun else {name: Series() for name in models}
+    series = {name: Series() for name in models}
     rounds = point.warmup + point.runs
-    for number in range(max((len(one.decode) for one in series.values()), default=0), rounds):
-        names = [name for name in models if series[name].failed is None]
-        for name in names if number % 2 == 0 else reversed(names):
-            watch(name)
-            try:
-                _run(models[name], path, point, series[name], last=number == rounds - 1)
-            except torch.OutOfMemoryError:
-                series[name] = Series(failed=OUT_OF_MEMORY)
-        after(series)
+    for number in range(rounds):
+        turns = [name for name in models if series[name].failed is None]
+        if number % 2:
+            turns.reverse()
+
+        def work(turns: list[str] = turns, last: bool = number == rounds - 1) -> Round:
+            done = {}
+            for name in turns:
+                watch(name)
+                done[name] = _run(models[name], path, point, last=last)
+            return done
+
+        for name, run in keep(number, work).items():
+            series[name] = series[name].followed_by(run)
     return {name: one.counted(point.warmup) for name, one in series.items()}
 
 
-def _run(model: PreTrainedModel, path: DecodePath, point: Measure, series: Series, *, last: bool) -> None:
+def _run(model: PreTrainedModel, path: DecodePath, point: Measure, *, last: bool) -> dict[str, Any]:
+    """Return the seconds of one run, and of the last one the memory and the kernels."""
+    run: dict[str, Any] = {"prefill": None, "decode": None, "memory": None, "kernels": [], "failed": None}
     device, new_tokens = model.device, point.new_tokens
-    prompt = point.prompt(model.config.vocab_size).to(device)
-    before = memory.begin(device)
-    decoder = prepare(
-        path, model, batch_size=point.batch_size, prompt_length=point.prompt_length, new_tokens=new_tokens
-    )
-    prefill, decode = time_run(decoder, prompt, new_tokens)
-    series.prefill.append(prefill)
-    series.decode.append(decode)
-    if last:
-        series.memory = memory.Memory(
-            peak_bytes=memory.peak_bytes(device) - before + memory.weights_bytes(model),
-            weights_bytes=memory.weights_bytes(model),
-            cache_bytes=cache_bytes(decoder.cache),
-            baseline_bytes=0,
-            method="cuda" if device.type == "cuda" else "rss",
+    try:
+        prompt = point.prompt(model.config.vocab_size).to(device)
+        before = memory.begin(device)
+        decoder = prepare(
+            path, model, batch_size=point.batch_size, prompt_length=point.prompt_length, new_tokens=new_tokens
         )
-        series.kernels = attention_kernels(decoder)
+        run["prefill"], run["decode"] = time_run(decoder, prompt, new_tokens)
+        if last:
+            parts = memory.Memory(
+                peak_bytes=memory.peak_bytes(device) - before + memory.weights_bytes(model),
+                weights_bytes=memory.weights_bytes(model),
+                cache_bytes=cache_bytes(decoder.cache),
+                baseline_bytes=0,
+                method="cuda" if device.type == "cuda" else "rss",
+            )
+            run |= {"memory": asdict(parts), "kernels": attention_kernels(decoder)}
+    except torch.OutOfMemoryError:
+        run["failed"] = OUT_OF_MEMORY
+    return run
 
 
 def ratio(series: list[float], to: list[float]) -> dict[str, Any]:
-    """How much faster `series` is than `to`, round by round: median and quartiles of the rates' ratios."""
+    """Return how many times faster `series` is than `to`: median and quartiles over the ratios of single rounds."""
     q1, median, q3 = quartiles([other / own for own, other in zip(series, to, strict=True)])
     return {"median": median, "iqr": [q1, q3]}

@@ -1,73 +1,87 @@
-"""The record as tables: what was measured beside its limit, and how much fits."""
+"""Tables of a record: what was measured next to its limit, and how much fits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
-WIDTH = 160  # of a table in a file or pipe
+from kvp.tables import console_table, print_table
+from kvp.tables import markdown as markdown_table
+
 Record = Mapping[str, Any]
+Cells = list[str]  # of one row; a row of a single cell is the heading of those below it
 
 
-def print_tables(record: Record, console: Console) -> None:
-    """Models, rows, limits, and how to read them."""
-    for table in _tables(record):
-        console.print(table)
-    for line in _notes(record):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+class Block(NamedTuple):
+    """A table: its title, the headings of its columns, its rows."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Cells]
+
+    def filled(self, heading: Callable[[str], Any]) -> list[list[Any]]:
+        """Return the rows, all of one length; `heading` makes the first cell of a heading."""
+        rest = [""] * (len(self.heads) - 1)
+        return [
+            [heading(*row), *rest] if len(row) == 1 else [*row, *rest][: len(self.heads)] for row in self.rows
+        ]
+
+
+def print_tables(record: Record) -> None:
+    """Print models, rows and limits, and how to read them."""
+    for block in _blocks(record):
+        rows = block.filled(lambda text: Text(text, style="bold"))
+        ends = [number - 1 for number, row in enumerate(block.rows) if len(row) == 1 and number]
+        print_table(console_table(block.heads, rows, title=block.title, ends=ends))
+    print(*_notes(record), sep="\n")
 
 
 def markdown(record: Record) -> str:
-    """The same for a README."""
-    return "\n\n".join([*map(_markdown, _tables(record)), *_notes(record)]) + "\n"
+    """Return models, rows and limits as Markdown, and how to read them."""
+    texts = [
+        f"**{block.title}**\n\n{markdown_table(block.heads, block.filled('**{}**'.format))}"
+        for block in _blocks(record)
+    ]
+    return "\n\n".join([*texts, *_notes(record)]) + "\n"
 
 
-def _tables(record: Record) -> list[Table]:
+def _blocks(record: Record) -> list[Block]:
     return [_models(record), _rows(record), _limits(record)]
 
 
-def _markdown(table: Table) -> str:
-    columns = [[str(column.header), "---", *map(_bold, column.cells)] for column in table.columns]
-    rows = zip(*columns, strict=True)
-    return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def _bold(cell: Any) -> str:
-    return str(cell).replace("[bold]", "**").replace("[/bold]", "**")
-
-
-def _models(record: Record) -> Table:
-    columns = ("parameters", "weights", "KV per token", "removed: parameters", "KV", "widths of 8")
-    table = _table("models", *columns)
-    for model in record["models"]:
-        removed = model["removed"]
-        table.add_row(
+def _models(record: Record) -> Block:
+    heads = ("model", "parameters", "weights", "KV per token", "removed: parameters", "KV", "widths of 8")
+    rows = [
+        [
             model["name"],
             f"{model['params'] / 1e6:,.1f} M",
             f"{model['weights_bytes'] / 2**20:,.1f} MiB",
             f"{model['kv_bytes_per_token']:,} B",
-            f"{removed['params']:.1%}",
-            f"{removed['kv_cache']:.1%}",
+            f"{model['removed']['params']:.1%}",
+            f"{model['removed']['kv_cache']:.1%}",
             "yes" if model["aligned"] else "no",
-        )
-    return table
+        ]
+        for model in record["models"]
+    ]
+    return Block("models", heads, rows)
 
 
-def _rows(record: Record) -> Table:
+def _rows(record: Record) -> Block:
     times = ("prefill tok/s", "decode tok/s", "latency s", "x first", "by bytes", "of roofline")
     title = f"{record['protocol']['name']} on {record['device']}, {record['dtype']}"
-    table = _table(title, *times, "cache MiB", "rest", "attention")
-    section: tuple[Any, ...] = ()
+    rows: list[Cells] = []
+    place: tuple[Any, ...] = ()
     for row in record["rows"]:
-        path, batch, prompt, new = (row[k] for k in ("path", "batch_size", "prompt_length", "new_tokens"))
-        if section != (section := (path, batch, prompt, new)):
-            table.add_section()
-            table.add_row(f"[bold]{path}, batch {batch}, {prompt} + {new}[/bold]")
-        table.add_row(row["model"], *([row["failed"]] if row["failed"] else _measured(row)))
-    return table
+        path, batch, prompt, new = here = tuple(
+            row[key] for key in ("path", "batch_size", "prompt_length", "new_tokens")
+        )
+        if here != place:
+            rows.append([f"{path}, batch {batch}, {prompt} + {new}"])
+            place = here
+        rows.append([row["model"], *([row["failed"]] if row["failed"] else _measured(row))])
+    return Block(title, ("model", *times, "cache MiB", "rest", "attention"), rows)
 
 
 def _measured(row: Record) -> list[str]:
@@ -90,28 +104,20 @@ def _rate(timing: Record) -> str:
     return f"{timing['tokens_per_second']:,.0f} ± {(high - low) / 2:,.0f}"
 
 
-def _limits(record: Record) -> Table:
+def _limits(record: Record) -> Block:
     title = f"what fits {record['memory_limit_bytes'] / 2**30:,.2f} GiB: found by trying (from bytes)"
     shapes = record["limits"][0]["largest_batch"] if record["limits"] else []
     batches = (f"batch of {shape['prompt_length']}+{shape['new_tokens']}" for shape in shapes)
-    table = _table(title, *batches, "tokens of one sequence")
+    rows = []
     for limits in record["limits"]:
         context = limits["longest_context"]
         full = " = all positions" if context["found"] + 16 > context["positions"] else ""
-        table.add_row(limits["model"], *map(_found, limits["largest_batch"]), _found(context) + full)
-    return table
+        rows.append([limits["model"], *map(_found, limits["largest_batch"]), _found(context) + full])
+    return Block(title, ("model", *batches, "tokens of one sequence"), rows)
 
 
 def _found(limit: Record) -> str:
     return f"{limit['found']:,} ({limit['predicted']:,})"
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("model", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
 
 
 def _notes(record: Record) -> list[str]:

@@ -16,10 +16,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kvp  # noqa: F401  (registers the pruned classes)
+from kvp.cost import device_name
 from kvp.measurement import memory
 from kvp.measurement.count import cache_bytes, cache_bytes_per_token, macs
 from kvp.measurement.measure import Measure
-from kvp.measurement.speed import device_name, time_model
+from kvp.measurement.speed import time_model
 from kvp.models.shapes import layer_shapes
 
 

@@ -10,17 +10,15 @@ from __future__ import annotations
 import ctypes
 import gc
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
+from kvp.cost import reset_resident_peak, resident_bytes, resident_peak_bytes
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # man 5 proc: sets VmHWM to the current resident size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +76,12 @@ def available_bytes(device: torch.device) -> int:
 
 def bytes_in_use(device: torch.device) -> int:
     """Bytes held now: by torch's allocator on a GPU, by this process on a CPU."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def peak_bytes(device: torch.device) -> int:
     """The highest `bytes_in_use` since `reset_peak`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak_bytes()
 
 
 def begin(device: torch.device) -> int:
@@ -101,10 +99,4 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     else:
         ctypes.CDLL(None).malloc_trim(0)  # glibc, as every Linux build of torch
-        CLEAR_REFS.write_text(RESET_PEAK)
-
-
-def _status(field: str) -> int:
-    """A size from /proc/self/status (Linux), which states kB and means KiB."""
-    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return 1024 * int(lines[field].split()[0])
+        reset_resident_peak()

@@ -7,11 +7,9 @@ the overhead of `generate`, with a fresh cache per run.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,12 +90,3 @@ def _seconds(start: Mark, end: Mark) -> float:
         return end - start  # type: ignore[operator]
     end.synchronize()
     return start.elapsed_time(end) / 1000
-
-
-def device_name(device: str) -> str:
-    """The GPU's name, or the CPU's model name (its architecture where the system does not tell)."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 
 import pytest
 import torch
 
 from kvp.bench import __main__ as command
-from kvp.bench.bench import Bench
-from kvp.bench.journal import go_on
+from kvp.bench.bench import Steps
 from kvp.bench.protocols import PROTOCOLS
 from kvp.measurement.measure import Measure
 from kvp.models.load import resolve_dtype
+from kvp.store import Store
+from tests.process import start
 
 WORDS = [
     "tiny",
@@ -50,6 +53,11 @@ ROW = {
 def bench(*words, out):
     command.run(command.parser().parse_args([*words, "--device", "cpu", "--out", str(out)]))
     return json.loads((out / "bench.json").read_bytes())
+
+
+def measure(out, *words):
+    """The benchmark without tables and plots."""
+    return command.compose(command.parser().parse_args([*words, "--device", "cpu"])).run(out)
 
 
 @pytest.fixture(scope="module")
@@ -104,32 +112,59 @@ def test_rows_cover_the_grid_and_carry_their_limit(record):
     assert second["against_first"]["decode"]["median"] == pytest.approx(sum(rates) / 2)
 
 
-def test_the_same_command_goes_on_with_what_is_there(record, directory, tmp_path, monkeypatch):
-    """A record that stopped after three of four places: the limits and these rows stay, the rest is measured."""
-    monkeypatch.setattr(Bench, "_limits", lambda self, subject: 1 / 0)
-    left = record | {"status": "running", "rows": record["rows"][:6], "copy_bytes_per_second": 1e15}
-    (tmp_path / "bench.json").write_text(json.dumps(left))
-    words = [*WORDS, "--memory", "0.05", "--device", "cpu"]
-    command.compose(command.parser().parse_args(words)).run(tmp_path)
-    whole = json.loads((tmp_path / "bench.json").read_bytes())
-    assert whole["status"] == "finished" and len(whole["rows"]) == 8 and whole["limits"] == record["limits"]
-    for old, new in zip(record["rows"][:6], whole["rows"], strict=False):
-        assert new["decode"] == old["decode"]
-        assert new["roofline"]["fraction"] == pytest.approx(
-            old["roofline"]["fraction"] * record["copy_bytes_per_second"] / 1e15
-        )
-    assert whole["provenance"]["processes"] == 2
-    assert whole["provenance"]["seconds"] > record["provenance"]["seconds"]
+def finished(out, step):
+    """Results of the finished steps of a kind, oldest first."""
+    found = sorted(out.glob(f"steps/{step}/[!.]*/result.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [json.loads(path.read_bytes()) for path in found]
 
 
-def test_another_benchmark_begins_anew(record, tmp_path):
-    def go_on_from(old, new):
-        (tmp_path / "bench.json").write_text(json.dumps(old))
-        return go_on(new, tmp_path)
+def test_a_killed_benchmark_goes_on_after_its_last_round(tmp_path, monkeypatch):
+    """The limits and rounds of the killed process stay, and its faster copies count; the rest is measured."""
+    words = [*WORDS, "--memory", "0.05", "--runs", "12", "--path", "eager"]
+    process = start(measure, tmp_path, *words)
+    while len(finished(tmp_path, "round")) < 4:
+        assert process.is_alive()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert not (tmp_path / "bench.json").exists()
+    limits, rounds = finished(tmp_path, "limits"), finished(tmp_path, "round")
+    (began,) = finished(tmp_path, "process")
+    monkeypatch.setattr("kvp.bench.bench.copy_bandwidth", lambda device: began["copy_bytes_per_second"] / 2)
+    monkeypatch.setattr("kvp.bench.bench.find_batch", lambda *args, **kwargs: 1 / 0)
+    whole = measure(tmp_path, *words)
+    assert whole["status"] == "finished" and len(whole["rows"]) == 4 and whole["limits"] == limits
+    for row in whole["rows"][:2]:
+        kept = [run[row["model"]]["decode"] for run in rounds[1:12]]  # the first is the warm-up
+        assert row["decode"]["seconds"][: len(kept)] == kept
+    assert whole["copy_bytes_per_second"] == began["copy_bytes_per_second"]
+    assert whole["provenance"]["processes"] == 2 and whole["provenance"]["started"] == began["started"]
+    assert not (tmp_path / "steps").exists()
 
-    fresh = record | {"protocol": {"name": "prefill"}, "rows": []}
-    assert go_on_from(record | {"status": "running"}, fresh)["rows"] == []
-    assert go_on_from(record, record | {"rows": []})["rows"] == [], "a finished one is measured again"
+
+def test_another_benchmark_begins_anew(tmp_path):
+    def steps(*words):
+        made = command.compose(command.parser().parse_args([*WORDS, "--device", "cpu", *words]))
+        return Steps(Store(tmp_path), made._header())
+
+    def once(steps):
+        return steps.once("round", {"number": 0}, lambda: {"worked": True, "again": calls.append(steps)})
+
+    calls = []
+    for words in (
+        [],
+        ["--memory", "0.05"],
+        ["--protocol", "prefill"],
+        ["--path", "static"],
+        ["--dtype", "float16"],
+    ):
+        once(steps(*words))
+    assert len(calls) == 4, "free memory does not make another benchmark"
+    words = [*WORDS, "--memory", "0.05", "--path", "eager"]
+    again, once_more = (measure(tmp_path, *words) for _ in range(2))
+    assert again["provenance"]["processes"] == 1
+    assert once_more["provenance"]["processes"] == 1, "a finished one is measured again"
+    assert once_more["rows"][0]["decode"] != again["rows"][0]["decode"]
 
 
 def test_limits_are_found_and_predicted(record):
@@ -143,7 +178,7 @@ def test_limits_are_found_and_predicted(record):
 
 
 def test_tables_and_plots_are_written(record, directory):
-    text = (directory / "table.md").read_text()
+    text = re.sub(" +", " ", (directory / "table.md").read_text())
     assert "| **static, batch 3, 8 + 4** |" in text and "| KVPruner 50% KV | " in text
     columns = {line.count("|") for line in text.splitlines() if "of roofline" in line or "| flash |" in line}
     assert len(columns) == 1
@@ -152,7 +187,7 @@ def test_tables_and_plots_are_written(record, directory):
     for name in ("decode", "memory"):
         for suffix in ("png", "svg"):
             assert (directory / f"{name}.{suffix}").stat().st_size > 1000
-    assert not (directory / ".bench.json").exists()
+    assert not (directory / "steps").exists()
 
 
 @pytest.mark.parametrize(

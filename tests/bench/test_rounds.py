@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
-from kvp.bench.journal import begun, keep, place
 from kvp.bench.rounds import OUT_OF_MEMORY, in_turns, ratio
 from kvp.measurement import memory
 from kvp.measurement.measure import Measure
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.surgery import apply
+from kvp.store import Store
 from tests.conftest import random_plan, tiny_model
 
 POINT = Measure(batch_size=2, prompt_length=6, new_tokens=4, warmup=1, runs=3)
@@ -40,22 +38,24 @@ def test_models_alternate_and_their_order_reverses(models, path):
     assert series["dense"].kernels == ["flash"]
 
 
-def test_a_stopped_benchmark_goes_on_after_its_last_round(models):
-    """What two rounds left behind, through JSON, and the third round makes the series of one process."""
-    record, where, met = {}, place("eager", POINT), []
+def test_a_stopped_benchmark_goes_on_after_its_last_round(models, tmp_path):
+    """What two rounds left in a store, and the other two, make the series of one process."""
+    store, met, rounds = Store(tmp_path), [], []
 
-    def stop(series):
-        keep(record, where, series)
-        if len(series["dense"].decode) == 2:
+    def keep(number, work):
+        rounds.append(store.once("round", {"number": number}, lambda directory: work()).result)
+        return rounds[-1]
+
+    def stop(name):
+        met.append(name)
+        if len(met) == 6:  # in the midst of the third round
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        in_turns(models, "eager", POINT, after=stop)
-    record = json.loads(json.dumps(record))
-    assert begun(record, place("static", POINT)) is None
-    kept = begun(record, where)
-    before = kept["pruned"].decode.copy()
-    series = in_turns(models, "eager", POINT, begun=kept, watch=met.append)
+        in_turns(models, "eager", POINT, keep=keep, watch=stop)
+    assert len(rounds) == 2
+    before, met = [one["pruned"]["decode"] for one in rounds], []
+    series = in_turns(models, "eager", POINT, keep=keep, watch=met.append)
     assert met == ["dense", "pruned", "pruned", "dense"]  # the third and the fourth
     for one in series.values():
         assert len(one.decode) == len(one.prefill) == POINT.runs and one.memory is not None

