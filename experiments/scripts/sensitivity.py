@@ -31,7 +31,7 @@ from kvp.models.shapes import layer_shapes
 from kvp.pipeline.stages import dense
 from kvp.provenance import provenance
 from kvp.strategies.signals.losses import losses_without
-from kvp.strategies.templates.blocks import Grouping
+from kvp.strategies.templates.blocks import BlockPart
 
 
 @torch.inference_mode()
@@ -100,7 +100,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kind", choices=get_args(Grouping), default="attention")
+    parser.add_argument("--kind", choices=get_args(BlockPart), default="attention")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("options", nargs="*", help="of python -m kvp")
     args = parser.parse_args()

@@ -15,7 +15,7 @@ from kvp.models.shapes import itemsize, layer_shapes, size
 from kvp.pipeline.experiment import VERSIONS, Experiment
 from kvp.pipeline.foretell import Foretold, foretell
 from kvp.pipeline.runfile import finished_before
-from kvp.strategies.signals.gradients import scoring_bytes
+from kvp.strategies.signals.estimate import scoring_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
