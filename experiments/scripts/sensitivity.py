@@ -32,7 +32,7 @@ from kvp.pipeline.session import Session
 from kvp.pipeline.stages import make
 from kvp.provenance import provenance
 from kvp.strategies.signals.losses import losses_without
-from kvp.strategies.templates.blocks import Grouping
+from kvp.strategies.templates.blocks import BlockPart
 
 
 @torch.inference_mode()
@@ -101,7 +101,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kind", choices=get_args(Grouping), default="attention")
+    parser.add_argument("--kind", choices=get_args(BlockPart), default="attention")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("options", nargs="*", help="of python -m kvp")
     args = parser.parse_args()

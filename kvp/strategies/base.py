@@ -1,4 +1,4 @@
-"""What every strategy has in common: from a model and calibration data to a plan.
+"""Strategies: from a model and calibration data to a plan.
 
 Scoring is expensive and does not know the budget; planning is cheap and does. A sweep over ratios scores once.
 """

@@ -1,4 +1,4 @@
-"""What a strategy is given: a model with its calibration data, and scores."""
+"""The input of a strategy: a model with calibration data, and scores."""
 
 from __future__ import annotations
 

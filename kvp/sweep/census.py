@@ -16,7 +16,7 @@ from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import Foretold, foretell
 from kvp.pipeline.runfile import finished_before
 from kvp.pipeline.stages import KINDS
-from kvp.strategies.signals.gradients import scoring_bytes
+from kvp.strategies.signals.estimate import scoring_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

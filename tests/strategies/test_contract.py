@@ -17,7 +17,7 @@ from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.methods.kvpruner import KVPruner
 from kvp.strategies.methods.none import NoPruning
 from kvp.strategies.methods.random import Random
-from kvp.strategies.signals.gradients import scoring_bytes
+from kvp.strategies.signals.estimate import scoring_bytes
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
 from tests.helpers.masks import mask

@@ -1,1 +1,1 @@
-"""How much of the budget each part of a model gives."""
+"""Allocation: the part of the budget that each part of a model gives."""

@@ -1,7 +1,6 @@
-"""How many units to keep in each pool, so that the whole meets the budget.
+"""Allocators: units to keep in each pool, so that the whole meets the budget.
 
-An allocator turns the budget into a number of units per pool; which units stay is then the scores'
-affair (`Pool.keep`).
+An allocator turns the budget into a number of units per pool. The scores then say which units stay (`Pool.keep`).
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.options import options
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @options
 class Allocator(ABC):
-    """Turns a budget into a number of units to keep per pool: exactly, or not at all.
+    """Turn a budget into a number of units to keep per pool: exactly, or not at all.
 
     Attributes:
         multiple_of: Channel widths (qk, vo, ffn) are multiples of this; attention kernels want 8.
@@ -42,7 +42,7 @@ class Allocator(ABC):
     def targets(
         self, pools: Sequence[Pool], costs: Sequence[float], total: float, profile: Tensor
     ) -> list[float]:
-        """Units to remove per pool, before rounding.
+        """Return the units to remove per pool, before rounding.
 
         Args:
             pools: The pools.
@@ -55,7 +55,7 @@ class Allocator(ABC):
     def allocate(
         self, config: PretrainedConfig, pools: Sequence[Pool], budget: Budget, profile: Tensor
     ) -> list[int]:
-        """Units to keep per pool.
+        """Return the units to keep per pool.
 
         Raises:
             ValueError: The budget cannot be met within its tolerance; names the nearest that can.
@@ -66,7 +66,7 @@ class Allocator(ABC):
         total = budget.value * dense
         limit = sum(cost * allowed[-1] for cost, allowed in zip(costs, choices, strict=True))
         wanted = self.targets(pools, costs, min(total, limit), profile)
-        removed = settle(wanted, choices, costs, total, [pool.losses() for pool in pools])
+        removed = rounded_to_budget(wanted, choices, costs, total, [pool.losses() for pool in pools])
         achieved = sum(cost * n for cost, n in zip(costs, removed, strict=True)) / dense
         if abs(achieved - budget.value) > budget.tolerance:
             reachable = limit / dense
@@ -80,7 +80,7 @@ class Allocator(ABC):
 
 
 def unit_cost(config: PretrainedConfig, pool: Pool, budget: Budget) -> float:
-    """Amount of the denominator removed per unit (exact: sizes are linear in each width)."""
+    """Return how much of the denominator one unit of a pool removes. It is exact: sizes are linear in each width."""
     shapes = layer_shapes(config)
     fewest = min(pool.step, pool.units)
     smaller = size(config, cut(shapes, Plan(pool.keep(fewest)))).count(budget.of)
@@ -88,7 +88,7 @@ def unit_cost(config: PretrainedConfig, pool: Pool, budget: Budget) -> float:
 
 
 def water_fill(weights: Sequence[float], capacities: Sequence[float], total: float) -> list[float]:
-    """Shares proportional to `weights`, clipped at `capacities`, that sum to `total`.
+    """Return shares proportional to `weights`, clipped at `capacities`, that sum to `total`.
 
     What a clipped pool cannot take goes to the others; the level is found by bisection.
     """
@@ -105,7 +105,7 @@ def water_fill(weights: Sequence[float], capacities: Sequence[float], total: flo
     return filled(high)
 
 
-def settle(
+def rounded_to_budget(
     wanted: Sequence[float],
     choices: Sequence[Sequence[int]],
     costs: Sequence[float],
@@ -117,7 +117,7 @@ def settle(
     Every pool starts at the allowed number below its target; further steps go to the pool that is
     furthest below its target, and among equals to the one whose next step costs the least score.
     """
-    at = [
+    at = [  # per pool, the place in `choices`
         max(i for i, n in enumerate(allowed) if n <= want + 1e-6)
         for want, allowed in zip(wanted, choices, strict=True)
     ]
@@ -128,7 +128,9 @@ def settle(
             if at[pool] + 1 < len(allowed):
                 now, after = allowed[at[pool]], allowed[at[pool] + 1]
                 cost = costs[pool] * (after - now)
-                if cost > 0 and spent + cost / 2 <= total + 1e-6:
+                if (
+                    cost > 0 and spent + cost / 2 <= total + 1e-6
+                ):  # the step brings the sum nearer to the total
                     deficit = round((want - now) / (after - now), 9)
                     steps.append((-deficit, float(losses[pool][now:after].sum()), pool, cost))
         if not steps:
@@ -142,10 +144,10 @@ def settle(
 class Uniform(Allocator):
     """The same fraction everywhere."""
 
+    @override
     def targets(
         self, pools: Sequence[Pool], costs: Sequence[float], total: float, profile: Tensor
     ) -> list[float]:
-        """One ratio for all pools, as far as each may go."""
         return _by_weight([1.0] * len(pools), self, pools, costs, total)
 
 
@@ -160,10 +162,10 @@ class Global(Allocator):
 
     per_cost: bool = True
 
+    @override
     def targets(
         self, pools: Sequence[Pool], costs: Sequence[float], total: float, profile: Tensor
     ) -> list[float]:
-        """Units below the global threshold, per pool; those that remove nothing of the budget stay."""
         units = [
             (loss / (cost if self.per_cost else 1), pool, cost)
             for pool, cost in enumerate(costs)
@@ -181,10 +183,10 @@ class Global(Allocator):
 
 @options
 class Sensitivity(Allocator):
-    """KVPruner's phase A: a block whose loss rises more without its KV gives up less.
+    """KVPruner's phase A: a block gives up less if the loss rises more without its KV.
 
-    The paper (arXiv 2409.11057, figures 2 and 3) says that perplexity is the signal and that the probe
-    removes the KV of one block; the rule from sensitivities to ratios is our reconstruction:
+    The paper (arXiv 2409.11057, figures 2 and 3) says that perplexity is the signal, and that the probe removes the
+    KV of one block. The rule from sensitivities to ratios is our reconstruction:
     `r_n = clip(level * w_n, 0, max_ratio)`, with `w_n = (S_n + epsilon) ** -temperature` ("inverse") or
     `softmax(-S_n / temperature)` ("softmax"), and the level that meets the budget.
 
@@ -216,16 +218,16 @@ class Sensitivity(Allocator):
             )
 
     def weights(self, profile: Tensor) -> list[float]:
-        """(layers,) weights from sensitivities S_n = NLL without block n - NLL, in nats per token."""
+        """Return (layers,) weights from sensitivities S_n = NLL without block n - NLL, in nats per token."""
         sensitivity = profile.double().clamp(min=0)
         if self.rule == "softmax":
             return torch.softmax(-sensitivity / self.temperature, dim=0).tolist()
         return ((sensitivity + self.epsilon) ** -self.temperature).tolist()
 
+    @override
     def targets(
         self, pools: Sequence[Pool], costs: Sequence[float], total: float, profile: Tensor
     ) -> list[float]:
-        """Ratios proportional to the weights of the pools' layers."""
         weights = self.weights(profile)
         by_pool = [math.fsum(weights) / len(weights) if p.layer is None else weights[p.layer] for p in pools]
         return _by_weight(by_pool, self, pools, costs, total)
@@ -238,7 +240,7 @@ def _by_weight(
     costs: Sequence[float],
     total: float,
 ) -> list[float]:
-    """Units to remove so that each pool's *ratio* is proportional to its weight."""
+    """Return the units to remove so that the *ratio* of each pool is proportional to its weight."""
     amounts = [cost * pool.units for cost, pool in zip(costs, pools, strict=True)]
     capacities = [c * p.removable(allocator.max_ratio)[-1] for c, p in zip(costs, pools, strict=True)]
     shares = water_fill([w * a for w, a in zip(weights, amounts, strict=True)], capacities, total)

@@ -21,13 +21,13 @@ def _same(indices: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """The share of one space in a pool: the best `per_unit` of `scores` per unit kept.
+    """One space of a pool: the best `per_unit` of `scores` stay per unit kept.
 
     Attributes:
-        space: What is cut.
+        space: The space that is cut.
         scores: (rows, candidates) higher = kept; one row per KV group, or a single row.
         per_unit: Candidates kept with one unit of the pool.
-        expand: From kept candidates (rows, kept) to the indices of the space, where they differ.
+        expand: Maps kept candidates (rows, kept) to the indices of the space, where they differ.
     """
 
     space: Space
@@ -36,7 +36,7 @@ class Part:
     expand: Callable[[Tensor], Tensor] = _same
 
     def keep(self, units: int) -> Tensor:
-        """Sorted indices of the space that stay; ties go to the lower index."""
+        """Return the sorted indices of the space that stay; among equals the lower index stays."""
         order = self.scores.argsort(dim=-1, descending=True, stable=True)
         kept = self.expand(order[:, : units * self.per_unit]).sort(dim=-1).values
         return kept if len(self.space.shape) > 1 else kept[0]
@@ -48,10 +48,10 @@ class Pool:
 
     Attributes:
         parts: The spaces cut; all of them keep the same number of units.
-        units: How many units there are.
+        units: Number of units.
         step: Kept units are a multiple of this (or all of them).
         layer: The layer they belong to, None if the pool lies across layers.
-        least: At least so many units stay.
+        least: Number of units that stay at least.
     """
 
     parts: tuple[Part, ...]
@@ -61,11 +61,11 @@ class Pool:
     least: int = 1
 
     def keep(self, units: int) -> dict[Space, Tensor]:
-        """The indices that stay when `units` units are kept."""
+        """Return the indices that stay when `units` units are kept."""
         return {part.space: part.keep(units) for part in self.parts}
 
     def losses(self) -> Tensor:
-        """(units,) what the first, second, ... removed unit costs in score: ascending."""
+        """Return (units,) what the first, second, ... removed unit costs in score: ascending."""
         total = torch.zeros(self.units)
         for part in self.parts:
             ascending = part.scores.float().sort(dim=-1).values
@@ -73,7 +73,7 @@ class Pool:
         return total
 
     def removable(self, max_ratio: float) -> list[int]:
-        """Numbers of units that may be removed, ascending from 0."""
+        """Return the numbers of units that may be removed, ascending from 0."""
         least = max(self.units * (1 - max_ratio) - 1e-9, self.least)
         kept = [k for k in range(self.step, self.units, self.step) if k >= least]
         return [0] + [self.units - k for k in reversed(kept)]

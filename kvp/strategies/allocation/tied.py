@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.options import options
 from kvp.strategies.allocation.allocate import Global, water_fill
@@ -28,10 +29,10 @@ class Tied(Global):
         default=3.36, gt=0, description="fraction of the MLP removed per fraction of the attention"
     )
 
+    @override
     def targets(
         self, pools: Sequence[Pool], costs: Sequence[float], total: float, profile: Tensor
     ) -> list[float]:
-        """Units below the threshold of their own ranking, per pool."""
         mlp = [pool.parts[0].space.kind in ("ffn", "mlp") for pool in pools]
         sides = [[i for i in range(len(pools)) if mlp[i] == side] for side in (False, True)]
         held = [sum(costs[i] * pools[i].units for i in side) for side in sides]

@@ -1,1 +1,1 @@
-"""What the kept weights can do for those that were cut."""
+"""Compensation: kept weights make up for those that were cut."""

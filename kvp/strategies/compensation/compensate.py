@@ -1,4 +1,4 @@
-"""Compensation: what the kept columns of o_proj and down_proj can do for those that were cut.
+"""Compensation: the kept columns of o_proj and down_proj make up for those that were cut.
 
 Both projections write to the residual stream, so a cut value channel or neuron is lost as a term of their
 sum. From the calibration inputs X (tokens, in_features) of the dense projection W (out, in), with kept
@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.masks import edited, masks_of
 from kvp.models.plans import edits_file, found_or_made
 from kvp.options import options
-from kvp.strategies.signals.moments import Moments, input_moments
+from kvp.strategies.signals.moments import TINY, Moments, input_moments
 from kvp.strategies.signals.walk import Visit, walk
 from kvp.types import Plan
 
@@ -42,42 +43,42 @@ if TYPE_CHECKING:
 
 @options
 class Compensation(ABC):
-    """Rewrites what a plan keeps, from the inputs that calibration data give."""
+    """Rewrite what a plan keeps, from the inputs that calibration data give."""
 
     node: ClassVar[str] = "strategy.compensation"
 
     @abstractmethod
     def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:
-        """The plan with the rewritten weights and biases in its edits; goes on after the last layer made.
+        """Return the plan with the rewritten weights and biases in its edits; go on after the last layer made.
 
-        Edits that the plan has already are a change of basis, under which the dense model is the same function.
+        Edits that the plan holds already change the basis only: the dense model with them is the same function.
 
         Args:
-            model: The dense one.
+            model: The dense model.
             batches: Calibration ids.
-            plan: What is kept.
-            directory: Where the layers that are done are kept, of the same model, batches and plan.
+            plan: The indices that stay, and a change of basis.
+            directory: Keeps the layers that are done, of the same model, batches and plan.
         """
 
 
 @options
 class OnDenseInputs(Compensation):
-    """Projection by projection, from the inputs of the dense model."""
+    """Rewrite projection by projection, from the inputs of the dense model."""
 
     needs_covariance: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, weight: Tensor, keep: Tensor, inputs: Moments) -> tuple[Tensor, Tensor | None]:
-        """The kept columns (out, kept), and the bias (out,) to add if there is one.
+        """Return the kept columns (out, kept), and the bias (out,) to add if there is one.
 
         Args:
             weight: (out, in) of the dense projection, float64.
             keep: (in,) boolean.
-            inputs: Of the dense projection.
+            inputs: Moments of what enters the dense projection.
         """
 
+    @override
     def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:
-        """One layer's statistics at a time."""
         keeps, edits = cut_inputs(model, plan), dict(plan.edits)
         with edited(model, plan.edits):
             for visit in walk(model, batches, "compensation") if keeps else ():
@@ -106,23 +107,23 @@ class OnDenseInputs(Compensation):
 
 
 def cut_inputs(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
-    """(in_features,) boolean per projection that loses inputs: True where they stay."""
+    """Return (in_features,) boolean per projection that loses inputs: True where they stay."""
     keeps = {name: axes[1] for name, axes in masks_of(model.config, plan).items() if 1 in axes}
     return {name: keep for name, keep in keeps.items() if not keep.all()}
 
 
 @options
 class Bias(OnDenseInputs):
-    """Adds the mean of what was removed; the weights stay."""
+    """Add the mean of what was removed as a bias; the weights stay."""
 
+    @override
     def solve(self, weight: Tensor, keep: Tensor, inputs: Moments) -> tuple[Tensor, Tensor]:
-        """W_K, and W_R mean(X_R)."""
         return weight[:, keep], weight[:, ~keep] @ inputs.mean[~keep]
 
 
 @options
 class LeastSquares(OnDenseInputs):
-    """Refits the kept columns, by the covariance C of the inputs.
+    """Refit the kept columns, by the covariance C of the inputs.
 
     V = W_K + W_R C_RK (C_KK + ridge d I)^-1, with d the mean of the diagonal of C_KK, and the bias that
     keeps the mean output.
@@ -137,11 +138,11 @@ class LeastSquares(OnDenseInputs):
     ridge: float = Field(default=0.01, gt=0, description="relative to the mean variance of the kept inputs")
     intercept: bool = True
 
+    @override
     def solve(self, weight: Tensor, keep: Tensor, inputs: Moments) -> tuple[Tensor, Tensor | None]:
-        """V and the bias."""
         covariance = (inputs.scatter if self.intercept else inputs.gram) / inputs.count
         kept, cross = covariance[keep][:, keep], covariance[~keep][:, keep]
-        ridge = self.ridge * kept.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        ridge = self.ridge * kept.diagonal().mean().clamp(min=TINY)
         regular = kept + ridge * torch.eye(len(kept), dtype=kept.dtype, device=kept.device)
         update = torch.linalg.solve(regular, (weight[:, ~keep] @ cross).T).T
         columns = weight[:, keep] + update

@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.masks import edited, masked
 from kvp.models.plans import edits_file, found_or_made
 from kvp.options import options
 from kvp.strategies.compensation.compensate import Compensation, cut_inputs
 from kvp.strategies.signals.gradients import require_finite
+from kvp.strategies.signals.moments import TINY
 from kvp.strategies.signals.walk import Visit, walk
 from kvp.types import Plan
 
@@ -53,16 +55,23 @@ class Sequential(Compensation):
     )
 
     @torch.no_grad()
+    @override
     def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:
         """One layer on the device at a time."""
         keeps, edits = cut_inputs(model, plan), dict(plan.edits)
-        states: list[Tensor] | None = None  # of the cut model, before the layer
-        for visit in walk(model, batches, "compensation", offload=True) if keeps else ():
-            arriving = Visit(model, visit.layer, visit.states if states is None else states, ExitStack())
-            make = partial(self._edits, visit, arriving, keeps, replace(plan, edits=edits))
-            edits |= found_or_made(edits_file(directory, visit.layer), make)
-            with cut(visit, replace(plan, edits=edits)):
-                states = arriving.outputs()
+        if not keeps:
+            return plan
+        states: list[Tensor] | None = None  # what the cut layers before this one give
+        # The walk carries the dense states. `dense` and `arriving` are the same layer, entered by either of the two.
+        for dense in walk(model, batches, "compensation", offload=True):
+            arriving = Visit(model, dense.layer, dense.states if states is None else states, ExitStack())
+            so_far = replace(plan, edits=dict(edits))
+            make = partial(self._edits, dense, arriving, keeps, so_far)
+            edits |= found_or_made(
+                edits_file(directory, dense.layer), make
+            )  # after a kill, `make` does not run
+            with layer_cut(dense, replace(plan, edits=edits)):
+                states = arriving.outputs()  # of the layer cut and refitted: what arrives at the next one
         return replace(plan, edits=edits)
 
     def _edits(
@@ -70,6 +79,7 @@ class Sequential(Compensation):
     ) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         names = [name for name in keeps if name.startswith(f"{dense.name}.")]
+        # `through` spares the walk a pass: nothing has changed this layer yet. Exhaust it, or that is lost.
         whole = list(dense.through(*names)) if names else []
         for name in names:
             so_far = replace(plan, edits={**plan.edits, **found})
@@ -80,13 +90,21 @@ class Sequential(Compensation):
     def _refitted(
         self, arriving: Visit, name: str, entering: Sequence[Tensor], keep: Tensor, plan: Plan
     ) -> dict[str, Tensor]:
-        """`entering`: per batch, what enters the projection in the dense model."""
+        """Return the refitted weight of one projection, and the bias if it has one.
+
+        Args:
+            arriving: The layer, with the states that the cut and refitted layers before it give.
+            name: The projection.
+            entering: Per batch, (tokens, in) what enters the projection in the dense model.
+            keep: (in,) boolean.
+            plan: What is kept and rewritten so far.
+        """
         parameters = dict(arriving.model.get_submodule(name).named_parameters())
         weight = parameters["weight"].detach()
         keep = keep.to(weight.device)
         prior = plan.edits.get(f"{name}.weight", weight).to(weight.device).double()[:, keep]
         sums = Products(intercept="bias" in parameters)
-        with cut(arriving, plan):
+        with layer_cut(arriving, plan):
             for x, states, inputs in zip(entering, arriving.states, arriving.inputs(name), strict=True):
                 counts = torch.ones(states.shape[:2], device=states.device)
                 counts[:, 0] = self.sink_weight or 1
@@ -103,7 +121,7 @@ class Sequential(Compensation):
 
 
 class Products:
-    """Means over tokens of what a fit of y = W x by z needs: batches in their dtype, float32 at least, sums in float64.
+    """Means over tokens that a fit of y = W x by z needs; batches in their dtype, float32 at least, sums in float64.
 
     Attributes:
         intercept: Whether a bias takes up the means.
@@ -114,7 +132,7 @@ class Products:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, y: Tensor, z: Tensor, counts: Tensor | None = None) -> None:
-        """(tokens, out) and (tokens, kept), of the same tokens; `counts`: (tokens,) what each counts as, else one."""
+        """Add y (tokens, out) and z (tokens, kept) of the same tokens; each counts `counts` times, else once."""
         counts = torch.ones(len(z), device=z.device) if counts is None else counts
         y, z = at_work(y), at_work(z)
         root = counts.to(z.dtype).sqrt()[:, None]
@@ -130,11 +148,20 @@ class Products:
             self.sums[name] = self.sums[name].add_(total) if name in self.sums else total.double()
 
     def mean(self, name: str) -> Tensor:
-        """Of z z^T, "gram", (kept, kept); y z^T, "cross", (out, kept); |y|^2, "square"; y, "wanted"; z, "arriving"."""
+        """Return one of the means.
+
+        | name | mean of | shape |
+        |---|---|---|
+        | gram | z z^T | (kept, kept) |
+        | cross | y z^T | (out, kept) |
+        | square | abs(y)^2 | () |
+        | wanted | y | (out,) |
+        | arriving | z | (kept,) |
+        """
         return self.sums[name] / self.count
 
     def centred(self) -> tuple[Tensor, Tensor]:
-        """Gram and cross, about the means if there is a bias to take them up."""
+        """Return gram (kept, kept) and cross (out, kept), about the means if there is a bias to take them up."""
         gram, cross = self.mean("gram"), self.mean("cross")
         if self.intercept:
             arriving = self.mean("arriving")
@@ -143,7 +170,7 @@ class Products:
         return gram, cross
 
     def solve(self, prior: Tensor, ridge: float) -> Tensor:
-        """V, (out, kept), from W_K.
+        """Return V (out, kept), which the ridge draws to the prior W_K.
 
         Raises:
             FloatingPointError: The inputs depend on each other, and the ridge is too small to tell them apart.
@@ -159,25 +186,28 @@ class Products:
         return torch.cholesky_solve((cross + amount * prior).T, factor).T
 
     def residual(self, prior: Tensor, ridge: float) -> float:
-        """Mean over tokens of |W x - V z|^2, without an intercept; V Z^T Z is had from the equation that V solves."""
+        """Return the mean over tokens of |W x - V z|^2, without an intercept.
+
+        V solves V (G + a I) = C + a W_K, with G the gram, C the cross and a the ridge. So V G V^T is known without G.
+        """
         gram, cross = self.centred()
         columns, amount = self.solve(prior, ridge), _amount(gram, ridge)
         return (self.mean("square") + ((amount * (prior - columns) - cross) * columns).sum()).item()
 
 
 def _amount(gram: Tensor, ridge: float) -> Tensor:
-    """What is added to the diagonal."""
-    return ridge * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    """Return what the ridge adds to the diagonal of a gram."""
+    return ridge * gram.diagonal().mean().clamp(min=TINY)
 
 
 def at_work(tensor: Tensor) -> Tensor:
-    """In its dtype, float32 at least."""
+    """Return a tensor in its dtype, float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager
-def cut(visit: Visit, plan: Plan) -> Iterator[None]:
-    """The model with the layer visited as it is after the cut, for the time of a `with`."""
+def layer_cut(visit: Visit, plan: Plan) -> Iterator[None]:
+    """Give the model the visited layer as it is after the cut, for the time of a `with`."""
     own = {name: edit for name, edit in plan.edits.items() if name.startswith(f"{visit.name}.")}
     with edited(visit.model, own), masked(visit.model, plan):
         yield

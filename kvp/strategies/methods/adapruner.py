@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.spaces import members
 from kvp.options import options
@@ -48,11 +49,11 @@ START = {"granularity": "element", "second_order": 0.0, "reduction": "sum"}  # L
 
 @options
 class AdaPruner(CoupledStrategy):
-    """LLM-Pruner's structures by a searched importance on searched samples.
+    """Cut LLM-Pruner's structures by a searched importance on searched samples.
 
     Attributes:
-        trials: How many choices are tried.
-        parts: Into how many parts the calibration samples are cut.
+        trials: Number of choices that are tried.
+        parts: Number of parts that the calibration samples are cut into.
         validation: Fraction of the calibration samples that trials are compared on, the last ones.
         gradient_checkpointing: Trade time for activation memory.
     """
@@ -67,14 +68,14 @@ class AdaPruner(CoupledStrategy):
     )
     gradient_checkpointing: bool = False
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """What the search starts from."""
         return self._scores(target.config, self._signals(target), START)
 
+    @override
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
-        """The plan of the best trial."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -94,7 +95,7 @@ class AdaPruner(CoupledStrategy):
         return plan(study.best_params)
 
     def _split(self, target: Target) -> tuple[Tensor, Tensor]:
-        """The samples that importances may read, and those held out."""
+        """Return the samples that importances may read, and those held out."""
         ids = target.calibration
         assert ids is not None
         held_out = max(1, round(self.validation * len(ids)))
@@ -106,7 +107,7 @@ class AdaPruner(CoupledStrategy):
         return ids[:-held_out], ids[-held_out:]
 
     def _signals(self, target: Target) -> list[Rows]:
-        """Per part: (3, rows) of every matrix, the sums of w g, |w g| and w^2 F."""
+        """Return, per part, (3, rows) of every matrix: the sums of w g, |w g| and w^2 F."""
         pool = self._split(target)[0]
         bound = [m for space in self.spaces(target.config) for m in members(target.config, space)]
 

@@ -7,11 +7,17 @@ P keeping the largest weights of the whole matrix:
 
     B = (W H - V + rho D) (H + rho I)^-1,    D = P(B + V / rho),    V = V + rho (B - D)
 
-from D = P(W), V = 0 and rho = 0.1, by one eigendecomposition of H. Every 3 steps, by the part of the support
-that changed, rho grows: 1.3 from 10 % on, 1.2 from 0.5 %, 1.1 if any; none: it is over. As long as it has not
-grown, rho was too large: it falls to a fifth, and a support that moved starts anew. It is over too after 300
-steps, or 30 and a change below 0.03 %. On the support of P(B), 10 steps of conjugate gradients for all rows
-at once lower the same objective.
+from D = P(W), V = 0 and rho = 0.1, by one eigendecomposition of H. Every 3 steps rho grows by a factor that depends
+on how much of the support has changed:
+
+    more than 10 %   1.3
+    more than 0.5 %  1.2
+    any              1.1
+    none             the end
+
+While no such change was seen, rho was too large: it falls to a fifth, and a support that moved starts anew. The
+iteration also ends after 300 steps, or after 30 once the change is below 0.03 %. On the support of P(B), 10 steps of
+conjugate gradients for all rows at once lower the same objective.
 
 The paper damps by the trace of X^T X, the code by the mean of its diagonal: the code's. The paper's
 preconditioner is the diagonal of H, here one. Left out is the code's stop of the conjugate gradients, which
@@ -27,9 +33,10 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.options import options
-from kvp.strategies.signals.moments import Moments
+from kvp.strategies.signals.moments import TINY, Moments
 from kvp.strategies.templates.sparse import Prune, SparseStrategy
 
 INTERVAL = 3  # steps between two looks at the support
@@ -37,18 +44,17 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2))  # more than this part of the support change
 SLOW_GROWTH, FALL = 1.1, 1 / 5
 LARGEST_RHO = 1e6
 SETTLED = 30, 3e-4  # steps, and the change of the support after them that ends it
-TINY = torch.finfo(torch.float32).tiny
 
 
 @options
 class ALPS(SparseStrategy):
-    """Zeroes weights by ADMM, and refits the others.
+    """Zero weights by ADMM, and refit the others.
 
     Attributes:
-        damping: Of X^T X, relative to the mean of its diagonal.
+        damping: Added to the diagonal of X^T X, relative to the mean of that diagonal.
         rho: Weight of the constraint at the start.
-        max_steps: Of ADMM.
-        refit_steps: Of conjugate gradients.
+        max_steps: Steps of ADMM at most.
+        refit_steps: Steps of conjugate gradients.
     """
 
     late: ClassVar[tuple[str, ...]] = (*SparseStrategy.late, "damping", "rho", "max_steps", "refit_steps")
@@ -60,8 +66,8 @@ class ALPS(SparseStrategy):
     max_steps: int = Field(default=300, ge=0, description="steps of ADMM")
     refit_steps: int = Field(default=10, ge=0, description="steps of conjugate gradients")
 
+    @override
     def pruner(self, inputs: Moments | None) -> Prune:
-        """With one eigendecomposition for all matrices that these inputs feed."""
         assert inputs is not None
         hessian = inputs.gram
         hessian.diagonal().add_(self.damping * hessian.diagonal().mean().clamp(min=TINY))
@@ -77,12 +83,13 @@ class ALPS(SparseStrategy):
 
         return prune
 
+    @override
     def workspace(self, rows: int, columns: int) -> int:
-        """H, its decomposition and LAPACK's workspace in float64, H and its inverses in float32; the steps' weights."""
+        """Count H, LAPACK's decomposition and workspace in float64, H and inverses in float32, the steps' weights."""
         return 72 * columns**2 + 84 * rows * columns
 
     def _admm(self, problem: Problem, ratio: float) -> Tensor:
-        """B after the last step."""
+        """Return B after the last step of ADMM."""
 
         def project(weight: Tensor) -> tuple[Tensor, Tensor]:
             keep = ~self.zeros(weight.abs(), ratio)
@@ -94,16 +101,16 @@ class ALPS(SparseStrategy):
         dual, inverse = torch.zeros_like(dense), problem.inverse(rho)
         start, size = sparse, max(1, int(support.sum()))
         for step in range(1, self.max_steps + 1):
-            dense = (problem.goal - dual + rho * sparse) @ inverse
-            sparse, keep = project(dense + dual / rho)
-            dual = dual + rho * (dense - sparse)
+            dense = (problem.goal - dual + rho * sparse) @ inverse  # B = (W H - V + rho D) (H + rho I)^-1
+            sparse, keep = project(dense + dual / rho)  # D = P(B + V / rho)
+            dual = dual + rho * (dense - sparse)  # V = V + rho (B - D)
             if step % INTERVAL:
                 continue
             change, support = int((support != keep).sum()) / size, keep
-            if grown and not change:
+            if grown and not change:  # the support stands
                 break
             factor = next((f for part, f in GROWTH if change > part), SLOW_GROWTH if grown else FALL)
-            if factor == FALL and change:
+            if factor == FALL and change:  # rho began too large, and moved the support: start anew
                 sparse, dual = start, torch.zeros_like(dual)
             grown = factor != FALL
             rho = min(rho * factor, LARGEST_RHO)
@@ -115,7 +122,7 @@ class ALPS(SparseStrategy):
 
 @dataclass(frozen=True)
 class Problem:
-    """min tr (V - W) H (V - W)^T.
+    """The problem min over V of tr (V - W) H (V - W)^T.
 
     Attributes:
         weight: W, (out, in).
@@ -131,15 +138,15 @@ class Problem:
 
     @cached_property
     def goal(self) -> Tensor:
-        """W H."""
+        """Return W H."""
         return self.weight @ self.hessian
 
     def inverse(self, rho: float) -> Tensor:
-        """(H + rho I)^-1."""
+        """Return (H + rho I)^-1."""
         return (self.vectors / (self.values + rho)) @ self.vectors.T
 
     def refit(self, start: Tensor, keep: Tensor, steps: int) -> Tensor:
-        """`start` after some steps of conjugate gradients on the support `keep`, row by row."""
+        """Return `start` after `steps` of conjugate gradients on the support `keep`, row by row."""
         solution, residual = start, (self.goal - start @ self.hessian) * keep
         direction, square = residual, residual.square().sum(1, keepdim=True)
         for _ in range(steps):

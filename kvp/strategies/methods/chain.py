@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.family import family_of
 from kvp.models.plans import edits_file
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 
 @options
 class Chain(Wrapper):
-    """A cut, then zeros.
+    """Cut a model, then zero weights of what is left.
 
     Attributes:
-        first: What cuts.
-        second: What zeroes single weights.
-        ratio: The budget of the second.
+        first: The strategy that cuts.
+        second: The strategy that zeroes single weights.
+        ratio: The budget of `second`, a sparsity of the matrices that are left.
     """
 
     late: ClassVar[tuple[str, ...]] = (*Wrapper.late, "second", "ratio")
@@ -63,25 +64,25 @@ class Chain(Wrapper):
             raise ValueError("strategy.compensation belongs to what cuts: set strategy.first.compensation")
 
     @property
+    @override
     def needs_calibration(self) -> bool:
-        """If one of them does."""
         compensated = self.first.compensation is not None
         return self.first.needs_calibration or self.second.needs_calibration or compensated
 
     @property
+    @override
     def then(self) -> tuple[Budget, ...]:
-        """The second's."""
         return (self.ratio,)
 
+    @override
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
-        """Both, the second on the model that is not cut yet."""
         self.first.check(config, budget)
         self.second.check(config, self.ratio)
 
+    @override
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
-        """The first's plan, whose edits put the second's zeros into the matrices before the cut."""
         from kvp.models.surgery import apply  # imports seconds of modelling code
 
         job = Job(self.first, budget, target.config, lambda: target)

@@ -26,6 +26,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.options import options
 from kvp.strategies.signals.moments import Moments
@@ -37,16 +38,16 @@ Metric = Literal["wifv", "ifv", "wifn"]
 
 @options
 class FLAP(ProjectionStrategy):
-    """KV groups and neurons by the fluctuation of what they put into the residual stream.
+    """Cut the KV groups and neurons whose contribution to the residual stream fluctuates least.
 
     Attributes:
-        metric: See above.
+        metric: "wifv", "ifv" or "wifn"; see the table above.
     """
 
     metric: Metric = "wifv"
 
+    @override
     def columns(self, kind: Kind, weight: Tensor, inputs: Moments) -> Tensor:
-        """(in,) z-scores of the metric."""
         match self.metric:
             case "wifv":
                 raw = inputs.scatter / inputs.count * weight.square().sum(0)

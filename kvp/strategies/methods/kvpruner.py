@@ -9,6 +9,8 @@ rule of (A) in `kvp.strategies.allocation.allocate.Sensitivity` and the importan
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from kvp.options import options
 from kvp.strategies.signals.importance import Importance
 from kvp.strategies.templates.channels import ImportanceStrategy
@@ -16,7 +18,7 @@ from kvp.strategies.templates.channels import ImportanceStrategy
 
 @options
 class KVPruner(ImportanceStrategy):
-    """The paper's strategy, with its open choices as options.
+    """KVPruner, with the open choices of the paper as options.
 
     Attributes:
         importance: One of `kvp.strategies.signals.importance`.
@@ -25,6 +27,6 @@ class KVPruner(ImportanceStrategy):
     importance: Importance = "taylor_gate"
 
     @property
+    @override
     def criterion(self) -> Importance:
-        """As configured."""
         return self.importance

@@ -1,9 +1,9 @@
-"""KVPruner+: drop directions, not channels, and let every byte of the cache go where it is worth the most. Ours.
+"""KVPruner+, ours: drop directions, not channels, and spend every byte of the cache where it is worth the most.
 
 KVPruner drops channels as they come. Here
 
-1. every KV group is first turned into a basis in which its values, and the keys that as good as do not rotate, are
-   sorted by what they are worth (`kvp.strategies.signals.heads`): what is dropped then is the least there is;
+1. every KV group is first turned into a basis in which its values, and the keys that barely rotate, are sorted
+   by what they are worth (`kvp.strategies.signals.heads`), so that the least of them is dropped;
 2. all directions of all layers are compared in one currency, nats per token. If an attention's output moves by e, the
    loss rises by about 1/2 e^T H e. H is replaced by s I, s the mean square of the loss's derivative by that output
    (`output_slopes`; the Fisher information stands for the curvature), so a direction is worth s / 2 times the mean
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.family import family_of
 from kvp.models.joined import joined_config
@@ -54,12 +55,12 @@ if TYPE_CHECKING:
 
 Basis = Literal["rank", "channels"]
 Worth = Literal["output", Importance]
-RIDGE = 0.1  # of the refit that worth is measured with, as compensation=sequential has it
+RIDGE = 0.1  # of the refit that measures worth: the default of compensation=sequential
 
 
 @options
 class KVPrunerPlus(ChannelStrategy):
-    """The parts as options.
+    """KVPruner+, with each of its parts as an option.
 
     Attributes:
         values: "rank": value channels are turned into directions sorted by worth; "channels": they stay.
@@ -79,12 +80,13 @@ class KVPrunerPlus(ChannelStrategy):
     importance: Worth = "output"
 
     @property
+    @override
     def joins(self) -> int | None:
-        """The option says."""
         return self.num_key_value_heads
 
+    @override
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
-        """Of the model as joined; what joining adds to the parameters is no budget to prune them from.
+        """Check the model as joined. Joining adds parameters, so no budget of parameters goes with it.
 
         Raises:
             ValueError: As any strategy, or heads are joined under a budget of parameters or blocks.
@@ -97,12 +99,13 @@ class KVPrunerPlus(ChannelStrategy):
         super().check(joined_config(config, self.joins), budget)
 
     @property
+    @override
     def searches(self) -> bool:
-        """A new basis is made with the model at hand."""
         return self.values == "rank" or self.context is not None
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """(groups, pairs) and (groups, v_head_dim), in the new basis: by "output", nats per token that are lost."""
+        """Return (groups, pairs) and (groups, v_head_dim) scores in the new basis: by "output", nats per token."""
         spaces = find_spaces(target.config, self.kinds())
         if self.importance != "output":
             edits = {name: edit for _, turned in self._turned(target) for name, edit in turned.edits.items()}
@@ -121,10 +124,10 @@ class KVPrunerPlus(ChannelStrategy):
             require_finite(score.sum(), f"the worth of {space.key}")
         return scores
 
+    @override
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
-        """The plan, with the heads in the basis that the scores belong to; goes on after the last layer made."""
         plan = self.plan(target.config, scores, budget, profile)
         edits: dict[str, Tensor] = {}
         for visit in self._visits(target):
@@ -134,7 +137,7 @@ class KVPrunerPlus(ChannelStrategy):
     def _lost_per_energy(
         self, visit: Visit, turned: Turned, energies: Mapping[Space, Tensor]
     ) -> dict[Space, float]:
-        """What the attention's output loses per energy, without the lower half of a space."""
+        """Return what the attention's output loses per energy, without the lower half of a space."""
         plans, gone = [], []
         for space, energy in energies.items():
             order = energy.argsort(dim=1, descending=True)
@@ -164,7 +167,7 @@ class KVPrunerPlus(ChannelStrategy):
 
 
 def output_slopes(target: Target, gradient_checkpointing: bool = False) -> Tensor:
-    """(layers,) mean square, over tokens and channels, of the derivative by an attention's output.
+    """Return (layers,) the mean square, over tokens and channels, of the derivative by an attention's output.
 
     Of the sum of the losses of a sample's tokens, in nats; zero for a layer without attention.
 
@@ -196,7 +199,7 @@ def output_slopes(target: Target, gradient_checkpointing: bool = False) -> Tenso
 
 
 def refit_errors(visit: Visit, plans: Sequence[Plan]) -> list[float]:
-    """Mean square, summed over channels, of what a refitted o_proj leaves of the dense output under each plan.
+    """Return, per plan, the mean square error of a refitted o_proj against the dense output, summed over channels.
 
     The plans differ in what they keep, and in nothing else; one that keeps all pairs needs no pass of its own.
     """

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.family import family_of
 from kvp.models.shapes import layer_shapes
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 @options
 class LLMBIP(LayerwiseStrategy):
-    """KV groups and neurons by what reaches the output of their block: its summed absolute change, mean over tokens.
+    """Cut KV groups and neurons by the summed absolute change at the output of their block, mean over tokens.
 
     Attributes:
         by_share: Where layers cannot all lose the same number of units, those lose one more whose next unit is
@@ -51,13 +52,13 @@ class LLMBIP(LayerwiseStrategy):
 
     by_share: bool = True
 
+    @override
     def pools(self, config: PretrainedConfig, scores: Scores) -> list[Pool]:
-        """By layer."""
         pools = super().pools(config, scores)
         return shares(pools) if self.by_share else pools
 
+    @override
     def layer_scores(self, visit: Visit, spaces: Sequence[Space]) -> dict[Space, Tensor]:
-        """Of its KV groups and its neurons."""
         model = visit.model
         projections = {space: members(model.config, space)[-1] for space in spaces}  # o_proj and down_proj
         sizes = input_sizes(visit, [member.name for member in projections.values()])
@@ -71,7 +72,7 @@ class LLMBIP(LayerwiseStrategy):
 
 
 def input_sizes(visit: Visit, names: Sequence[str]) -> dict[str, Tensor]:
-    """(in_features,) mean over tokens of |x|, per named projection.
+    """Return (in_features,) the mean over tokens of |x|, per named projection.
 
     Raises:
         FloatingPointError: An input is not finite.
@@ -88,7 +89,7 @@ def input_sizes(visit: Visit, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def block_reach(model: PreTrainedModel, layer: int) -> Tensor:
-    """(hidden,) (I + |W_U| |W_D|) 1: what a unit in the residual stream after attention makes at the end."""
+    """Return (hidden,) (I + |W_U| |W_D|) 1: how far a unit after attention is felt at the end of the block."""
     family, config = family_of(model.config), model.config
     mlp = f"{family.layers}.{layer}.{family.mlp}"
     through = torch.ones(config.hidden_size, dtype=torch.float64, device=model.device)
@@ -98,5 +99,5 @@ def block_reach(model: PreTrainedModel, layer: int) -> Tensor:
 
 
 def absolute(model: PreTrainedModel, name: str) -> Tensor:
-    """|W| of a projection, (out, in), float64."""
+    """Return |W| of a projection, (out, in), float64."""
     return model.get_parameter(f"{name}.weight").detach().double().abs()

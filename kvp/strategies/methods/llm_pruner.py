@@ -30,6 +30,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.masks import masked
 from kvp.models.spaces import keep_mask, members
@@ -40,15 +41,17 @@ from kvp.strategies.templates.coupled import CoupledStrategy
 from kvp.strategies.templates.reductions import Reduction, channels_per_unit, unit_scores
 from kvp.types import Budget, Plan, Space
 
-Criterion = Literal["taylor_vector", "taylor_element", "second_order", "mixed", "l1", "l2", "random"]
+StructureImportance = Literal[
+    "taylor_vector", "taylor_element", "second_order", "mixed", "l1", "l2", "random"
+]
 
 
 @options
 class LLMPruner(CoupledStrategy):
-    """Block-wise LLM-Pruner.
+    """LLM-Pruner in its block-wise mode.
 
     Attributes:
-        importance: See above.
+        importance: One of the table above.
         group_reduction: Over the matrices of a structure: "sum", "mean", "max", "prod", "first".
         iterative_steps: Cut so often, up to a further 1 / iterative_steps of the ratio each time, and score
             again what is left.
@@ -58,24 +61,24 @@ class LLMPruner(CoupledStrategy):
 
     late: ClassVar[tuple[str, ...]] = (*CoupledStrategy.late, "iterative_steps", "gradient_checkpointing")
 
-    importance: Criterion = "taylor_element"
+    importance: StructureImportance = "taylor_element"
     group_reduction: Reduction = "sum"
     iterative_steps: int = Field(default=1, ge=1)
     reference_gqa_alignment: bool = False
     gradient_checkpointing: bool = False
 
     @property
+    @override
     def needs_calibration(self) -> bool:
-        """The Taylor importances do."""
         return self.probes or self.importance not in ("random", "l1", "l2")
 
     @property
+    @override
     def searches(self) -> bool:
-        """Iterative steps look at the model again."""
         return self.iterative_steps > 1
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """Of every KV group and neuron of the layers that may lose some."""
         config, spaces = target.config, self.spaces(target.config)
         if self.importance == "random":
             generator = torch.Generator().manual_seed(target.seed)
@@ -88,10 +91,11 @@ class LLMPruner(CoupledStrategy):
             for space in spaces
         }
 
+    @override
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
-        """Cut a part, score what is left on the model without it, and so on; what is cut stays cut."""
+        """Cut a part, score what is left in the model without it, and so on; what is cut stays cut."""
         for step in range(1, self.iterative_steps):
             plan = self._up_to(step / self.iterative_steps, target, scores, budget, profile)
             with masked(target.model, plan):
@@ -101,7 +105,7 @@ class LLMPruner(CoupledStrategy):
         return self.plan(target.config, scores, budget, profile)
 
     def _up_to(self, part: float, target: Target, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
-        """The plan for a part of the ratio, as near as the widths allow."""
+        """Return the plan for a part of the ratio, as near as the widths allow."""
         ratio = self.unit_ratio and self.unit_ratio * part
         return replace(self, unit_ratio=ratio).plan(
             target.config, scores, replace(budget, value=budget.value * part, tolerance=1), profile

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from typing_extensions import override
+
 from kvp.options import options
 from kvp.strategies.signals.importance import Importance
 from kvp.strategies.templates.channels import ImportanceStrategy
@@ -11,7 +13,7 @@ from kvp.strategies.templates.channels import ImportanceStrategy
 
 @options
 class Magnitude(ImportanceStrategy):
-    """Score = sum of |w|^p over everything the unit cuts.
+    """Score a unit by the sum of |w|^p over everything it cuts.
 
     Attributes:
         norm: "l1" (p = 1) or "l2" (p = 2, no root, as in LLM-Pruner's code).
@@ -20,6 +22,6 @@ class Magnitude(ImportanceStrategy):
     norm: Literal["l1", "l2"] = "l2"
 
     @property
+    @override
     def criterion(self) -> Importance:
-        """The configured norm."""
         return self.norm

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.options import options
 from kvp.strategies.signals.moments import Moments
@@ -21,20 +22,21 @@ from kvp.strategies.templates.sparse import Prune, SparseStrategy
 
 @options
 class MagnitudeSparse(SparseStrategy):
-    """Zeroes the smallest weights."""
+    """Zero the smallest weights."""
 
     needs_calibration: ClassVar[bool] = False
 
     compare: Literal["matrix", "row"] = "matrix"
 
+    @override
     def pruner(self, inputs: Moments | None) -> Prune:
-        """The same for every input."""
 
         def prune(weight: Tensor, ratio: float) -> Tensor:
             return weight.masked_fill(self.zeros(weight.abs(), ratio), 0)
 
         return prune
 
+    @override
     def workspace(self, rows: int, columns: int) -> int:
-        """Weight, score and result in float32, and what choosing takes."""
+        """Count weight, score and result in float32, and what choosing takes."""
         return 40 * rows * columns

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.linears import all_linears, linears
 from kvp.models.plans import found_or_made
@@ -39,17 +40,19 @@ OUTLIERS = "outliers.safetensors"
 
 @options
 class Mosaic(SurgeonStrategy):
-    """SparseGPT by projection.
+    """SparseGPT with a sparsity of each projection's own.
 
     Attributes:
-        outlier: How many times the mean a weight's A must be.
-        spread: A projection's sparsity lies within about this of the mean.
+        outlier: A weight is an outlier if A exceeds this many times the mean of the matrix.
+        spread: The sparsity of a projection lies within about this of the mean.
     """
 
     late: ClassVar[tuple[str, ...]] = (*SurgeonStrategy.late, "outlier", "spread")
 
     outlier: float = Field(default=3.0, ge=0, description="times the mean of a matrix")
-    spread: float = Field(default=0.08, ge=0, description="of the sparsity around its mean")
+    spread: float = Field(
+        default=0.08, ge=0, description="the sparsity of a projection lies within about this of the mean"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,8 +62,8 @@ class Mosaic(SurgeonStrategy):
                 "strategy=sparsegpt, or strategy.pattern=unstructured"
             )
 
+    @override
     def ratios(self, target: Target, ratio: float, directory: Path) -> dict[str, float]:
-        """By the outliers of the dense model, which the stage's directory keeps."""
 
         def make() -> dict[str, Tensor]:
             return {
@@ -73,7 +76,7 @@ class Mosaic(SurgeonStrategy):
         return targets(target.config, found, ratio, self.spread)
 
     def _outliers(self, visit: Visit) -> dict[str, float]:
-        """Of each matrix of the layer visited, by the name of its module."""
+        """Return the outliers of each matrix of the layer visited, by the name of the module."""
         fed = linears(visit.model.config, visit.layer)
         moments = input_moments(visit, [group[0].module for group in fed])
         return {
@@ -86,7 +89,7 @@ class Mosaic(SurgeonStrategy):
 
 
 def outliers(weight: Tensor, inputs: Moments, times: float) -> float:
-    """The fraction of weights whose |W_ij| ||X_j|| is more than `times` the mean."""
+    """Return the fraction of weights whose |W_ij| ||X_j|| exceeds `times` the mean."""
     scores = weight.abs() * inputs.squares.sqrt()
     return (scores > times * scores.mean()).double().mean().item()
 
@@ -94,10 +97,10 @@ def outliers(weight: Tensor, inputs: Moments, times: float) -> float:
 def targets(
     config: PretrainedConfig, found: Mapping[str, float], ratio: float, spread: float
 ) -> dict[str, float]:
-    """The sparsity of each matrix, by the name of its module.
+    """Return the sparsity of each matrix, by the name of the module.
 
     Args:
-        config: Of the model.
+        config: The config of the model.
         found: The outliers of each matrix.
         ratio: The mean over all weights.
         spread: See `Mosaic`.
@@ -109,6 +112,7 @@ def targets(
     wanted: dict[str, float] = {}
     for names in kinds.values():
         least, most = (extreme(found[name] for name in names) for extreme in (min, max))
+        # OWL's map: the layer of the most outliers keeps 2 * spread more than the layer of the fewest.
         more = {name: 2 * spread * (found[name] - least) / ((most - least) or 1.0) for name in names}
         mean = sum(more.values()) / len(names)
         wanted |= {name: ratio - (more[name] - mean) for name in names}
@@ -116,7 +120,7 @@ def targets(
 
 
 def _centred(wanted: Mapping[str, float], weights: Mapping[str, int], ratio: float) -> dict[str, float]:
-    """`wanted`, shifted together so that the mean over all weights is `ratio`, within `BOUNDS`."""
+    """Return `wanted`, shifted together so that the mean over all weights is `ratio`, within `BOUNDS`."""
     lowest, highest = (pick(bound, ratio) for pick, bound in zip((min, max), BOUNDS, strict=True))
 
     def moved(shift: float) -> dict[str, float]:

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
 from kvp.models.masks import masked
 from kvp.models.spaces import members
@@ -47,11 +48,11 @@ log = logging.getLogger(__name__)
 
 @options
 class NIRVANA(ScoreStrategy):
-    """KV groups and neurons by what they do to the outputs.
+    """Cut KV groups and neurons by the saliency of their weights for the logits.
 
     Attributes:
         draws: Random parts of the calibration samples that compete; 1: no choice.
-        share: How much of the samples a draw takes, in (0, 1].
+        share: Fraction of the samples that a draw takes, in (0, 1].
         batch_size: Samples per backward; None: all of a draw, as in the paper. With fewer, |w df/dw| is
             averaged over batches.
         gradient_checkpointing: Trade time for activation memory.
@@ -73,16 +74,17 @@ class NIRVANA(ScoreStrategy):
             )
 
     @property
+    @override
     def searches(self) -> bool:
-        """Draws are compared under the budget."""
         return self.draws > 1
 
+    @override
     def kinds(self) -> tuple[Kind, ...]:
-        """Whole KV groups, and neurons."""
         return ("kv_group", "ffn")
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """By the first draw: per unit, the sum of |w df/dw|; a logit per relative change of a weight."""
+        """Return, by the first draw, the sum of |w df/dw| per unit: logits per relative change of a weight."""
         return self._saliency(target, 0)
 
     def _saliency(self, target: Target, number: int) -> dict[Space, Tensor]:
@@ -100,10 +102,10 @@ class NIRVANA(ScoreStrategy):
         )
         return sum_members(target.config, spaces, sums)
 
+    @override
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
-        """The plan, among those of all draws, whose predictions stay nearest to the dense model's."""
         saliencies = [scores, *(self._saliency(target, number) for number in range(1, self.draws))]
         plans = [self.plan(target.config, saliency, budget, profile) for saliency in saliencies]
         removals = [partial(masked, target.model, plan) for plan in plans]
@@ -115,7 +117,7 @@ class NIRVANA(ScoreStrategy):
 
 
 def draw(target: Target, number: int, share: float) -> Tensor:
-    """(samples, length) the calibration samples of a draw, without replacement, at least one."""
+    """Return (samples, length) the calibration samples of a draw, without replacement, at least one."""
     assert target.calibration is not None
     generator, count = torch.Generator().manual_seed(target.seed), len(target.calibration)
     orders = [torch.randperm(count, generator=generator) for _ in range(number + 1)]
@@ -123,7 +125,7 @@ def draw(target: Target, number: int, share: float) -> Tensor:
 
 
 def mean_largest_logit(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Mean over samples and vocabulary of the logit's maximum over positions; one sample's logits at a time."""
+    """Return the mean over samples and vocabulary of the largest logit over positions; one sample at a time."""
     hidden, head = (
         model.base_model(input_ids=ids, use_cache=False).last_hidden_state,
         model.get_output_embeddings(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.options import options
 from kvp.strategies.base import PlannedStrategy
@@ -17,18 +18,19 @@ if TYPE_CHECKING:
 
 @options
 class NoPruning(PlannedStrategy):
-    """Keeps everything, whatever the ratio."""
+    """Keep everything, whatever the ratio."""
 
     needs_calibration: ClassVar[bool] = False
     prunes: ClassVar[bool] = False
 
+    @override
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
-        """Every model can be left as it is."""
+        pass
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """No spaces, no scores."""
         return {}
 
+    @override
     def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
-        """The empty plan."""
         return Plan({})

@@ -28,6 +28,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.options import options
 from kvp.strategies.signals.moments import Moments
@@ -39,12 +40,13 @@ DAMPING = 1e-6  # of K's diagonal, and of its mean
 
 @options
 class Numerical(ProjectionStrategy):
-    """KV groups and neurons by the optimal soft mask of o_proj's and down_proj's columns."""
+    """Cut KV groups and neurons by the optimal soft mask of the columns of o_proj and down_proj."""
 
     needs_covariance: ClassVar[bool] = True
 
+    @override
     def columns(self, kind: Kind, weight: Tensor, inputs: Moments) -> Tensor:
-        """(in,) (z - 1) / rho; mean -1."""
+        """Return (in,) (z - 1) / rho, whose mean is -1."""
         curvature = (weight.T @ weight) * (inputs.gram / inputs.count)
         diagonal = curvature.diagonal()
         damping = DAMPING * (diagonal + diagonal.mean())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from kvp.options import options
 from kvp.strategies.signals.importance import Importance
 from kvp.strategies.templates.channels import ImportanceStrategy
@@ -12,6 +14,6 @@ class Random(ImportanceStrategy):
     """Keep units drawn uniformly under the run's seed."""
 
     @property
+    @override
     def criterion(self) -> Importance:
-        """Uniform noise."""
         return "random"

@@ -11,7 +11,7 @@ Here, ours, it happens once, before recovery, to rope pairs, value channels, KV 
   not. What is gone is worth mean over samples |dL/dgate| in the model so cut, with L a sample's loss in nats per
   token. A unit of zeros would have no gradient, so a unit keeps its weights, and comes back with them.
 * Then `first` plans the asked budget by other scores: the units kept rank above all others, as they did; those gone
-  rank by their gates. Where units grow back is therefore a matter of its allocator, as where they are cut is.
+  rank by their gates. The allocator of `first` decides where units grow back, as it decides where they are cut.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import override
 
 from kvp.models.spaces import Member, fold, keep_mask, members
 from kvp.options import options
@@ -39,9 +40,9 @@ from kvp.types import Budget, Kind, Plan, Space
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-GATED: dict[Kind, int] = {"qk": 1, "vo": 0, "kv_group": 2, "ffn": 1}  # which member: k, v, v, up
+REGROWN: dict[Kind, int] = {"qk": 1, "vo": 0, "kv_group": 2, "ffn": 1}  # which member: k, v, v, up
 ABOVE = 1e6  # times the largest score of what is gone: also per parameter, whatever the units weigh
-TINY = 1e-30  # where all scores are equal
+FLAT = 1e-30  # where all scores are equal
 CHOOSE = (
     "it must plan from its scores, which regrowth changes: choose kvpruner, magnitude, llm_pruner, flap, "
     "or wanda_sp with sequential=false"
@@ -50,10 +51,10 @@ CHOOSE = (
 
 @options
 class Regrow(Wrapper):
-    """A strategy, corrected by the gradients of what it removed.
+    """Correct a strategy by the gradients of what it removed.
 
     Attributes:
-        first: What prunes.
+        first: The strategy that prunes.
         growth: Part of what is left in the end that is cut before and grown back, in [0, 1).
     """
 
@@ -66,9 +67,9 @@ class Regrow(Wrapper):
         name = type(self.first).__name__
         if self.first.searches:
             raise ValueError(f"strategy.first={name} searches for its plan: {CHOOSE}")
-        if unknown := set(self.first.kinds()) - set(GATED):
+        if unknown := set(self.first.kinds()) - set(REGROWN):
             raise ValueError(
-                f"strategy.first must cut {', '.join(GATED)}, which have activations to gate; {name} cuts "
+                f"strategy.first must cut {', '.join(REGROWN)}, which have activations to gate; {name} cuts "
                 f"{', '.join(sorted(unknown))}"
             )
         if self.first.compensation is not None:
@@ -78,15 +79,15 @@ class Regrow(Wrapper):
             )
 
     def kinds(self) -> tuple[Kind, ...]:
-        """The first's."""
+        """Return the kinds of spaces that `first` cuts."""
         return self.first.kinds()
 
     def deeper(self, budget: Budget) -> Budget:
-        """What is cut before anything grows back."""
+        """Return the budget of the cut before anything grows back."""
         return replace(budget, value=1 - (1 - budget.value) * (1 - self.growth))
 
+    @override
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
-        """The budget, and the deeper one."""
         self.first.check(config, budget)
         try:
             self.first.check(config, self.deeper(budget))
@@ -96,24 +97,24 @@ class Regrow(Wrapper):
                 f"{budget.value}, lower it: {error}"
             ) from error
 
+    @override
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
-        """The first's plan for the deeper budget, its gradients, and the first's plan by these."""
         pruned = self.first.plan(target.config, scores, self.deeper(budget), profile)
         regrown = corrected(scores, pruned, gated_worth(target, pruned))
         return self.first.plan(target.config, regrown, budget, profile)
 
 
 def corrected(scores: Scores, plan: Plan, worth: Scores) -> dict[Space, Tensor]:
-    """`scores` of what the plan keeps, moved to [ABOVE, 2 ABOVE], and `worth` of what it removes, to [0, 1]."""
+    """Return `scores` of what the plan keeps, moved to [ABOVE, 2 ABOVE], and `worth` of what it removes, to [0, 1]."""
     low, high = _extremes(scores)
     _, most = _extremes(worth)
     return {
         space: torch.where(
             keep_mask(space, plan.keep[space]).view(space.shape),
-            ABOVE * (1 + (score.double() - low) / max(high - low, TINY)),
-            worth[space] / max(most, TINY),
+            ABOVE * (1 + (score.double() - low) / max(high - low, FLAT)),
+            worth[space] / max(most, FLAT),
         )
         for space, score in scores.items()
     }
@@ -125,7 +126,7 @@ def _extremes(scores: Scores) -> tuple[float, float]:
 
 
 def gated_worth(target: Target, plan: Plan) -> dict[Space, Tensor]:
-    """Mean over samples of |dL/dgate| of every unit of the plan's spaces, in the model that the plan leaves.
+    """Return the mean over samples of |dL/dgate| of every unit of the plan's spaces, in the model the plan leaves.
 
     Raises:
         FloatingPointError: The loss is not finite.
@@ -151,7 +152,7 @@ def gated_worth(target: Target, plan: Plan) -> dict[Space, Tensor]:
 
     with ExitStack() as stack:
         for space in plan.keep:
-            member = members(target.config, space)[GATED[space.kind]]
+            member = members(target.config, space)[REGROWN[space.kind]]
             handle = model.get_submodule(member.name).register_forward_hook(gate(space, member))
             stack.callback(handle.remove)
         backward_by_sample(model, [], target.batches, "regrowth")

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.spaces import fold, members
@@ -44,7 +45,7 @@ from kvp.strategies.allocation.pools import Pool
 from kvp.strategies.search.evolution import Evolution
 from kvp.strategies.search.subnets import Subnet, Subnets, name_of
 from kvp.strategies.search.trials import Trials, masked_loss
-from kvp.strategies.signals.moments import Moments, input_moments
+from kvp.strategies.signals.moments import TINY, Moments, input_moments
 from kvp.strategies.signals.walk import Visit, walk
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.channels import coupled_parts
@@ -60,14 +61,14 @@ RANGES = {0.1: (0.9, 0.6), 0.2: (0.8, 0.4), 0.3: (0.3, 0.2), 0.4: (0.6, 0.1), 0.
 
 @options
 class SearchLLM(ScoreStrategy):
-    """Channels of heads and neurons of MLPs, searched.
+    """Search which channels of heads and neurons of MLPs stay.
 
     Attributes:
-        evolution: How long, and how boldly.
+        evolution: Length of the search, and size of the mutations.
         attention_least: Fraction of its channels that every head keeps. None: the paper's for the nearest of
             its budgets; under kv_cache, which it does not have, what allocator.max_ratio leaves.
-        mlp_least: The same of an MLP's neurons.
-        damping: Of X^T X, relative to the mean of its diagonal.
+        mlp_least: Fraction of the neurons that every MLP keeps; None: as for `attention_least`.
+        damping: Added to the diagonal of X^T X, relative to the mean of that diagonal.
     """
 
     late: ClassVar[tuple[str, ...]] = (*ScoreStrategy.late, "evolution", "attention_least", "mlp_least")
@@ -78,12 +79,12 @@ class SearchLLM(ScoreStrategy):
     mlp_least: float | None = Field(default=None, ge=0, le=1, description="null takes the paper's")
     damping: float = Field(default=0.01, gt=0, description="relative to the mean of the diagonal of X^T X")
 
+    @override
     def kinds(self) -> tuple[Kind, ...]:
-        """Q and K, V and O, MLP."""
         return ("qk", "vo", "ffn")
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """Phi, summed over what each index cuts; one layer's statistics at a time."""
         spaces = self.spaces(target.config)
         return {
             space: self._layer_score(visit, space)
@@ -103,14 +104,14 @@ class SearchLLM(ScoreStrategy):
         return total
 
     def _inverse_diagonal(self, inputs: Moments) -> Tensor:
-        """(in,) diagonal of (2 X^T X)^-1."""
+        """Return (in,) the diagonal of (2 X^T X)^-1."""
         hessian = 2 * inputs.gram
-        mean = hessian.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+        mean = hessian.diagonal().mean().clamp(min=TINY)
         damped = hessian + self.damping * mean * torch.eye(len(hessian)).to(hessian)
         return torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal()
 
+    @override
     def pools(self, config: PretrainedConfig, scores: Scores) -> list[Pool]:
-        """Per layer, the channels of its heads in pairs, and its neurons."""
         of = {kind: [s for s in self.spaces(config) if s.kind == kind] for kind in self.kinds()}
         attention = [
             Pool(coupled_parts(qk, scores[qk], vo, scores[vo]), qk.shape[-1], self._step("qk"), qk.layer)
@@ -118,15 +119,15 @@ class SearchLLM(ScoreStrategy):
         ]
         return attention + super().pools(config, {space: scores[space] for space in of["ffn"]})
 
+    @override
     def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
-        """The start of the search."""
         subnets, start = self._start(config, scores, budget, profile, seed=0)
         return subnets.plan(start)
 
+    @override
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
-        """Evolve it."""
         subnets, start = self._start(target.config, scores, budget, profile, target.seed)
         assert target.calibration is not None
         batches = target.calibration[: self.evolution.samples].split(target.batch_size)
@@ -142,7 +143,7 @@ class SearchLLM(ScoreStrategy):
     def _start(
         self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor, seed: int
     ) -> tuple[Subnets, Subnet]:
-        """The subnets within the budget, and the one that the allocator and the importance choose."""
+        """Return the subnets within the budget, and the one that the allocator and the importance choose."""
         least = self._least(budget)
         pools = [
             replace(pool, least=math.ceil(least[pool.parts[0].space.kind] * pool.units - 1e-9))
@@ -163,7 +164,7 @@ class SearchLLM(ScoreStrategy):
         return subnets, subnets.by_importance(units)
 
     def _least(self, budget: Budget) -> dict[Kind, float]:
-        """Fraction that stays at least, of the channels of a head and of the neurons."""
+        """Return the fraction that stays at least, of the channels of a head and of the neurons."""
         nearest = min(RANGES, key=lambda removed: abs(removed - budget.value))
         attention, mlp = (0.0, 0.0) if budget.of == "kv_cache" else RANGES[nearest]
         return {

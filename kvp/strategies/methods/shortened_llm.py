@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.family import family_of
 from kvp.models.spaces import Member, fold, members
@@ -35,7 +36,7 @@ from kvp.types import Space
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Criterion = Literal["ppl", "taylor", "magnitude"]
+BlockCriterion = Literal["ppl", "taylor", "magnitude"]
 SUMMED: dict[str, Importance] = {"taylor": "taylor_element", "magnitude": "l1"}
 
 
@@ -50,18 +51,19 @@ class ShortenedLLM(DepthStrategy):
 
     late: ClassVar[tuple[str, ...]] = (*DepthStrategy.late, "gradient_checkpointing")
 
-    criterion: Criterion = "ppl"
+    criterion: BlockCriterion = "ppl"
     protect_first: int = Field(default=4, ge=0, description="blocks at the input that stay")
     protect_last: int = Field(default=2, ge=0, description="blocks at the output that stay")
     gradient_checkpointing: bool = False
 
     @property
+    @override
     def needs_calibration(self) -> bool:
-        """Weights alone have a magnitude."""
         return self.criterion != "magnitude"
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """Nats per token without the block, or a sum over its weights."""
+        """Return the loss without each block, in nats per token, or a sum over the weights of each."""
         space = self.space(target.config)
         if self.criterion == "ppl":
             return {space: self.losses(target, list(range(space.shape[0])), "perplexity without a block")}
@@ -70,7 +72,7 @@ class ShortenedLLM(DepthStrategy):
         return {space: torch.stack([fold(sums[m.name, 0], m, space) for m in group]).sum(0)}
 
     def _weights(self, config: PretrainedConfig, space: Space) -> list[Member]:
-        """All that goes: the projections, and with a whole block its norms."""
+        """Return all that goes with a layer's part: the projections, and the norms of a whole block."""
         family, projections = family_of(config), members(config, space)
         norms = [
             Member(f"{family.layers}.{n}.{norm}", 0, torch.full((config.hidden_size,), n))

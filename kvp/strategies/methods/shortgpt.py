@@ -6,7 +6,7 @@ block n. The blocks of the lowest BI go, all at once; nothing is protected, noth
 `distance=angular` averages arccos(cos) / pi instead, an option of the function `block_influence` in
 icip-cas/ShortGPT. Where this differs from that code: it reads `hidden_states` of Hugging Face, whose last
 entry has passed the final norm, so its BI of the last block includes that norm; here it is the formula's.
-Their calibration (PG19, windows of 256 tokens) is the `calibration` group's affair. BI of an `attention`
+The calibration (theirs: PG19, windows of 256 tokens) is chosen by the `calibration` group. BI of an `attention`
 or `mlp` grouping is that of the sublayer with its residual addition: our extension.
 """
 
@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.masks import without
 from kvp.options import options
@@ -34,13 +35,13 @@ class ShortGPT(DepthStrategy):
     """Depth pruning by block influence.
 
     Attributes:
-        distance: Of the states before and after a block: "cosine" (1 - cos, in [0, 2]) or "angular" (in [0, 1]).
+        distance: Distance of the states around a block: "cosine" (1 - cos, in [0, 2]) or "angular" (in [0, 1]).
     """
 
     distance: Distance = "cosine"
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """Block influence, float64."""
         space = self.space(target.config)
         influence = torch.zeros(space.shape, dtype=torch.float64)
         for visit in walk(target.model, target.batches, "block influence"):
@@ -50,7 +51,7 @@ class ShortGPT(DepthStrategy):
         return {space: influence}
 
     def _around(self, visit: Visit) -> tuple[list[Tensor], list[Tensor]]:
-        """The states before and after the part, per batch."""
+        """Return the states before and after the part, per batch."""
         if self.grouping == "block":
             return visit.states, visit.outputs()
         with without(visit.model, visit.layer, "mlp"):
@@ -58,6 +59,6 @@ class ShortGPT(DepthStrategy):
         return (visit.states, between) if self.grouping == "attention" else (between, visit.outputs())
 
     def _distances(self, before: Tensor, after: Tensor) -> Tensor:
-        """(batch, seq_len) in float32."""
+        """Return (batch, seq_len) distances in float32."""
         similarity = F.cosine_similarity(before.float(), after.float(), dim=-1)
         return 1 - similarity if self.distance == "cosine" else similarity.clamp(-1, 1).arccos() / pi

@@ -5,8 +5,8 @@ the model that has lost the earlier ones already; the first and the last block s
 the steps before it, not on how many follow: the order is the same for every budget, and a block's score
 is its place in it. Within a step the variants share the hidden states before their block, which is exact.
 
-The authors remove 7 of 32 blocks, and calibrate on the first 128 rows of a shuffled WikiText-2, joined:
-the `calibration` group's affair.
+The authors remove 7 of 32 blocks, and calibrate on the first 128 rows of a shuffled WikiText-2, joined. Here the
+`calibration` group chooses the text.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import override
 
 from kvp.models.masks import without
 from kvp.options import options
@@ -51,12 +52,13 @@ class SLEB(DepthStrategy):
     max_ratio: float = Field(default=0.5, gt=0, le=1, description="fraction of the blocks that is ranked")
     samples: int | None = Field(default=None, ge=1, description="null decides on all calibration samples")
 
+    @override
     def most(self, config: PretrainedConfig) -> int:
-        """As many as are ranked."""
         return min(super().most(config), int(self.max_ratio * self.space(config).shape[0] + 1e-9))
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """Place in the order of removal, from 0; their number for all that stay."""
+        """Return the place in the order of removal, from 0; the number of places for all blocks that stay."""
         space, steps = self.space(target.config), self.most(target.config)
         assert target.calibration is not None
         target = replace(target, calibration=target.calibration[: self.samples])

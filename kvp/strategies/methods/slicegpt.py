@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.family import family_of
 from kvp.models.plans import SUBLAYERS, bases_file, found_or_made
@@ -52,11 +53,11 @@ Orientation = Literal["random", "pca"]
 
 @options
 class SliceGPT(Strategy):
-    """Slices the residual stream.
+    """Slice the residual stream.
 
     Attributes:
         multiple_of: Widths of the stream are multiples of this.
-        orientation: Of the coordinates within what stays: "random", or the principal axes ("pca").
+        orientation: How the coordinates lie within what stays: "random", or the principal axes ("pca").
     """
 
     late: ClassVar[tuple[str, ...]] = ("compensation", "multiple_of", "orientation")  # nothing is scored
@@ -73,12 +74,12 @@ class SliceGPT(Strategy):
                 "leave it out"
             )
 
+    @override
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
-        """Find the width."""
         self.width(config, budget)
 
     def width(self, config: PretrainedConfig, budget: Budget) -> int:
-        """D_s; `hidden_size`, if the nearest to the budget is to leave the model as it is.
+        """Return the width D_s; `hidden_size`, if the dense model is the nearest to the budget.
 
         Raises:
             ValueError: The budget is of something that slicing does not shorten, or no width comes near it.
@@ -103,14 +104,14 @@ class SliceGPT(Strategy):
             )
         return nearest
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """No space is cut."""
         return {}
 
+    @override
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
-        """The bases; the model is left as it was."""
         width = self.width(target.config, budget)
         if width == target.config.hidden_size:
             return Plan({})
@@ -124,7 +125,7 @@ class SliceGPT(Strategy):
         return Plan({}, bases=bases)
 
     def _bases(self, visit: Visit, width: int, seed: int) -> dict[str, Tensor]:
-        """Those before the attention and the MLP of the layer visited."""
+        """Return the bases before the attention and the MLP of the layer visited."""
         position, norm = 2 * visit.layer, f"{visit.name}.{family_of(visit.model.config).layer_norms[1]}"
         dtype = torch.promote_types(visit.model.dtype, torch.float32)
 
@@ -143,7 +144,7 @@ class SliceGPT(Strategy):
         return dict(zip(SUBLAYERS, (attention, mlp), strict=True))
 
     def _principal(self, gram: Tensor, width: int, generator: torch.Generator) -> Tensor:
-        """(hidden_size, width): the eigenvectors of the largest eigenvalues, or another basis of their span."""
+        """Return (hidden_size, width) the eigenvectors of the largest eigenvalues, or another basis of their span."""
         vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :width]
         if self.orientation == "pca":
             return vectors

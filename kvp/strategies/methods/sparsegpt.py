@@ -19,4 +19,4 @@ from kvp.strategies.templates.surgeon import SurgeonStrategy
 
 @options
 class SparseGPT(SurgeonStrategy):
-    """The same sparsity in every matrix."""
+    """SparseGPT, with the same sparsity in every matrix."""

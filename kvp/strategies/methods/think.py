@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from typing_extensions import override
 
 from kvp.models.family import family_of
 from kvp.options import options
@@ -31,7 +32,7 @@ from kvp.types import Kind, Space
 
 @options
 class ThinK(ScoreStrategy):
-    """Rope pairs by what they add to the logits of the last queries.
+    """Cut rope pairs by what they add to the logits of the last queries.
 
     Attributes:
         window: Queries observed, the last ones of each calibration sample.
@@ -46,12 +47,13 @@ class ThinK(ScoreStrategy):
                 "use strategy/compensation=none"
             )
 
+    @override
     def kinds(self) -> tuple[Kind, ...]:
-        """Keys, with their queries."""
         return ("qk",)
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """(groups, pairs) per layer: the mean squared change of a logit without the pair.
+        """Return (groups, pairs) per layer: the mean squared change of a logit without the pair.
 
         Raises:
             FloatingPointError: A query or key is not finite.

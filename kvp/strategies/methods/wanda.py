@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.options import options
 from kvp.strategies.signals.moments import Moments
@@ -21,12 +22,12 @@ from kvp.strategies.templates.sparse import Prune, SparseStrategy
 
 @options
 class Wanda(SparseStrategy):
-    """Zeroes the weights that move their output least."""
+    """Zero the weights that move their output least."""
 
     compare: Literal["row", "matrix"] = "row"
 
+    @override
     def pruner(self, inputs: Moments | None) -> Prune:
-        """By the norms of these inputs."""
         assert inputs is not None
         norms = inputs.squares.sqrt()
 
@@ -35,6 +36,7 @@ class Wanda(SparseStrategy):
 
         return prune
 
+    @override
     def workspace(self, rows: int, columns: int) -> int:
-        """Weight and result in float32, the score in float64, and what choosing takes."""
+        """Count weight and result in float32, the score in float64, and what choosing takes."""
         return 48 * rows * columns

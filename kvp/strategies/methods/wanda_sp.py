@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.masks import masked
 from kvp.options import options
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 @options
 class WandaSP(ProjectionStrategy):
-    """KV groups and neurons by weight times activation norm.
+    """Cut KV groups and neurons by weight times activation norm.
 
     Attributes:
         sequential: Choose a layer's units on the states that the cut layers before it give; false: on the
@@ -50,23 +51,23 @@ class WandaSP(ProjectionStrategy):
     by_share: bool = True
 
     @property
+    @override
     def searches(self) -> bool:
-        """The cut layers' states are the budget's."""
         return self.sequential
 
+    @override
     def columns(self, kind: Kind, weight: Tensor, inputs: Moments) -> Tensor:
-        """(in,) ||X_j||_2 mean_i |W_ij|."""
         return inputs.gram.sqrt() * weight.abs().mean(0)
 
+    @override
     def pools(self, config: PretrainedConfig, scores: Scores) -> list[Pool]:
-        """By layer."""
         pools = super().pools(config, scores)
         return shares(pools) if self.by_share else pools
 
+    @override
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
-        """The widths of `plan`; which units stay is chosen layer by layer, on the model cut so far."""
         config, keep = target.config, dict(self.plan(target.config, scores, budget, profile).keep)
         with ExitStack() as cut:
             for visit in walk(target.model, target.batches, "Wanda-sp, cut so far"):

@@ -24,16 +24,16 @@ class Evolution:
     The defaults are the paper's. Probabilities are per mask (a layer's attention, its MLP).
 
     Attributes:
-        generations: How many.
+        generations: Number of generations.
         population: Subnets per generation; those neither mutated nor crossed are fresh: the start, mutated
             with the initial probabilities. The first generation is the start itself and fresh ones.
-        parents: So many of the best are mutated and crossed.
-        mutated: Per generation.
-        crossed: Per generation.
-        mask_probability: Of other units.
-        ratio_probability: Of another width.
-        initial_mask_probability: The same, of fresh subnets.
-        initial_ratio_probability: The same, of fresh subnets.
+        parents: Number of the best subnets, which are mutated and crossed.
+        mutated: Mutated subnets per generation.
+        crossed: Crossed subnets per generation.
+        mask_probability: Probability that a mutation draws other units of a mask.
+        ratio_probability: Probability that a mutation draws another width of a mask.
+        initial_mask_probability: `mask_probability` of fresh subnets.
+        initial_ratio_probability: `ratio_probability` of fresh subnets.
         overlap: Least part of a mask's units that a mutation leaves.
         resize: A mask of another width draws its units at "random" (the paper), or loses those of the
             lowest "importance" and gets back those of the highest.
@@ -66,11 +66,11 @@ class Evolution:
 
     @property
     def trials(self) -> int:
-        """Subnets measured in all."""
+        """Return how many subnets are measured in all."""
         return self.generations * self.population
 
     def search(self, subnets: Subnets, start: Subnet, loss: Callable[[Subnet], float]) -> Subnet:
-        """The subnet of the lowest loss that was met; all is drawn by `subnets`."""
+        """Return the subnet of the lowest loss that was met; `subnets` draws everything."""
         best: dict[str, tuple[float, Subnet]] = {}
         for generation in range(1, self.generations + 1):
             for child in self._children(subnets, start, [parent for _, parent in best.values()]):

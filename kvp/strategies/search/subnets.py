@@ -37,7 +37,7 @@ class Subnets:
     generator: torch.Generator
 
     def by_importance(self, widths: Sequence[int]) -> Subnet:
-        """The best units of every pool."""
+        """Return the subnet of the best units of every pool."""
         return tuple(
             resize(torch.zeros_like(pool.parts[0].scores, dtype=torch.bool), width, pool.parts[0].scores)
             for pool, width in zip(self.pools, widths, strict=True)
@@ -52,13 +52,13 @@ class Subnets:
         overlap: float,
         redraw: bool,
     ) -> Subnet:
-        """New widths for some pools, other units for some.
+        """Return a subnet with new widths for some pools, and other units for some.
 
         Args:
-            subnet: What is mutated.
+            subnet: The subnet to mutate.
             mask_probability: Per pool, of other units (see `_other_units`).
             ratio_probability: Per pool, of a width drawn from all it may have.
-            overlap: Of new and old units.
+            overlap: Least part of the units that new and old masks share.
             redraw: Whether a pool of a new width draws its units too; otherwise it loses those of the
                 lowest importance, or gets back those of the highest.
         """
@@ -76,16 +76,16 @@ class Subnets:
         )
 
     def cross(self, first: Subnet, second: Subnet) -> Subnet:
-        """Each pool from either parent."""
+        """Return a subnet that takes each pool from either parent."""
         child = tuple(a if self._happens(0.5) else b for a, b in zip(first, second, strict=True))
         return self._resized(child, self._fit(_widths(child)))
 
     def pick(self, options: Sequence[T]) -> T:
-        """One of them, drawn evenly."""
+        """Return one of the options, drawn evenly."""
         return options[int(torch.randint(len(options), (), generator=self.generator))]
 
     def plan(self, subnet: Subnet) -> Plan:
-        """The indices that stay."""
+        """Return the plan that keeps a subnet."""
         kept: dict[Space, Tensor] = {}
         for pool, mask in zip(self.pools, subnet, strict=True):
             if not mask.all():
@@ -118,16 +118,19 @@ class Subnets:
         )
 
     def _other_units(self, old: Tensor, new: Tensor, overlap: float) -> Tensor:
-        """As many as `new` per row, drawn anew: sharing at least `overlap` with `old`, of what they could."""
+        """Draw as many units per row as `new` has; they share at least `overlap` of what they could with `old`."""
         width = int(new[0].sum())
         return torch.stack([self._drawn(row, width, overlap) for row in old])
 
     def _drawn(self, old: Tensor, width: int, overlap: float) -> Tensor:
         inside, outside = int(old.sum()), int((~old).sum())
+        # How many units old and new share is drawn first, as often as a uniform draw under the bound would give it:
+        # in proportion to the number of masks that share so many.
         most = min(inside, width)
         shared = torch.arange(max(width - outside, math.ceil(overlap * most - 1e-9)), most + 1)
         ways = _log_binomial(inside, shared) + _log_binomial(outside, width - shared)
         kept = int(shared[torch.softmax(ways, 0).multinomial(1, generator=self.generator)])
+        # Then which: a random order of the units inside the old mask, and one of those outside.
         order = torch.rand(len(old), generator=self.generator)
         row = torch.zeros_like(old)
         row[order.masked_fill(~old, -1).topk(kept).indices] = True
@@ -139,12 +142,12 @@ class Subnets:
 
 
 def name_of(subnet: Subnet) -> str:
-    """The same for equal masks, different for others."""
+    """Return a name that is the same for equal masks, and different for others."""
     return sha256(b"".join(mask.numpy().tobytes() for mask in subnet)).hexdigest()[:32]
 
 
 def resize(mask: Tensor, width: int, scores: Tensor) -> Tensor:
-    """A mask with `width` per row: without the units of the lowest scores, or with the highest again."""
+    """Return a mask with `width` per row: without the units of the lowest scores, or with the highest again."""
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     order = (rank + mask.shape[-1] * ~mask).argsort(dim=-1)
     return torch.zeros_like(mask).scatter(-1, order[:, :width], True)

@@ -1,4 +1,4 @@
-"""What every search shares: trials whose losses survive a kill.
+"""Trials of a search, whose losses survive a kill.
 
 A search draws everything it tries from a generator under the run's seed, and keeps no state on the disk but
 the losses it has measured. Begun again after a kill, it proposes the same trials in the same order and finds
@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 
 
 class Trials:
-    """The losses of what was tried, one line of JSON each: {"trial": key, "loss": nats per token}.
+    """The losses of all trials, a line of JSON each: {"trial": key, "loss": nats per token}.
 
-    Shows a bar with the best so far, and tells after the first trial what all will take.
+    A bar shows the best so far. After the first trial, the log says how long all of them will take.
 
     Attributes:
         best: The lowest loss so far.
@@ -54,11 +54,11 @@ class Trials:
         self._bar = tqdm(total=total, desc="search", unit="trial")
 
     def loss(self, trial: Any, measure: Callable[[], float]) -> float:
-        """The loss of a trial, measured only if it was not before.
+        """Return the loss of a trial; measure it only if no attempt has.
 
         Args:
             trial: JSON data that tells it from every other.
-            measure: Its loss in nats per token; called at most once per trial, over all attempts.
+            measure: Returns the loss in nats per token; called at most once per trial, over all attempts.
 
         Raises:
             FloatingPointError: The loss is not finite.
@@ -98,7 +98,7 @@ def _key(trial: Any) -> str:
 
 @torch.inference_mode()
 def masked_loss(model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan) -> float:
-    """Nats per token of a model whose rows and columns outside a plan are zero."""
+    """Return the loss, in nats per token, of a model whose rows and columns outside a plan are zero."""
     total, predictions = 0.0, 0
     with masked(model, plan):
         for ids in batches:

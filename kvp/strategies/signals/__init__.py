@@ -1,1 +1,1 @@
-"""What calibration text and weights tell of a model."""
+"""Signals: measurements of a model's weights, and of the model on calibration text."""

@@ -30,7 +30,7 @@ def fisher_sums(
     *,
     gradient_checkpointing: bool = False,
 ) -> dict[tuple[str, int], Tensor]:
-    """Per row (axis 0) or column (axis 1) of each member: the sum of `reduce(weight, gradient, fisher)`.
+    """Return the sums of `reduce(weight, gradient, fisher)` per row (axis 0) or column (axis 1) of each member.
 
     The gradient is that of a batch's mean loss (nats per token), fisher the mean over its samples of their
     squared gradients; both have the weight's shape, and so has the result, or (..., *shape) for several sums

@@ -1,7 +1,7 @@
-"""What a pass over calibration data can collect: gradients, gate derivatives, activation norms.
+"""Gradients, gate derivatives and activation norms of passes over calibration data.
 
-All passes run the model's own forward with hooks; none calls a decoder layer by hand, so that a
-change in its arguments cannot silently change a number.
+All passes run the model's own forward with hooks. None calls a decoder layer by hand, so a change in the arguments
+of a layer cannot silently change a number.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from kvp.models.nll import ROWS, next_token_nll
-from kvp.models.shapes import itemsize, layer_shapes, size
+from kvp.models.nll import next_token_nll
 from kvp.models.spaces import Member, axis_sums
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 Objective = Callable[["PreTrainedModel", Tensor], Tensor]
 
 
 def mean_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Of one batch, in nats per token."""
+    """Return the mean loss of one batch, in nats per token."""
     return next_token_nll(model, input_ids=ids, labels=ids).mean()
 
 
@@ -40,7 +39,7 @@ def gradient_sums(
     objective: Objective = mean_loss,
     gradient_checkpointing: bool = False,
 ) -> dict[tuple[str, int], Tensor]:
-    """Per row (axis 0) or column (axis 1) of each member: the sum of `reduce(weight, gradient)`.
+    """Return the sums of `reduce(weight, gradient)` per row (axis 0) or column (axis 1) of each member.
 
     The gradient is that of `objective(model, ids)` for one batch, by default of the mean loss (nats per
     token); results are averaged over the batches. Each gradient is reduced in float32 as soon as it is
@@ -84,7 +83,7 @@ def gate_derivatives(
     *,
     gradient_checkpointing: bool = False,
 ) -> dict[tuple[str, int], Tensor]:
-    """(samples, channels) dL/dgate of each output (axis 0) or input (axis 1) channel of each member.
+    """Return (samples, channels) dL/dgate of each output (axis 0) or input (axis 1) channel of each member.
 
     L is a sample's mean loss in nats per token, and the gate scales the channel at all its tokens:
     dL/dgate = sum over tokens of activation times gradient. No weight needs a gradient.
@@ -117,7 +116,7 @@ def backward_by_sample(
     *,
     gradient_checkpointing: bool = False,
 ) -> None:
-    """One backward per batch of the *sum* of its samples' losses, so that no sample's gradient is scaled.
+    """Run one backward per batch of the *sum* of the samples' losses, so that no sample's gradient is scaled.
 
     A sample's loss is its mean in nats per token. No weight needs a gradient: what is wanted is taken by
     `hooks`, (name of a module, called with its input and output in the forward pass).
@@ -186,53 +185,10 @@ def require_finite(value: Tensor, what: str) -> None:
         )
 
 
-def scoring_bytes(
-    config: PretrainedConfig, *, batch_size: int, length: int, gradient_checkpointing: bool = False
-) -> dict[str, int]:
-    """Estimated peak memory of a gradient criterion, in bytes: weights, activations, constant, total.
-
-    Activations count, per token and layer, what autograd keeps in the model's dtype: residual stream
-    and norms (with their float32 copies), projections, and the attention output; with checkpointing
-    only the layer inputs and one layer at a time; and three times one layer's, for gradients and workspace.
-    The constant is the largest gradient with its float32 copies, and one chunk of logits with its gradients in float32.
-    """
-    shapes, width = layer_shapes(config), itemsize(config)
-    tokens = batch_size * length
-    per_layer = [
-        width
-        * (
-            6 * config.hidden_size
-            + 3 * shape.num_attention_heads * shape.qk_head_dim
-            + 3 * shape.num_key_value_heads * (shape.qk_head_dim + shape.v_head_dim)
-            + 2 * shape.num_attention_heads * shape.v_head_dim
-            + 4 * shape.intermediate_size
-        )
-        + 4 * 4 * config.hidden_size
-        for shape in shapes
-    ]
-    kept = (
-        len(shapes) * width * config.hidden_size + max(per_layer)
-        if gradient_checkpointing
-        else sum(per_layer)
-    )
-    logits = tokens * config.vocab_size * (width + 4) + 4 * min(tokens, ROWS) * config.vocab_size * 4
-    largest = max(
-        config.hidden_size
-        * max(s.num_attention_heads * max(s.qk_head_dim, s.v_head_dim), s.intermediate_size)
-        for s in shapes
-    )
-    parts = {
-        "weights": width * size(config, shapes).params,
-        "activations": tokens * (kept + 3 * max(per_layer)) + logits,
-        "constant": largest * (2 * width + 3 * 4),
-    }
-    return {**parts, "total": sum(parts.values())}
-
-
 def output_square_sums(
     model: PreTrainedModel, names: Sequence[str], batches: Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Per output channel of each named module: the sum of squares over all calibration tokens."""
+    """Return the sum of squares over all calibration tokens, per output channel of each named module."""
     sums: dict[str, Tensor] = {}
 
     def collect(name: str) -> Callable[[nn.Module, Any, Tensor], None]:

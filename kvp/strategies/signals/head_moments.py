@@ -1,4 +1,4 @@
-"""What the heads of a layer do on calibration text: second moments of queries, keys and values, per KV group."""
+"""Second moments of the queries, keys and values of a layer on calibration text, per KV group."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Statistics:
     values: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def add(self, samples: int, **means: Tensor) -> None:
-        """The means over `samples` more."""
+        """Add the means over `samples` more samples."""
         self.samples += samples
         for name, mean in means.items():
             before = getattr(self, name).to(mean.device)
@@ -43,7 +43,7 @@ class Statistics:
 
 
 def statistics(visit: Visit) -> Statistics:
-    """Of the heads of the layer visited; one pass of the layer."""
+    """Return the statistics of the heads of the layer visited, in one pass of the layer."""
     heads, found = Heads(visit), Statistics()
     shape = layer_shapes(visit.model.config)[visit.layer]
     work = torch.promote_types(visit.model.dtype, torch.float32)
@@ -72,14 +72,14 @@ def statistics(visit: Visit) -> Statistics:
 
 
 def output_columns(visit: Visit) -> Tensor:
-    """(groups, queries per group, hidden_size, v_head_dim) of o_proj, float64."""
+    """Return o_proj as (groups, queries per group, hidden_size, v_head_dim), float64."""
     heads = Heads(visit)
     weight = visit.model.get_parameter(f"{heads.name('o')}.weight").detach().double()
     return weight.unflatten(1, (heads.groups, heads.queries, -1)).permute(1, 2, 0, 3).contiguous()
 
 
 class Heads:
-    """The projections of the layer visited, head by head, a bias as their last column."""
+    """The projections of the layer visited, head by head; a bias is the last column."""
 
     def __init__(self, visit: Visit) -> None:
         self.model, self.family = visit.model, family_of(visit.model.config)
@@ -92,26 +92,26 @@ class Heads:
         self.biased = f"{self.name('q')}.bias" in dict(visit.model.named_parameters())
 
     def name(self, part: str) -> str:
-        """The module's: of q, k, v or o."""
+        """Return the name of the module of q, k, v or o."""
         return f"{self.prefix}.{getattr(self.family, part)}"
 
     def extended(self, inputs: Tensor) -> Tensor:
-        """(tokens, in) inputs, with the 1 that a bias is multiplied by."""
+        """Return (tokens, in) inputs, with the 1 that a bias is multiplied by as a last column."""
         return torch.nn.functional.pad(inputs, (0, int(self.biased)), value=1.0)
 
     def second_moment(self, states: Tensor, width: int) -> Tensor:
-        """(groups, width, width) mean over tokens, sum over a group's heads, of states (tokens, heads * width)."""
+        """Return (groups, width, width) of states (tokens, heads * width): mean over tokens, sum over heads."""
         rows = states.unflatten(1, (self.groups, -1, width)).transpose(0, 1).flatten(1, 2)
         return rows.transpose(1, 2) @ rows / len(states)
 
     def turning_moment(self, states: Tensor) -> Tensor:
-        """(groups, pairs, pairs) the same, of rotated states (batch, heads, tokens, width) as complex numbers."""
+        """Return (groups, pairs, pairs) the same of rotated states (batch, heads, tokens, width) as complex numbers."""
         turning = torch.complex(*states.float().chunk(2, dim=-1))
         rows = turning.unflatten(1, (self.groups, -1)).transpose(0, 1).flatten(1, 3)
         return rows.mT @ rows.conj() / (len(states) * states.shape[2])
 
     def rows(self, part: str) -> Tensor:
-        """(groups, heads per group, width, in), float64; for "v" (groups, width, in)."""
+        """Return a projection as (groups, heads per group, width, in), float64; "v" as (groups, width, in)."""
         weight = self.model.get_parameter(f"{self.name(part)}.weight").detach().double()
         if self.biased:
             bias = self.model.get_parameter(f"{self.name(part)}.bias").detach().double()
@@ -121,7 +121,7 @@ class Heads:
         return weight.unflatten(0, (self.groups, self.queries if part == "q" else 1, -1)).clone()
 
     def edits(self, part: str, rows: Tensor) -> dict[str, Tensor]:
-        """The parameters that such rows make."""
+        """Return the parameters, by name, that such rows make."""
         rows = rows.flatten(0, -2)
         if not self.biased:
             return {f"{self.name(part)}.weight": self.stored(rows)}
@@ -131,5 +131,5 @@ class Heads:
         }
 
     def stored(self, tensor: Tensor) -> Tensor:
-        """On the CPU, in the model's dtype."""
+        """Return a tensor on the CPU, in the model's dtype."""
         return tensor.to("cpu", self.model.dtype).contiguous()

@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 
 from kvp.models.spaces import Member, axis_sums, fold, members
+from kvp.strategies.signals.estimate import scoring_bytes
 from kvp.strategies.signals.fisher import FisherReduce, fisher_sums
 from kvp.strategies.signals.gradients import (
     Reduce,
     gate_derivatives,
     gradient_sums,
     output_square_sums,
-    scoring_bytes,
 )
 from kvp.strategies.target import Target
 from kvp.types import Kind, Space
@@ -71,13 +71,13 @@ FISHER: dict[str, FisherReduce] = {
     "second_order": lambda w, g, f: w.pow(2) * f,
     "mixed": lambda w, g, f: (w * g - w.pow(2) * f / 2).abs(),
 }
-GATED: dict[Kind, int] = {"qk": 1, "vo": 0, "kv_group": 2, "ffn": 2}  # which member carries the gate
+GATES: dict[Kind, int] = {"qk": 1, "vo": 0, "kv_group": 2, "ffn": 2}  # which member carries the gate
 
 
 def score_spaces(
     target: Target, spaces: Sequence[Space], importance: Importance, gradient_checkpointing: bool = False
 ) -> dict[Space, Tensor]:
-    """A score for every index of every space, of the space's shape, float32; higher = kept.
+    """Return a score for every index of every space, of the space's shape, float32; higher = kept.
 
     Raises:
         ValueError: The importance is not defined for a kind of space.
@@ -98,7 +98,7 @@ def score_spaces(
 def sum_members(
     config: PretrainedConfig, spaces: Sequence[Space], sums: Mapping[tuple[str, int], Tensor]
 ) -> dict[Space, Tensor]:
-    """Per index of each space, the sum over all its rows (axis 0) and columns (axis 1) in all members."""
+    """Return, per index of each space, the sum over all the rows (axis 0) and columns (axis 1) that it cuts."""
     return {
         space: torch.stack([fold(sums[m.name, m.axis], m, space) for m in members(config, space)]).sum(0)
         for space in spaces
@@ -108,7 +108,7 @@ def sum_members(
 def row_sums(
     target: Target, members: Sequence[Member], importance: Importance, gradient_checkpointing: bool = False
 ) -> dict[tuple[str, int], Tensor]:
-    """Per row (axis 0) or column (axis 1) of each member: what an importance that is a sum adds up.
+    """Return what an importance that is a sum adds up, per row (axis 0) or column (axis 1) of each member.
 
     Only `taylor_group`, whose absolute value comes last, is signed.
     """
@@ -140,9 +140,9 @@ def _weight_sums(target: Target, member: Member, power: int) -> Tensor:
 def _gate_scores(
     target: Target, spaces: Sequence[Space], gradient_checkpointing: bool
 ) -> dict[Space, Tensor]:
-    _require_kinds("taylor_gate", spaces, GATED)
+    _require_kinds("taylor_gate", spaces, GATES)
     announce_memory(target, "taylor_gate", gradient_checkpointing)
-    of = {space: members(target.config, space)[GATED[space.kind]] for space in spaces}
+    of = {space: members(target.config, space)[GATES[space.kind]] for space in spaces}
     gates = gate_derivatives(
         target.model, list(of.values()), target.batches, gradient_checkpointing=gradient_checkpointing
     )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def pair_interactions(query: Tensor, key: Tensor) -> Tensor:
-    """(groups, pairs) squared share of each pair in a logit: mean over samples, queries, keys; sum over heads.
+    """Return (groups, pairs) the mean square of each pair's term in a logit, summed over a group's query heads.
 
     Args:
         query: (batch, heads, queries, head_dim), rotated.
@@ -22,7 +22,7 @@ def pair_interactions(query: Tensor, key: Tensor) -> Tensor:
     """
 
     def gram(states: Tensor) -> Tensor:
-        """(batch, heads, pairs, 2, 2) products of the two channels of a pair, mean over tokens."""
+        """Return (batch, heads, pairs, 2, 2) products of the two channels of a pair, mean over tokens."""
         halves = states.float().unflatten(-1, (2, -1))
         return torch.einsum("bhtip,bhtjp->bhpij", halves, halves) / states.shape[2]
 
@@ -34,7 +34,7 @@ def pair_interactions(query: Tensor, key: Tensor) -> Tensor:
 def observed_attention(
     model: PreTrainedModel, observe: Callable[[nn.Module, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Calls `observe(attention module, query, key)`, after rotation, in the passes of a `with`."""
+    """Call `observe(attention module, query, key)`, after rotation, in the passes of a `with`."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

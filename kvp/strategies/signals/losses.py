@@ -32,7 +32,7 @@ def losses_without(
     removals: Sequence[tuple[int, Callable[[], AbstractContextManager[None]]]],
     desc: str = "sensitivity",
 ) -> tuple[float, Tensor]:
-    """The mean loss of the whole model, and with each removal: `(layer, context that removes)`.
+    """Return the mean loss of the whole model, and that with each removal: `(layer, context that removes)`.
 
     A removal in layer n leaves every hidden state before n as it was. So all variants go through the
     model together, layer by layer, in a batch that grows by those that begin in the layer: the numbers
@@ -75,7 +75,7 @@ def divergences(
     removals: Sequence[Callable[[], AbstractContextManager[None]]],
     desc: str,
 ) -> Tensor:
-    """(removals,) mean over tokens of KL(whole model || with the removal), in nats; logits are never held whole."""
+    """Return (removals,) KL(whole model || with the removal) in nats, mean over tokens; logits are never held whole."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Module)
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.walk import Visit
 
+TINY = torch.finfo(torch.float32).tiny  # the least that a mean square is divided by
+
 
 @dataclass
 class Moments:
-    """Gathered in float64, batch by batch, by Chan et al.'s update, which does not cancel.
+    """Count, mean and scatter of channels, in float64, by Chan et al.'s update, which does not cancel.
 
     Attributes:
         width: Channels.
@@ -35,7 +37,7 @@ class Moments:
         self.scatter = self._square(self.mean[None])
 
     def add(self, inputs: Tensor) -> None:
-        """`inputs` is (tokens, width)."""
+        """Add inputs (tokens, width)."""
         inputs = inputs.double()
         rows, total, mean = len(inputs), self.count + len(inputs), inputs.mean(0)
         shift = mean - self.mean.to(mean.device)
@@ -46,12 +48,12 @@ class Moments:
 
     @property
     def gram(self) -> Tensor:
-        """X^T X: the sum of x x^T, uncentred; without covariance its diagonal, squared norms per channel."""
+        """Return X^T X, the uncentred sum of x x^T; without covariance the diagonal: squared norms per channel."""
         return self.scatter + self.count * self._square(self.mean[None])
 
     @property
     def squares(self) -> Tensor:
-        """(width,) sums of squares per channel."""
+        """Return (width,) sums of squares per channel."""
         own = self.scatter.diagonal() if self.covariance else self.scatter
         return own + self.count * self.mean.square()
 
@@ -60,7 +62,7 @@ class Moments:
 
 
 def input_moments(visit: Visit, names: Iterable[str], covariance: bool = False) -> dict[str, Moments]:
-    """Of the inputs of the named projections of the layer visited; one pass of the layer.
+    """Return the moments of the inputs of the named projections of the layer visited, in one pass of the layer.
 
     Raises:
         FloatingPointError: An input is not finite.

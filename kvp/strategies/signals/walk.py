@@ -1,8 +1,19 @@
 """A walk through a decoder, layer by layer, with the calibration states that stand before each layer.
 
-Statistics of inputs are taken one layer at a time, so that nothing but the states, the layer at work and
-its statistics is held. Passes run the model's own forward over some of its layers; none calls a decoder
-layer by hand, so that a change in its arguments cannot silently change a number.
+    for visit in walk(model, batches, "norms"):
+        for inputs in visit.inputs(f"{visit.name}.mlp.down_proj"):
+            ...                                                  # (tokens, intermediate_size) of one batch
+
+One layer's statistics are taken at a time: only the states, the layer at work and these statistics are held. Every
+pass runs the model's own forward over some of the layers. None calls a decoder layer by hand, so a change in the
+arguments of a layer cannot silently change a number.
+
+Three traps:
+
+* The walk goes on when the loop does. A change that the loop body makes to the layer, and leaves, is seen by the
+  layers after it. To undo it once their states are taken, put the undoing into `visit.leaving`.
+* `visit.through` spares the walk a pass, but only if it is exhausted, and only in a visit that changes nothing.
+* Breaking out of the loop closes the walk: the layer and an offloaded model go back to the device.
 """
 
 from __future__ import annotations
@@ -24,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Enough(Exception):
-    """Ends a pass that has shown what was asked for."""
+    """End of a pass that has shown what was asked for."""
 
 
 @dataclass
@@ -32,10 +43,11 @@ class Visit:
     """One layer of a walk, and the hidden states that stand before it.
 
     Attributes:
-        layer: Its index.
-        states: Per batch, (batch, seq_len, hidden_size).
-        leaving: Closed once the states after the layer are taken: what undoes a change is left here.
-        after: The states after it, if a pass has shown them already.
+        model: The whole model; passes run over this one layer of it.
+        layer: The index of the layer.
+        states: Per batch, (batch, seq_len, hidden_size) before the layer.
+        leaving: Closed once the states after the layer are taken. Leave here what undoes a change.
+        after: The states after the layer, if `through` has seen them.
     """
 
     model: PreTrainedModel
@@ -46,12 +58,12 @@ class Visit:
 
     @property
     def name(self) -> str:
-        """The layer's, e.g. "model.layers.3"."""
+        """Return the name of the layer, such as "model.layers.3"."""
         return f"{family_of(self.model.config).layers}.{self.layer}"
 
     @torch.no_grad()
     def inputs(self, *names: str) -> Iterator[dict[str, Tensor]]:
-        """Per batch, what goes into the named modules, (tokens, in_features); a pass as far as the last of them."""
+        """Yield per batch what goes into the named modules, (tokens, in_features); a pass ends at the last of them."""
         for states in self.states:
             with suppress(Enough), caught_inputs(self.model, names, stop=True) as caught:
                 hidden_states(self.model, self.layer, self.layer + 1, inputs_embeds=states)
@@ -59,17 +71,17 @@ class Visit:
 
     @torch.no_grad()
     def through(self, *names: str) -> Iterator[dict[str, Tensor]]:
-        """As `inputs`, in a pass of the whole layer that the walk need not repeat: the visit leaves it as it is."""
+        """Yield as `inputs` does, in whole passes that the walk need not repeat: for visits that change nothing."""
         after = []
         for states in self.states:
             with caught_inputs(self.model, names) as caught:
                 after.append(hidden_states(self.model, self.layer, self.layer + 1, inputs_embeds=states))
             yield {name: inputs.flatten(0, -2) for name, inputs in caught.items()}
-        self.after = after
+        self.after = after  # reached only if the caller exhausts this generator
 
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
-        """Per batch, the states after the layer as it is now."""
+        """Return per batch the states after the layer as it is now."""
         return [
             hidden_states(self.model, self.layer, self.layer + 1, inputs_embeds=states)
             for states in self.states
@@ -80,12 +92,12 @@ class Visit:
 def walk(
     model: PreTrainedModel, batches: Sequence[Tensor], desc: str, *, offload: bool = False
 ) -> Iterator[Visit]:
-    """Visit the layers in order; what is changed in a layer during its visit is seen by the layers after it.
+    """Visit the layers in order; the layers after a visit see what it changed in its own.
 
     Args:
         model: In eval mode.
         batches: Token ids; none, for a walk without states.
-        desc: Of the progress bar.
+        desc: Title of the progress bar.
         offload: Keep only the layer at work and the states on the model's device, the rest on the CPU.
     """
     device = model.device
@@ -101,13 +113,14 @@ def walk(
                 if offload:
                     leaving.callback(move, module, "cpu")
                     move(module, device)
-                yield visit
-                states = visit.after or visit.outputs()
+                yield visit  # the loop body works here, and may change the layer
+                states = visit.after or visit.outputs()  # of the layer as the body left it
+            # `leaving` is closed: changes are undone, and the layer is back on the CPU
 
 
 @contextmanager
 def on_cpu(model: PreTrainedModel) -> Iterator[torch.device]:
-    """The model on the CPU, for the time of a `with`; gives the device that it is away from."""
+    """Keep the model on the CPU for the time of a `with`; give the device that it is away from."""
     device = model.device
     move(model, "cpu")
     try:
@@ -117,12 +130,12 @@ def on_cpu(model: PreTrainedModel) -> Iterator[torch.device]:
 
 
 def move(module: nn.Module, device: torch.device | str) -> None:
-    """Its parameters and buffers, in place."""
+    """Move the parameters and buffers of a module, in place."""
     module.to(device)
 
 
 def hidden_states(model: PreTrainedModel, start: int, stop: int, **inputs: Tensor) -> Tensor:
-    """(batch, seq_len, hidden_size) after layers start to stop, before the final norm."""
+    """Return (batch, seq_len, hidden_size) after the layers [start, stop), before the final norm."""
     norm = family_of(model.config).norm
     with window(model, start, stop), caught_inputs(model, [norm]) as caught:
         model.base_model(use_cache=False, **inputs)
@@ -133,7 +146,7 @@ def hidden_states(model: PreTrainedModel, start: int, stop: int, **inputs: Tenso
 def caught_inputs(
     model: PreTrainedModel, names: Sequence[str], *, stop: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """What goes into the named modules in the passes of a `with`; `stop`: the last of them raises `Enough`."""
+    """Catch what goes into the named modules in the passes of a `with`; with `stop` the last one raises `Enough`."""
     caught: dict[str, Tensor] = {}
 
     def catch(name: str) -> Any:
@@ -152,7 +165,7 @@ def caught_inputs(
 
 @contextmanager
 def window(model: PreTrainedModel, start: int, stop: int) -> Iterator[None]:
-    """The model with its layers start to stop only, for the time of a `with`: feed it `inputs_embeds`."""
+    """Leave the model only the layers [start, stop), for the time of a `with`: feed it `inputs_embeds`."""
     parent, _, name = family_of(model.config).layers.rpartition(".")
     owner, layers = model.get_submodule(parent), model.get_submodule(f"{parent}.{name}")
     types = getattr(model.config, "layer_types", None)

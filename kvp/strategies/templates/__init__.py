@@ -1,1 +1,1 @@
-"""What methods of one kind share: a method derives from one of these classes."""
+"""Templates: the classes that methods of one kind derive from."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.masks import without
 from kvp.models.shapes import cut, layer_shapes, size
@@ -26,7 +27,7 @@ from kvp.types import Budget, Kind, Plan, Space
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Grouping = Literal["block", "attention", "mlp"]
+BlockPart = Literal["block", "attention", "mlp"]
 
 
 @options
@@ -43,7 +44,7 @@ class DepthStrategy(PlannedStrategy):
 
     late: ClassVar[tuple[str, ...]] = (*Strategy.late, "protect_first", "protect_last")
 
-    grouping: Grouping = "block"
+    grouping: BlockPart = "block"
     protect_first: int = Field(default=0, ge=0, description="blocks at the input that stay")
     protect_last: int = Field(default=0, ge=0, description="blocks at the output that stay")
 
@@ -55,27 +56,27 @@ class DepthStrategy(PlannedStrategy):
             )
 
     def kinds(self) -> tuple[Kind, ...]:
-        """As grouped."""
+        """Return the one kind of space that is cut."""
         return (self.grouping,)
 
     def space(self, config: PretrainedConfig) -> Space:
-        """The one space that is cut."""
+        """Return the one space that is cut, of shape (layers,)."""
         return find_spaces(config, self.kinds())[0]
 
     def candidates(self, config: PretrainedConfig) -> list[int]:
-        """The layers that may lose the part, ascending."""
+        """Return the layers that may lose the part, ascending."""
         inner = range(self.protect_first, self.space(config).shape[0] - self.protect_last)
         return sorted(self._present(config) & set(inner))
 
     def most(self, config: PretrainedConfig) -> int:
-        """How many of the candidates may go; one layer keeps the part."""
+        """Return how many of the candidates may go; one layer keeps the part."""
         return min(len(self.candidates(config)), len(self._present(config)) - 1)
 
     def _present(self, config: PretrainedConfig) -> set[int]:
         return {int(member.index[0]) for member in members(config, self.space(config))}
 
     def losses(self, target: Target, layers: list[int], desc: str) -> Tensor:
-        """(len(layers),) calibration loss without each layer's part, in nats per token.
+        """Return (len(layers),) the calibration loss without each layer's part, in nats per token.
 
         Raises:
             FloatingPointError: A loss is not finite.
@@ -85,8 +86,8 @@ class DepthStrategy(PlannedStrategy):
         require_finite(losses.sum(), f"a calibration loss without one {self.grouping}")
         return losses
 
+    @override
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
-        """Plan with scores of zero: among blocks of one width, how many fall is the same."""
         if self.grouping == "attention" and len(set(getattr(config, "layer_types", None) or ())) > 1:
             raise ValueError(
                 "strategy.grouping=attention is not for models that mix sliding and full attention: their "
@@ -95,8 +96,9 @@ class DepthStrategy(PlannedStrategy):
         space = self.space(config)
         self.plan(config, {space: torch.zeros(space.shape)}, budget, torch.zeros(space.shape))
 
+    @override
     def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
-        """The number of blocks nearest to the budget, fewer if two are as near; the lowest scores go."""
+        """Return the plan nearest to the budget, with fewer blocks gone if two are as near; the lowest scores go."""
         space, shapes, most = self.space(config), layer_shapes(config), self.most(config)
         order = sorted(self.candidates(config), key=lambda n: float(scores[space][n]))[:most]
         kept = [sorted(set(range(space.shape[0])) - set(order[:n])) for n in range(most + 1)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.spaces import find_spaces
 from kvp.options import options
@@ -20,7 +21,9 @@ from kvp.types import Kind, Space
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Grouping = Literal["coupled", "separate", "apart", "kv_group", "vo", "ffn", "block", "attention", "mlp"]
+ChannelGrouping = Literal[
+    "coupled", "separate", "apart", "kv_group", "vo", "ffn", "block", "attention", "mlp"
+]
 Scope = Literal["head", "layer", "model"]
 
 
@@ -28,21 +31,25 @@ Scope = Literal["head", "layer", "model"]
 class ChannelStrategy(ScoreStrategy):
     """Cut units bound together by `grouping`, shared by `scope`.
 
+    | grouping | a unit is |
+    |---|---|
+    | coupled | a rope pair (i, i + head_dim / 2) of Q, K, V and O at once: all four shrink to one width |
+    | separate | a rope pair of Q and K, or two channels of V and O; equally many of both stay |
+    | apart | a rope pair of Q and K, or a channel of V and O; each kind has a width of its own |
+    | kv_group | a KV group with its query heads |
+    | vo | a channel of V and O (for models with query-key norms) |
+    | ffn, block, attention, mlp | an index of that space |
+
     Attributes:
-        grouping: "coupled": one set of channels per head for Q, K, V and O, in rope pairs (i,
-            i + head_dim / 2), so that all four shrink to one width. "separate": rope pairs for Q and
-            K, channels for V and O, equally many of both. "apart": the same, each with a width of its
-            own. "kv_group": whole KV groups with their
-            query heads. "vo": only value channels (for models with query-key norms). "ffn", "block",
-            "attention", "mlp": those spaces.
-        scope: "head": each KV group keeps its own set. "layer": one set for all groups of a layer.
-            "model": one set for the whole model, all layers equally wide.
+        grouping: What is cut together; see the table.
+        scope: Which units share one set: those of each KV group ("head"), of all groups of a "layer", or of the whole
+            "model", whose layers are then equally wide.
         gradient_checkpointing: Trade time for activation memory in the gradient criteria.
     """
 
     late: ClassVar[tuple[str, ...]] = (*ScoreStrategy.late, "scope", "gradient_checkpointing")
 
-    grouping: Grouping = "separate"
+    grouping: ChannelGrouping = "separate"
     scope: Scope = "head"
     gradient_checkpointing: bool = False
 
@@ -53,14 +60,14 @@ class ChannelStrategy(ScoreStrategy):
                 "grouping=separate"
             )
 
+    @override
     def kinds(self) -> tuple[Kind, ...]:
-        """Depends on the grouping."""
         if self.grouping == "coupled" or self.grouping == "separate" or self.grouping == "apart":
             return ("qk", "vo")
         return (self.grouping,)
 
+    @override
     def pools(self, config: PretrainedConfig, scores: Scores) -> list[Pool]:
-        """One pool per layer whose parts keep one width, or a single pool for the model."""
         if self.grouping not in ("coupled", "separate", "vo"):
             return super().pools(config, scores)
         scores = self._shared(scores)
@@ -102,26 +109,26 @@ class ChannelStrategy(ScoreStrategy):
 
 @options
 class ImportanceStrategy(ChannelStrategy):
-    """Such units, scored by one of `kvp.strategies.signals.importance`."""
+    """Cut units of channels, scored by one of `kvp.strategies.signals.importance`."""
 
     @property
     @abstractmethod
     def criterion(self) -> Importance:
-        """The importance of `kvp.strategies.signals.importance` that scores."""
+        """Return the importance of `kvp.strategies.signals.importance` that scores."""
 
     @property
+    @override
     def needs_calibration(self) -> bool:
-        """Only the data-free importances do without, under an allocator that does not probe."""
         return self.probes or self.criterion not in ("random", "l1", "l2")
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """Importance of every index of the spaces."""
         spaces = find_spaces(target.config, self.kinds())
         return score_spaces(target, spaces, self.criterion, self.gradient_checkpointing)
 
 
 def coupled_parts(qk: Space, qk_score: Tensor, vo: Space, vo_score: Tensor) -> tuple[Part, Part]:
-    """One set of channels per head for Q, K, V and O, in rope pairs (i, i + head_dim / 2)."""
+    """Return parts with one set of channels per head for Q, K, V and O, in rope pairs (i, i + head_dim / 2)."""
     _require_equal_widths(qk, vo)
     pairs = qk.shape[-1]
     coupled = qk_score + vo_score.view(-1, 2, pairs).sum(1)

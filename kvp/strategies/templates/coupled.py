@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.options import options
@@ -19,12 +20,12 @@ from kvp.types import Budget, Kind, Plan, Space
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Grouping = Literal["both", "kv_group", "ffn"]
+StructureGrouping = Literal["both", "kv_group", "ffn"]
 
 
 @options
 class CoupledStrategy(ScoreStrategy):
-    """Whole KV groups and FFN neurons of the middle layers.
+    """Cut whole KV groups and FFN neurons of the middle layers.
 
     Attributes:
         grouping: "both", or only "kv_group" or "ffn".
@@ -36,7 +37,7 @@ class CoupledStrategy(ScoreStrategy):
 
     late: ClassVar[tuple[str, ...]] = (*ScoreStrategy.late, "unit_ratio")
 
-    grouping: Grouping = "both"
+    grouping: StructureGrouping = "both"
     protect_first: int = Field(default=4, ge=0, description="layers at the input that stay")
     protect_last: int = Field(default=2, ge=0, description="layers at the output that stay")
     unit_ratio: float | None = Field(default=None, ge=0, lt=1, description="null lets the budget decide")
@@ -48,12 +49,12 @@ class CoupledStrategy(ScoreStrategy):
                 "strategy/allocator=uniform, or strategy.unit_ratio=null"
             )
 
+    @override
     def kinds(self) -> tuple[Kind, ...]:
-        """As grouped."""
         return ("kv_group", "ffn") if self.grouping == "both" else (self.grouping,)
 
+    @override
     def spaces(self, config: PretrainedConfig) -> list[Space]:
-        """Those of the layers that are not protected."""
         num_layers = len(layer_shapes(config))
         chosen = range(self.protect_first, num_layers - self.protect_last)
         if not chosen:
@@ -63,8 +64,8 @@ class CoupledStrategy(ScoreStrategy):
             )
         return [space for space in super().spaces(config) if space.layer in chosen]
 
+    @override
     def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:
-        """Widths by `unit_ratio` if there is one, else by the allocator."""
         if self.unit_ratio is None:
             return super().plan(config, scores, budget, profile)
         pools = self.pools(config, scores)
@@ -80,7 +81,7 @@ class CoupledStrategy(ScoreStrategy):
         return plan
 
     def _kept(self, config: PretrainedConfig, pool: Pool) -> int:
-        """The reference cuts ceil(ratio * channels), of which only whole units go."""
+        """Return how many units the reference keeps: it cuts ceil(ratio * channels), of which only whole units go."""
         assert self.unit_ratio is not None
         width = channels_per_unit(config, pool.parts[0].space)
         removed = (pool.units * width - int(pool.units * width * (1 - self.unit_ratio))) // width

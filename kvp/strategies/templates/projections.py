@@ -14,17 +14,16 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.spaces import fold, members
 from kvp.options import options
 from kvp.strategies.allocation.pools import Pool
-from kvp.strategies.signals.moments import Moments, input_moments
+from kvp.strategies.signals.moments import TINY, Moments, input_moments
 from kvp.strategies.signals.walk import Visit, walk
 from kvp.strategies.target import Target
 from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Kind, Space
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 @options
@@ -34,12 +33,12 @@ class LayerwiseStrategy(ScoreStrategy):
     Leaves write `layer_scores`.
     """
 
+    @override
     def kinds(self) -> tuple[Kind, ...]:
-        """Whole KV groups, and neurons."""
         return ("kv_group", "ffn")
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """Of every KV group and neuron, float64."""
         spaces = self.spaces(target.config)
         scores: dict[Space, Tensor] = {}
         for visit in walk(target.model, target.batches, type(self).__name__):
@@ -48,12 +47,12 @@ class LayerwiseStrategy(ScoreStrategy):
 
     @abstractmethod
     def layer_scores(self, visit: Visit, spaces: Sequence[Space]) -> dict[Space, Tensor]:
-        """(units,) per space of the layer visited, float64; higher = kept."""
+        """Return (units,) per space of the layer visited, float64; higher = kept."""
 
 
 @options
 class ProjectionStrategy(LayerwiseStrategy):
-    """A unit's score is the mean of its columns'.
+    """Score a unit by the mean over its columns of o_proj or down_proj.
 
     Leaves write `columns`, and set `needs_covariance` if the inputs' variances do not do.
     """
@@ -62,16 +61,16 @@ class ProjectionStrategy(LayerwiseStrategy):
 
     @abstractmethod
     def columns(self, kind: Kind, weight: Tensor, inputs: Moments) -> Tensor:
-        """(in,) what each column of a projection is worth; higher = kept.
+        """Return (in,) what each column of a projection is worth; higher = kept.
 
         Args:
             kind: "kv_group" for o_proj, "ffn" for down_proj.
             weight: (out, in), float64.
-            inputs: Of the projection.
+            inputs: Moments of what enters the projection.
         """
 
+    @override
     def layer_scores(self, visit: Visit, spaces: Sequence[Space]) -> dict[Space, Tensor]:
-        """The mean of each unit's columns."""
         projections = {space: members(visit.model.config, space)[-1] for space in spaces}
         moments = input_moments(visit, [m.name for m in projections.values()], self.needs_covariance)
         scores = {}
@@ -83,7 +82,7 @@ class ProjectionStrategy(LayerwiseStrategy):
 
 
 def shares(pools: Sequence[Pool]) -> list[Pool]:
-    """The pools with scores as shares of their sum: layers compare by what part of theirs they lose.
+    """Return the pools with scores as shares of their sum: layers compare by what part of theirs they lose.
 
     For scores that follow the size of the activations and so grow with depth. It decides only where widths do
     not come out even: which layers lose a unit more than others.

@@ -1,4 +1,4 @@
-"""From the matrices of a coupled structure to one score per unit (LLM-Pruner, arXiv 2305.11627, section 3.2).
+"""Reduction of the matrices of a coupled structure to one score per unit (LLM-Pruner, arXiv 2305.11627, section 3.2).
 
 A KV group takes its rows of q, k, v and its columns of o; an FFN neuron its rows of gate and up and its
 column of down. Each of these matrices has its own say about a channel of the unit; a *reduction* makes one
@@ -32,7 +32,7 @@ REDUCE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def channels_per_unit(config: PretrainedConfig, space: Space) -> int:
-    """Rows of k and of v per KV group; one row per neuron.
+    """Return the rows of k and of v per KV group; one row per neuron.
 
     Raises:
         ValueError: Query-key and value widths differ, so that their channels do not correspond.
@@ -56,7 +56,7 @@ def unit_scores(
     reduction: Reduction,
     reference_gqa_alignment: bool = False,
 ) -> Tensor:
-    """(units,) float64, from what each row (axis 0) or column (axis 1) of the members is worth.
+    """Return (units,) float64 scores, from what each row (axis 0) or column (axis 1) of the members is worth.
 
     Channel c of a KV group collects channel c of all its query heads, from q and o. The reference's code
     folds q and o the other way round: group h collects the heads h, h + groups, h + 2 groups, ..., though

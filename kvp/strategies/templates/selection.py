@@ -1,4 +1,4 @@
-"""Which weights of a matrix go, by what they are compared with.
+"""Selection of the weights of a matrix that go, among those they are compared with.
 
 An N:M pattern keeps N of every M consecutive inputs of a row: N counts the *nonzeros*, as in 2:4 (Wanda's and
 SparseGPT's `prune_n` counts those removed, ALPS' `nm_n` those kept).
@@ -17,14 +17,14 @@ UNSTRUCTURED = "unstructured"
 
 @dataclass(frozen=True)
 class Pattern:
-    """`kept` of every `of` consecutive inputs of a row stay."""
+    """An N:M pattern: `kept` of every `of` consecutive inputs of a row stay."""
 
     kept: int
     of: int
 
     @classmethod
     def parse(cls, text: str) -> Pattern | None:
-        """Of "2:4"; None for "unstructured".
+        """Return the pattern of a text such as "2:4"; None for "unstructured".
 
         Raises:
             ValueError: It is neither.
@@ -41,16 +41,16 @@ class Pattern:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros."""
+        """Return the fraction of zeros."""
         return 1 - self.kept / self.of
 
     def lowest(self, scores: Tensor) -> Tensor:
-        """(rows, columns) boolean: what goes of each run of `of` columns."""
+        """Return (rows, columns) boolean: what goes of each run of `of` columns."""
         return lowest(scores.unflatten(-1, (-1, self.of)), self.of - self.kept).flatten(-2)
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """Boolean: the `count` lowest of the last axis; of equal ones the first."""
+    """Return a boolean mask of the `count` lowest along the last axis; of equal ones the first."""
     if not count:
         return torch.zeros_like(scores, dtype=torch.bool)
     last = scores.kthvalue(count, dim=-1, keepdim=True).values  # five times as fast as sorting
@@ -59,5 +59,5 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def share(ratio: float, count: int) -> int:
-    """int(ratio count), without 0.29 * 100 being 28."""
+    """Return int(ratio * count), safe from rounding: 0.29 * 100 is 29, not 28."""
     return int(ratio * count + 1e-6)

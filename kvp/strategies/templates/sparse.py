@@ -1,4 +1,4 @@
-"""What unstructured and N:M methods share: single weights become zero, matrix by matrix, layer by layer.
+"""Unstructured and N:M sparsity: single weights become zero, matrix by matrix, layer by layer.
 
 The linear weights of the decoder blocks are pruned (embeddings, norms, biases and the head are not), every
 matrix to the same sparsity unless a method says otherwise. A layer sees the calibration states that the pruned
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
 from kvp.models.linears import all_linears, linears
 from kvp.models.masks import edited
@@ -45,7 +46,7 @@ Prune = Callable[[Tensor, float], Tensor]
 
 @options
 class SparseStrategy(Strategy):
-    """Zeroes single weights.
+    """Zero single weights.
 
     Class attributes:
         needs_covariance: Whether the inputs' covariance is gathered, or their norms only.
@@ -75,38 +76,39 @@ class SparseStrategy(Strategy):
 
     @cached_property
     def groups(self) -> Pattern | None:
-        """The N:M pattern, None if unstructured."""
+        """Return the N:M pattern; None if unstructured."""
         return Pattern.parse(self.pattern)
 
     @abstractmethod
     def pruner(self, inputs: Moments | None) -> Prune:
-        """What takes a weight (out, in) and its sparsity and returns the pruned weight.
+        """Return a function from a weight (out, in) and its sparsity to the pruned weight.
 
         It is called for every matrix that these inputs feed, with weights in float32 or float64.
 
         Args:
-            inputs: What enters the matrix; None if the strategy needs no calibration.
+            inputs: Moments of what enters the matrix; None if the strategy needs no calibration.
         """
 
     @abstractmethod
     def workspace(self, rows: int, columns: int) -> int:
-        """Bytes that `pruner` and its call take at most, for a weight of float32."""
+        """Return the bytes that `pruner` and its call take at most, for a weight of float32."""
 
     def zeros(self, scores: Tensor, ratio: float) -> Tensor:
-        """(out, in) boolean: the lowest of `scores` among those that compete."""
+        """Return (out, in) boolean: the lowest of `scores` among those that compete."""
         if self.groups:
             return self.groups.lowest(scores)
         pools = scores if self.compare == "row" else scores.reshape(1, -1)
         return lowest(pools, share(ratio, pools.shape[1])).view(scores.shape)
 
     def count(self, rows: int, columns: int, ratio: float) -> int:
-        """How many weights of a matrix go."""
+        """Return how many weights of a matrix go."""
         if self.groups:
             return rows * columns // self.groups.of * (self.groups.of - self.groups.kept)
         return rows * share(ratio, columns) if self.compare == "row" else share(ratio, rows * columns)
 
+    @override
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
-        """Refuse another denominator, another ratio than the pattern's, and widths that it does not divide."""
+        """Refuse another denominator, another ratio than that of the pattern, and widths that it does not divide."""
         if budget.of != "sparsity":
             raise ValueError(
                 f"{type(self).__name__} zeroes single weights, which shortens no {budget.of}: choose ratio=sparsity"
@@ -133,14 +135,14 @@ class SparseStrategy(Strategy):
                 f"{reached:g}: set ratio.value to it, or raise ratio.tolerance"
             )
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """No space is cut: what a weight is worth depends on the budget, by way of the layers before it."""
-        return {}
+        return {}  # a weight's worth depends on the budget, through the layers before it
 
+    @override
     def search(
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
-        """The pruned weights as edits; the model is left as it was."""
         batches = target.batches if self.needs_calibration else ()
         self._tell(target, batches)
         ratios = self.ratios(target, budget.value, directory)
@@ -153,11 +155,11 @@ class SparseStrategy(Strategy):
         return Plan({}, edits)
 
     def ratios(self, target: Target, ratio: float, directory: Path) -> dict[str, float]:
-        """The sparsity of each matrix, by the name of its module: here the same for all."""
+        """Return the sparsity of each matrix, by the name of the module: here the same for all."""
         return {linear.module: ratio for linear in all_linears(target.config)}
 
     def _pruned(self, visit: Visit, ratios: Mapping[str, float]) -> dict[str, Tensor]:
-        """The new weights of the layer visited."""
+        """Return the new weights of the layer visited, by name."""
         fed = linears(visit.model.config, visit.layer)
         moments: dict[str, Moments] = {}
         if self.needs_calibration:

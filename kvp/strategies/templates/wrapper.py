@@ -1,4 +1,4 @@
-"""What strategies have in common that hold another one, `first`, and go on from its scores."""
+"""Strategies that hold another one, `first`, and go on from the scores of that one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kvp.types import Space
 
 @options
 class Wrapper(Strategy):
-    """Scores and probes as `first` does, then looks for the plan with the model at hand.
+    """Score and probe as `first` does, then look for the plan with the model at hand.
 
     Attributes:
-        first: The strategy that it goes on from.
+        first: The strategy whose scores this one goes on from.
     """
 
     searches: ClassVar[bool] = True  # looks at the model that the first leaves
@@ -26,21 +26,21 @@ class Wrapper(Strategy):
     first: Strategy
 
     @property
+    @override
     def probes(self) -> bool:
-        """If the first does."""
         return self.first.probes
 
     @property
+    @override
     def joins(self) -> int | None:
-        """As the first does."""
         return self.first.joins
 
+    @override
     def score(self, target: Target) -> dict[Space, Tensor]:
-        """The first's."""
         return self.first.score(target)
 
+    @override
     def sensitivity(self, target: Target, scores: Scores) -> Tensor:
-        """The first's."""
         return self.first.sensitivity(target, scores)
 
     @property

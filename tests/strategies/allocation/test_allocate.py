@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import find_spaces
-from kvp.strategies.allocation.allocate import Global, Sensitivity, Uniform, settle, water_fill
+from kvp.strategies.allocation.allocate import Global, Sensitivity, Uniform, rounded_to_budget, water_fill
 from kvp.strategies.allocation.pools import Part, Pool
 from kvp.strategies.methods.magnitude import Magnitude
 from kvp.strategies.methods.random import Random
@@ -108,7 +108,7 @@ def test_global_removes_the_lowest_scores_of_all():
 
 def test_ties_in_rounding_go_to_the_cheapest_step():
     losses = [torch.ones(8), torch.full((8,), 0.5), torch.full((8,), 2.0)]
-    assert settle([3.0] * 3, [[0, 2, 4, 6]] * 3, [1.0] * 3, 8.0, losses) == [2, 4, 2]
+    assert rounded_to_budget([3.0] * 3, [[0, 2, 4, 6]] * 3, [1.0] * 3, 8.0, losses) == [2, 4, 2]
 
 
 def test_pool_keeps_the_best_and_breaks_ties_downwards():

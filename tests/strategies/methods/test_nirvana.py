@@ -13,7 +13,7 @@ from kvp.models.masks import masked
 from kvp.models.spaces import find_spaces
 from kvp.strategies.allocation.tied import Tied
 from kvp.strategies.methods.nirvana import NIRVANA, draw
-from kvp.strategies.signals.gradients import scoring_bytes
+from kvp.strategies.signals.estimate import scoring_bytes
 from kvp.strategies.signals.losses import divergences
 from kvp.strategies.target import Target
 from kvp.types import Budget

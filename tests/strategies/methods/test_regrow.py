@@ -13,7 +13,7 @@ from kvp.strategies.allocation.allocate import Global, Uniform
 from kvp.strategies.compensation.compensate import Bias
 from kvp.strategies.methods.kvpruner import KVPruner
 from kvp.strategies.methods.magnitude import Magnitude
-from kvp.strategies.methods.regrow import GATED, Regrow, corrected, gated_worth
+from kvp.strategies.methods.regrow import REGROWN, Regrow, corrected, gated_worth
 from kvp.strategies.methods.shortgpt import ShortGPT
 from kvp.strategies.methods.sleb import SLEB
 from kvp.strategies.target import Target
@@ -44,7 +44,7 @@ def naive_worth(target, plan, space, flat):
         else:
             module.weight[mine] = whole.weight[mine]
             module.bias[mine] = whole.bias[mine]
-    carrier = members(target.config, space)[GATED[space.kind]]
+    carrier = members(target.config, space)[REGROWN[space.kind]]
     module, mine = pruned.get_submodule(carrier.name), carrier.index == flat
     weight, bias, losses = module.weight[mine].clone(), module.bias[mine].clone(), []
     for scale in (STEP, -STEP):

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvp.models.spaces import find_spaces
 from kvp.strategies.target import Target
 from kvp.strategies.signals.importance import score_spaces
-from kvp.strategies.signals.gradients import scoring_bytes
+from kvp.strategies.signals.estimate import scoring_bytes
 
 def memory(key):
     return int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
