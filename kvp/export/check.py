@@ -75,7 +75,7 @@ def main() -> None:
     try:
         report = check(arguments.directory, arguments.engine, arguments.python)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"kvp.export.check: error: {error}", file=sys.stderr)
+        print(f"kvp.check: error: {error}", file=sys.stderr)
         sys.exit(1)
     print(json.dumps(report, indent=2))
     print("passed" if report["passed"] else f"FAILED: {report['why']}")
