@@ -1,4 +1,4 @@
-"""Speed and memory of models side by side, and the limit beside every number.
+"""Compare the speed and memory of models, with the limit next to every number.
 
     python -m kvp.bench llama_7b_shape --cut 0.25,0.5 --path eager,static          # shapes, random weights
     python -m kvp.bench llama_7b_shape --cut 0.5 --rivals --protocol long_context  # and other methods' shapes
@@ -30,7 +30,7 @@ ON_CPU = GIB  # bytes of cache that a CPU's limit leaves by default: trying the 
 
 
 def main() -> None:
-    """The command; exit code 1 and one clear error for whatever a user can mend."""
+    """Run the command; exit code 1 and one clear error for whatever a user can mend."""
     options = parser().parse_args()
     try:
         run(options)
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def compose(options: argparse.Namespace) -> Bench:
-    """The benchmark that the options describe; reads configs, makes no weights.
+    """Return the benchmark that the options describe; reads configs, makes no weights.
 
     Raises:
         ValueError: An option is out of range, or names nothing that there is.
@@ -122,7 +122,7 @@ def compose(options: argparse.Namespace) -> Bench:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Return the parser of the command's options."""
     made = argparse.ArgumentParser(
         prog="python -m kvp.bench",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""How much fits a given memory: the largest batch and the longest context, by trying and from bytes.
+"""Limits of a given memory: the largest batch and the longest context, by trying and from bytes.
 
 From bytes: what the weights leave, divided by the cache of a sequence (or a token). By trying: a cache of that
 size is allocated, a slice of the prompt is read and a step taken at its very end; the peak is what counts, with
@@ -22,12 +22,12 @@ Need = Callable[[int], float]
 
 
 def predicted_batch(subject: Subject, *, length: int, limit: int, dtype: torch.dtype) -> int:
-    """Sequences of `length` tokens whose cache fits beside the weights."""
+    """Return how many sequences of `length` tokens have a cache that fits beside the weights."""
     return _left(subject, limit, dtype) // (room(length) * subject.cache_bytes_per_token(dtype))
 
 
 def predicted_context(subject: Subject, *, limit: int, dtype: torch.dtype) -> int:
-    """Tokens of one sequence whose cache fits beside the weights, in blocks, within the model's positions."""
+    """Return how many tokens of one sequence fit beside the weights, in blocks, within the model's positions."""
     tokens = _left(subject, limit, dtype) // subject.cache_bytes_per_token(dtype)
     return min(tokens, subject.config.max_position_embeddings) // BLOCK * BLOCK
 
@@ -39,7 +39,7 @@ def _left(subject: Subject, limit: int, dtype: torch.dtype) -> int:
 def find_batch(
     subject: Subject, model: PreTrainedModel, *, prompt_length: int, new_tokens: int, limit: int
 ) -> dict[str, int]:
-    """The largest batch of such sequences, `found` and `predicted`."""
+    """Return the largest batch of such sequences, `found` by trying and `predicted` from bytes."""
     length, dtype = prompt_length + new_tokens, model.dtype
     most = predicted_batch(subject, length=length, limit=limit, dtype=dtype)
 
@@ -51,7 +51,7 @@ def find_batch(
 
 
 def find_context(subject: Subject, model: PreTrainedModel, *, limit: int) -> dict[str, int]:
-    """The longest context of one sequence in tokens, `found` and `predicted`, and the model's `positions`."""
+    """Return the longest context in tokens, `found` and `predicted`, and the model's `positions`."""
     most = predicted_context(subject, limit=limit, dtype=model.dtype)
 
     def need(blocks: int) -> float:
@@ -64,7 +64,7 @@ def find_context(subject: Subject, model: PreTrainedModel, *, limit: int) -> dic
 
 @torch.inference_mode()
 def needed(model: PreTrainedModel, *, batch_size: int, prompt_length: int, new_tokens: int) -> float:
-    """Bytes at the peak of decoding such a batch with a cache of fixed size; infinite if there are not so many."""
+    """Return the peak bytes of decoding such a batch with a cache of fixed size; infinite if memory runs out."""
     device, length = model.device, prompt_length + new_tokens
     tokens = min(prompt_length, SLICE[device.type])
     rows = min(batch_size, max(1, SLICE[device.type] // tokens))
@@ -81,7 +81,7 @@ def needed(model: PreTrainedModel, *, batch_size: int, prompt_length: int, new_t
 
 
 def largest(need: Need, most: int, limit: int, unit: int) -> int:
-    """The largest number up to `most` whose need keeps the limit, 0 if none does.
+    """Return the largest number up to `most` whose need keeps the limit, 0 if none does.
 
     Args:
         need: Bytes, rising by `unit` per number at least.

@@ -33,7 +33,7 @@ class Subject:
     checkpoint: Path | None = None
 
     def load(self, *, device: torch.device, dtype: torch.dtype, seed: int) -> PreTrainedModel:
-        """The model in eval mode, all of it on the device."""
+        """Return the model in eval mode, all of it on the device."""
         if self.checkpoint is not None:
             model = load_model(self.checkpoint, dtype=dtype, device="cpu")
             return memory.place(model, device)
@@ -42,16 +42,16 @@ class Subject:
             return transformers.AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
-        """Of its parameters, from the shapes."""
+        """Return the bytes of the parameters, from the shapes."""
         return size(self.config, layer_shapes(self.config)).params * dtype.itemsize
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Of one sequence, from the shapes."""
+        """Return the bytes of keys and values per token of one sequence, from the shapes."""
         return sum(shape.kv_width for shape in layer_shapes(self.config)) * dtype.itemsize
 
 
 def find_subjects(word: str) -> list[Subject]:
-    """What a word of the command line names: a checkpoint, a run.json (its dense and pruned models), a shape.
+    """Return what a word of the command line names: a checkpoint, a run.json (its dense and pruned models), a shape.
 
     Raises:
         ValueError: It is none of them, or a record of another kind.
@@ -92,7 +92,11 @@ def _recorded(path: Path) -> list[Subject]:
 
 
 def distinct(subjects: list[Subject]) -> list[Subject]:
-    """Without those of a checkpoint met before; the others' names are made unique."""
+    """Return the subjects without repeated checkpoints.
+
+    Raises:
+        ValueError: Two of those left have one name.
+    """
     found: dict[str, Subject] = {}
     for subject in subjects:
         if any(subject.checkpoint and subject.checkpoint == other.checkpoint for other in found.values()):

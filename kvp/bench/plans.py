@@ -35,8 +35,10 @@ RIVALS: dict[str, Method] = {
 
 
 def cut_subjects(dense: Subject, value: float, *, rivals: bool) -> list[Subject]:
-    """KVPruner's uniform cut of the fraction `value` of the KV cache, and with `rivals` the shapes of
-    LLM-Pruner and Shortened-LLM that lose as many parameters, and those that lose as many KV bytes.
+    """Return KVPruner's uniform cut of the fraction `value` of the KV cache.
+
+    With `rivals` follow the shapes of LLM-Pruner and Shortened-LLM that lose as many parameters, and those that
+    lose as many KV bytes.
 
     Raises:
         ValueError: A method cannot reach its ratio on this model; names the nearest.
@@ -58,7 +60,7 @@ def cut_subjects(dense: Subject, value: float, *, rivals: bool) -> list[Subject]
 
 
 def planned_subject(dense: Subject, directory: Path) -> Subject:
-    """The shape that a plan.json leaves of a model, with random weights.
+    """Return the shape that a plan.json leaves of a model, with random weights.
 
     Raises:
         ValueError: There is no plan, it was made for another model, or it slices the residual stream.

@@ -21,7 +21,7 @@ BY_BYTES: dict[str, Any] = {"marker": "|", "markersize": 12, "markeredgewidth": 
 
 
 def write_plots(record: Mapping[str, Any], out: Path) -> list[Path]:
-    """decode and memory, as PNG and SVG; none without rows."""
+    """Write decode and memory as PNG and SVG; return their paths, none without rows."""
     rows = [row for row in record["rows"] if not row["failed"]]
     if not rows:
         return []

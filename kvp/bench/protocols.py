@@ -1,4 +1,4 @@
-"""What is run: grids of `kvp.measurement.measure.Measure`, the protocol of one row.
+"""Protocols of the bench: grids of `kvp.measurement.measure.Measure`, the protocol of one row.
 
 shortened_llm  12 tokens in, 128 or 512 out, batches of 1 to 256, 30 runs of which the first 10 do not count
                (arXiv:2402.02834, whose script samples and times a whole `generate`)
@@ -29,20 +29,20 @@ class Protocol:
         self.points(most=1)  # each checks its bounds
 
     def changed(self, **options: Any) -> Protocol:
-        """With every option that is not None."""
+        """Return the protocol with every option that is not None."""
         return replace(self, **{name: value for name, value in options.items() if value is not None})
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Prompts and new tokens, shortest first."""
+        """Pairs of prompt length and new tokens, shortest first."""
         return [(prompt, new) for prompt in self.prompts for new in self.new_tokens]
 
     def points(self, most: int) -> list[Measure]:
-        """The rows of all shapes; `most` bounds batches that the protocol leaves open."""
+        """Return the rows of all shapes; `most` bounds batches that the protocol leaves open."""
         return [point for shape in self.shapes for point in self.points_of(*shape, most)]
 
     def points_of(self, prompt: int, new: int, most: int) -> list[Measure]:
-        """The rows of one shape, batch by batch."""
+        """Return the rows of one shape, batch by batch."""
         batches = self.batches or tuple(2**n for n in range(most.bit_length()))
         return [
             Measure(

@@ -1,4 +1,4 @@
-"""What bench.json says of a model, and of a model on one path under one protocol."""
+"""Entries of bench.json: a model, and a model on one path under one protocol."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def describe(subject: Subject, first: Subject, dtype: torch.dtype) -> Row:
-    """A model's sizes and widths, and how much smaller than the first it is."""
+    """Return the sizes and widths of a model, and the fractions removed from the first."""
     shapes, per_token = layer_shapes(subject.config), subject.cache_bytes_per_token(dtype)
     heads = {width for s in shapes if s.kv_width for width in (s.qk_head_dim, s.v_head_dim)}
     return {
@@ -48,7 +48,7 @@ def make_rows(
     dtype: torch.dtype,
     bandwidth: float,
 ) -> list[Row]:
-    """One per model, in their order; the first is what the others are compared with."""
+    """Return one row per model, in their order; the others are compared with the first."""
     moved = [_moved(subject, point, dtype) for subject in subjects]
     rows = []
     for subject, own, bytes_ in zip(subjects, series, moved, strict=True):
@@ -85,8 +85,9 @@ def _measured(
         "memory": own.memory.summary(),
         "attention": own.kernels,
         "roofline": row["roofline"] | roofline(row, bandwidth),
-        "against_first": by_bytes
-        and {
+        "against_first": None
+        if by_bytes is None
+        else {
             "latency": ratio(own.whole, first.whole),
             "prefill": ratio(own.prefill, first.prefill),
             "decode": ratio(own.decode, first.decode),
@@ -96,13 +97,13 @@ def _measured(
 
 
 def roofline(row: Row, bandwidth: float) -> Row:
-    """The shortest step that its bytes allow at `bandwidth` bytes per second, and what part of it was reached."""
+    """Return the shortest step that the bytes allow at `bandwidth` bytes per second, and the fraction reached."""
     moved = row["roofline"]["weights_bytes"] + row["roofline"]["cache_bytes"]
     limit = 1000 * moved / bandwidth
     return {"milliseconds_per_step": limit, "fraction": limit / row["decode"]["milliseconds_per_step"]}
 
 
 def _moved(subject: Subject, point: Measure, dtype: torch.dtype) -> StepBytes:
-    """By the mean step: the first ends with one token more than the prompt."""
+    """Return the bytes of the mean step; the first step ends with one token more than the prompt."""
     mean = point.prompt_length + (1 + point.new_tokens) / 2
     return step_bytes(subject.config, batch_size=point.batch_size, tokens=mean, dtype=dtype)

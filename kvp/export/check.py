@@ -1,11 +1,11 @@
-"""`python -m kvp.check DIR`: does an engine here say what the checkpoint said when it was exported?
+"""Check that an engine gives the answers that the checkpoint gave when it was exported: `python -m kvp.check DIR`.
 
 DIR is what `python -m kvp.export` wrote. The engine opens it in a process that does not import kvp (but for `--to
 custom`, which only kvp opens), reads the text that serving.json carries, and must give the same log-probabilities,
 and the same greedy tokens up to near ties. Exit code 0: it does; 1: it does not, or cannot be asked.
 
     python -m kvp.check DIR                       # transformers, or llama.cpp for a GGUF
-    python -m kvp.check DIR --engine vllm         # needs a GPU and vLLM; not run by us yet
+    python -m kvp.check DIR --engine vllm         # needs a GPU and vLLM; never run by the authors
     python -m kvp.check DIR --engine vllm --python /path/to/vllm/venv/bin/python
 """
 
@@ -22,7 +22,7 @@ from kvp.export.verify import Engine, ask, compare
 
 
 def check(directory: Path, engine: Engine | None = None, python: str = sys.executable) -> dict[str, Any]:
-    """Ask `engine` (None: the one that the export is for), and compare.
+    """Ask `engine` (None: the one that the export is for), and compare its answer with the sample.
 
     Returns:
         Differences; "passed", and if it did not, "why".
@@ -60,7 +60,7 @@ def _is_float32(serving: dict[str, Any]) -> bool:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command; exit code 1 if the engine gives another answer, or cannot be asked."""
     parser = argparse.ArgumentParser(
         prog="python -m kvp.check",
         description=__doc__,
@@ -75,7 +75,7 @@ def main() -> None:
     try:
         report = check(arguments.directory, arguments.engine, arguments.python)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f"kvp.export.check: error: {error}", file=sys.stderr)
+        print(f"kvp.check: error: {error}", file=sys.stderr)
         sys.exit(1)
     print(json.dumps(report, indent=2))
     print("passed" if report["passed"] else f"FAILED: {report['why']}")

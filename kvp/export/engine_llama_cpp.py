@@ -1,4 +1,4 @@
-"""A process with llama.cpp and without kvp answers for a GGUF; a file to run, not to import.
+"""Answer for a GGUF with llama.cpp and without kvp; a file to run, not to import.
 
 python -I engine_llama_cpp.py DIRECTORY WORK: reads WORK/ask.json and writes WORK/answer.safetensors.
 """
@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 
 def main() -> None:
-    """Logits of the asked tokens, the greedy tokens after them, and the text as its tokenizer reads it."""
+    """Write the logits of the asked tokens, the greedy tokens after them, and the text as its tokenizer reads it."""
     directory, work = sys.argv[1:]
     with open(f"{work}/ask.json") as file:
         ask = json.load(file)

@@ -1,4 +1,4 @@
-"""A process with transformers and without kvp answers for a checkpoint; a file to run, not to import.
+"""Answer for a checkpoint with transformers and without kvp; a file to run, not to import.
 
 python -I engine_transformers.py DIRECTORY WORK: reads WORK/ask.json and writes WORK/answer.safetensors.
 """
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 @torch.no_grad()
 def main() -> None:
-    """Logits of the asked tokens, and the greedy tokens after them, in float32."""
+    """Write the logits of the asked tokens, and the greedy tokens after them, in float32."""
     directory, work = sys.argv[1:]
     with open(f"{work}/ask.json") as file:
         ask = json.load(file)

@@ -1,4 +1,4 @@
-"""A process with vLLM and without kvp answers for a checkpoint; a file to run, not to import. Untested so far.
+"""Answer for a checkpoint with vLLM and without kvp; a file to run, not to import. It was never run.
 
 python -I engine_vllm.py DIRECTORY WORK: reads WORK/ask.json and writes WORK/answer.safetensors.
 """
@@ -14,7 +14,7 @@ from vllm import LLM, SamplingParams
 
 
 def main() -> None:
-    """Log-probabilities of the asked tokens and the greedy tokens after them, in the dtype that vLLM chooses."""
+    """Write log-probabilities of the asked tokens and the greedy tokens after them, in the dtype that vLLM chooses."""
     directory, work = sys.argv[1:]
     with open(f"{work}/ask.json") as file:
         ask = json.load(file)

@@ -1,4 +1,4 @@
-"""What a model says to a short text: the yardstick that an export carries with it, for any engine."""
+"""Answer of a model to a short text, which an export carries with it for checks in any engine."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Sample:
     margins: list[float]
 
     def stored(self) -> dict[str, Any]:
-        """As `serving.json` has it."""
+        """Return the sample as `serving.json` holds it."""
         return asdict(self)
 
 
 @torch.no_grad()
 def make_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[Sample, torch.Tensor]:
-    """The sample of a model on the CPU, and its logits (tokens, vocabulary)."""
+    """Return the sample of a model on the CPU, and the logits (tokens, vocabulary)."""
     longest = min(MAX_TOKENS, model.config.max_position_embeddings - NEW_TOKENS)
     ids = tokenizer(TEXT).input_ids[:longest]
     output = model(torch.tensor([ids]), use_cache=True)
@@ -63,6 +63,6 @@ def make_sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> t
 
 
 def token_logprobs(logits: torch.Tensor, ids: list[int]) -> list[float]:
-    """Nats of every token but the first, from logits (tokens, vocabulary)."""
+    """Return the log-probabilities in nats of all tokens but the first, from logits (tokens, vocabulary)."""
     logprobs = logits[:-1].double().log_softmax(-1)
     return logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()

@@ -31,10 +31,10 @@ def ask(
     imports: Sequence[str] = (),
     python: str = sys.executable,
 ) -> dict[str, torch.Tensor]:
-    """What `engine` says to the sample.
+    """Return the answer of `engine` to the sample.
 
     Args:
-        directory: Of the export.
+        directory: Directory of the export.
         sample: The text and its tokens.
         engine: Whose process it is.
         imports: Modules that transformers needs to open the checkpoint; none for a stock one.
@@ -83,7 +83,7 @@ def has(engine: Engine) -> bool:
 def compare(
     sample: Sample, answer: dict[str, torch.Tensor], *, exact: bool, logits: torch.Tensor | None = None
 ) -> dict[str, Any]:
-    """How far an answer lies from the sample.
+    """Compare an answer with the sample.
 
     Args:
         sample: What is expected.

@@ -1,4 +1,4 @@
-"""What a model costs, counted rather than timed: multiply-accumulates from shapes, bytes of a real cache."""
+"""Counts of what a model costs: multiply-accumulates from shapes, bytes of a real cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def macs(config: PretrainedConfig, shapes: Sequence[LayerShape], *, prompt_length: int) -> int:
-    """Multiply-accumulates of one forward pass over a prompt, batch 1, logits at every position.
+    """Return multiply-accumulates of one forward pass over a prompt, batch 1, logits at every position.
 
     Matrix products only: projections, QK^T, AV, FFN, lm_head. As the field's counters (ptflops in
     LLM-Pruner, arXiv:2305.11627; torch's FlopCounterMode, which reports 2 FLOPs each) do, causal
@@ -33,7 +33,7 @@ def macs(config: PretrainedConfig, shapes: Sequence[LayerShape], *, prompt_lengt
 
 
 def _layer_weights(config: PretrainedConfig, layer: LayerShape) -> int:
-    """Entries of a layer's matrices: q, k, v, o, the gate, up and down of the FFN, and a sliced stream's shortcuts."""
+    """Count the entries of q, k, v, o, of the gate, up and down of the FFN, and of a sliced stream's shortcuts."""
     before, between, after = stream(config, layer)
     queries, outputs = (layer.num_attention_heads * d for d in (layer.qk_head_dim, layer.v_head_dim))
     shortcuts = between * (before + after) if layer.stream else 0
@@ -42,12 +42,12 @@ def _layer_weights(config: PretrainedConfig, layer: LayerShape) -> int:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of keys and values that `cache` holds now, for the whole batch; the bitmaps of a sparse one, too."""
+    """Return the bytes of keys and values that `cache` holds for the whole batch, with the bitmaps of a sparse one."""
     return sum(tensor.nbytes for layer in _filled(cache) for tensor in _stored(layer))
 
 
 def cache_bytes_per_token(cache: Cache) -> int:
-    """Bytes of keys and values per token of one sequence, over all layers: exact, as stored.
+    """Return the bytes of keys and values per token of one sequence, over all layers, as stored.
 
     A sliding window layer counts what a token costs while it is inside the window, a sparse layer what one
     costs that has left it (0 if none has).
@@ -60,11 +60,11 @@ def cache_bytes_per_token(cache: Cache) -> int:
 
 
 def _filled(cache: Cache) -> list[Any]:
-    """The layers that were written; a decoder layer without attention leaves a cache layer behind that was not."""
+    """Return the cache layers that were written; a decoder layer without attention writes none."""
     layers: list[Any] = cache.layers
     return [layer for layer in layers if layer.is_initialized]
 
 
 def _stored(layer: Any) -> list[Tensor]:
-    """What a layer keeps of its tokens, each of shape (batch, groups, tokens, ...)."""
+    """Return the tensors that a layer keeps, each of shape (batch, groups, tokens, ...)."""
     return layer.tensors() if isinstance(layer, SparseLayer) else [layer.keys, layer.values]

@@ -7,50 +7,48 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from kvp.options import options
 from kvp.types import DTYPES
 
-LOWEST = {"batch_size": 1, "prompt_length": 1, "new_tokens": 1, "warmup": 0, "runs": 1, "seed": 0}
 STDERR_LINES = 20
 # Threads that spin at every barrier make a decode step several times slower as soon as another process
 # wants their core; sleeping threads do not. The user's own setting wins.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@options
 class Measure:
-    """Prefill and decode throughput, peak memory, KV bytes and MACs of a model.
+    """Protocol of prefill and decode throughput, peak memory, KV bytes and MACs of a model.
 
-    Attributes:
-        batch_size: Sequences at a time.
-        prompt_length: Tokens of the prompt, drawn uniformly from the vocabulary: speed and memory
-            depend on shapes, not on text.
-        new_tokens: Decode steps after the prompt, greedy, never stopped by an end of text.
-        warmup: Runs (prefill and decode) that are thrown away.
-        runs: Timed runs; results are their median and interquartile range.
-        seed: Of the prompt.
+    The tokens of the prompt are drawn uniformly from the vocabulary: speed and memory depend on shapes, not on
+    text. Results are the median and interquartile range of the timed runs.
     """
 
-    batch_size: int = 4
-    prompt_length: int = 256
-    new_tokens: int = 32
-    warmup: int = 1
-    runs: int = 5
-    seed: int = 0
+    node: ClassVar[str] = "measure"
 
-    def __post_init__(self) -> None:
-        for name, lowest in LOWEST.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(f"measure.{name} must be >= {lowest}, got {getattr(self, name)}")
+    batch_size: int = Field(default=4, ge=1, description="sequences at a time")
+    prompt_length: int = Field(default=256, ge=1, description="tokens of the prompt")
+    new_tokens: int = Field(
+        default=32, ge=1, description="greedy decode steps after the prompt, which no end of text stops"
+    )
+    warmup: int = Field(default=1, ge=0, description="runs of prefill and decode that do not count")
+    runs: int = Field(default=5, ge=1, description="runs that count")
+    seed: int = Field(default=0, ge=0, description="seed of the prompt")
 
     def check_positions(self, max_position_embeddings: int) -> None:
-        """Raises ValueError if the protocol's sequences are longer than the model's positions."""
+        """Refuse a model with fewer positions than the sequences of this protocol have tokens.
+
+        Raises:
+            ValueError: The message names both.
+        """
         if self.prompt_length + self.new_tokens > max_position_embeddings:
             raise ValueError(
                 f"measure.prompt_length + measure.new_tokens must be <= {max_position_embeddings} "
@@ -58,7 +56,7 @@ class Measure:
             )
 
     def prompt(self, vocab_size: int) -> Tensor:
-        """(batch_size, prompt_length) ids, the same for every model of a vocabulary."""
+        """Return ids (batch_size, prompt_length), the same for every model of a vocabulary."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(vocab_size, (self.batch_size, self.prompt_length), generator=generator)
 
@@ -104,9 +102,11 @@ def check_hardware(device: str, dtype: str) -> None:
 
 
 def _failure(child: subprocess.CompletedProcess[str]) -> str:
-    """How `child` ended, and the last it said."""
+    """Return how `child` ended, and the end of its stderr."""
     if child.returncode < 0:
-        ending = f"was killed by {signal.Signals(-child.returncode).name} (SIGKILL: as a rule out of memory)"
+        ending = (
+            f"was killed by {signal.Signals(-child.returncode).name} (SIGKILL usually means out of memory)"
+        )
     else:
         ending = f"failed with exit status {child.returncode}"
     return "\n".join([ending, *child.stderr.splitlines()[-STDERR_LINES:]])

@@ -1,7 +1,7 @@
 """Peak memory of a process that serves a model, split into weights, cache and the rest.
 
 On a GPU the peak is what torch's allocator handed out (the CUDA context is not in it). On a CPU it is
-the kernel's own record of the resident set, VmHWM, so it belongs to a process of its own: see `child`.
+the kernel's record of the resident set, VmHWM, so it belongs to a process of its own: see `child`.
 Both are set back once the model is loaded, since loading may hold the weights twice.
 """
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """The parts of a peak, in bytes.
+    """Parts of a peak, in bytes.
 
     Attributes:
         peak_bytes: Highest use from the end of loading to the last token, baseline included.
         weights_bytes: Parameters and buffers; tied ones once.
         cache_bytes: Keys and values at the last token.
-        baseline_bytes: In use before loading: interpreter and libraries ("rss"), 0 as a rule ("cuda").
+        baseline_bytes: In use before loading: interpreter and libraries ("rss"), usually 0 ("cuda").
         method: "cuda" (allocator) or "rss" (resident set).
     """
 
@@ -41,21 +41,21 @@ class Memory:
 
     @property
     def rest_bytes(self) -> int:
-        """Activations, workspaces and what the allocator keeps: the peak less everything named, at least 0."""
+        """Bytes of activations, workspaces and free blocks: the peak less everything named, at least 0."""
         return max(0, self.peak_bytes - self.baseline_bytes - self.weights_bytes - self.cache_bytes)
 
     def summary(self) -> dict[str, Any]:
-        """All parts, `rest_bytes` among them."""
+        """Return all parts, `rest_bytes` among them."""
         return {**asdict(self), "rest_bytes": self.rest_bytes}
 
 
 def weights_bytes(model: PreTrainedModel) -> int:
-    """Bytes of parameters and buffers, each shared tensor once."""
+    """Return the bytes of parameters and buffers, each shared tensor once."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """`model` with all weights resident on `device`.
+    """Return `model` with all weights resident on `device`.
 
     `from_pretrained` leaves CPU weights mapped to the file: pages that were not read yet would not
     count, and those that were could be evicted. A copy is in memory once and for good, made tensor
@@ -68,24 +68,24 @@ def place(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that this process could still take."""
+    """Return the bytes that this process could still take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
 def bytes_in_use(device: torch.device) -> int:
-    """Bytes held now: by torch's allocator on a GPU, by this process on a CPU."""
+    """Return the bytes held now: by torch's allocator on a GPU, by this process on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The highest `bytes_in_use` since `reset_peak`."""
+    """Return the highest `bytes_in_use` since `reset_peak`."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak_bytes()
 
 
 def begin(device: torch.device) -> int:
-    """Bytes in use now that garbage is gone and earlier peaks are forgotten."""
+    """Collect garbage, forget earlier peaks, and return the bytes in use."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -94,7 +94,7 @@ def begin(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget earlier peaks; on a CPU, first hand back what loading freed, or it would hide activations."""
+    """Forget earlier peaks; on a CPU, first hand back what loading freed, which would hide activations."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

@@ -23,7 +23,7 @@ REPEATS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class StepBytes:
-    """What one decode step reads or writes, in bytes.
+    """Bytes that one decode step reads or writes.
 
     Attributes:
         weights_bytes: Every parameter once; of an embedding that is not also the head, the rows looked up.
@@ -35,12 +35,12 @@ class StepBytes:
 
     @property
     def total(self) -> float:
-        """Both."""
+        """Bytes of weights and cache."""
         return self.weights_bytes + self.cache_bytes
 
 
 def step_bytes(config: PretrainedConfig, *, batch_size: int, tokens: float, dtype: torch.dtype) -> StepBytes:
-    """From shapes alone; `tokens` per sequence after the step, or their mean over several steps."""
+    """Return the bytes of a step from shapes alone; `tokens` per sequence after it, or their mean over steps."""
     shapes = layer_shapes(config)
     params = size(config, shapes).params
     if not config.tie_word_embeddings:
@@ -50,7 +50,7 @@ def step_bytes(config: PretrainedConfig, *, batch_size: int, tokens: float, dtyp
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of the fastest of several large copies."""
+    """Return the bytes per second, read and written, of the fastest of several large copies."""
     source = torch.ones(COPIED[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []

@@ -1,4 +1,4 @@
-"""Time of prefill and decode apart, for a loaded model, in this process.
+"""Time prefill and decode separately, for a loaded model, in this process.
 
 A prompt is compute bound and a decode step memory bound, so one number for both (Shortened-LLaMA,
 arXiv:2402.02834, times a whole `generate`) hides where a pruned model gains. The loop is our own, without
@@ -31,13 +31,13 @@ class Timing:
     seconds: tuple[float, ...]
 
     def summary(self) -> dict[str, Any]:
-        """Median tokens per second, interquartile range [q1, q3] of the same, and the raw seconds."""
+        """Return the median tokens per second, their interquartile range [q1, q3], and the raw seconds."""
         q1, median, q3 = quartiles([self.tokens / seconds for seconds in self.seconds])
         return {"tokens_per_second": median, "iqr": [q1, q3], "seconds": list(self.seconds)}
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile."""
+    """Return the first quartile, the median and the third quartile."""
     q1, median, q3 = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return q1, median, q3
 
@@ -45,7 +45,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def time_model(
     model: PreTrainedModel, prompt: Tensor, *, new_tokens: int, warmup: int, runs: int
 ) -> tuple[Timing, Timing, Cache]:
-    """Prefill timing, decode timing and the cache at the end of the last run, on the eager path.
+    """Return prefill timing, decode timing and the cache at the end of the last run, on the eager path.
 
     Prefill is the forward pass of `prompt` (batch, prompt_length) with logits of the last position
     only; decode is `new_tokens` steps after it. The first `warmup` runs are not counted.
@@ -66,7 +66,7 @@ def time_model(
 
 @torch.inference_mode()
 def time_run(decoder: Decoder, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of reading a prompt and of the steps after it."""
+    """Return the seconds of reading a prompt and of the steps after it."""
     start = _mark(prompt.device)
     decoder.read(prompt)
     middle = _mark(prompt.device)
@@ -77,7 +77,7 @@ def time_run(decoder: Decoder, prompt: Tensor, new_tokens: int) -> tuple[float, 
 
 
 def _mark(device: torch.device) -> Mark:
-    """Now: a CUDA event in the stream, so that the host never waits inside a run, or a clock reading."""
+    """Return a CUDA event in the stream, so that the host never waits inside a run; on a CPU a clock reading."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)

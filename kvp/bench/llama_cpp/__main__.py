@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The command; exit code 1 and one clear error for whatever a user can mend."""
+    """Run the command; exit code 1 and one clear error for whatever a user can mend."""
     parser = argparse.ArgumentParser(
         prog="python -m kvp.bench.llama_cpp",
         description=__doc__,

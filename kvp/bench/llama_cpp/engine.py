@@ -1,4 +1,4 @@
-"""What is asked of a GGUF in llama.cpp: losses of windows, a greedy text, seconds and bytes."""
+"""Questions to a GGUF in llama.cpp: losses of windows, a greedy text, seconds and bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OVERHEAD = 12  # bytes per token with which a saved sequence says where it belon
 
 
 def open_gguf(directory: Path, context: int, *, threads: int | None, all_logits: bool = False) -> Llama:
-    """The GGUF of an export, with room for `context` tokens, as llama.cpp runs it: a cache of 16 bits."""
+    """Open the GGUF of an export with room for `context` tokens and llama.cpp's default cache of 16 bits."""
     from llama_cpp import Llama
 
     return Llama(
@@ -31,7 +31,7 @@ def open_gguf(directory: Path, context: int, *, threads: int | None, all_logits:
 
 
 def window_nll(engine: Llama, window: Sequence[int]) -> float:
-    """Nats per predicted token of a window on its own."""
+    """Return the nats per predicted token of a window on its own."""
     engine.reset()
     engine.eval(window)
     logits = engine.scores[: len(window) - 1].astype(np.float64)
@@ -41,7 +41,7 @@ def window_nll(engine: Llama, window: Sequence[int]) -> float:
 
 
 def greedy(engine: Llama, prompt: Sequence[int], new_tokens: int) -> list[int]:
-    """The tokens that follow; an end of the text does not stop it. Needs all logits."""
+    """Return the tokens that follow; an end of the text does not stop them. Needs all logits."""
     engine.reset()
     engine.eval(prompt)
     said: list[int] = []
@@ -54,7 +54,7 @@ def greedy(engine: Llama, prompt: Sequence[int], new_tokens: int) -> list[int]:
 def time_once(
     engine: Llama, prompt: Sequence[int], steps: int, clock: Callable[[], float]
 ) -> tuple[float, float]:
-    """Seconds of reading a prompt, and of the steps after it."""
+    """Return the seconds of reading a prompt, and of the steps after it."""
     engine.reset()
     start = clock()
     engine.eval(prompt)
@@ -65,7 +65,7 @@ def time_once(
 
 
 def cache_bytes_per_token(engine: Llama, ids: Sequence[int]) -> float:
-    """Keys and values: what the saved sequence grows by, per token, less the overhead."""
+    """Return the bytes of keys and values per token: the growth of a saved sequence, less the overhead."""
     import llama_cpp
 
     sizes = []
