@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -35,6 +36,14 @@ def _compute_dtype(dtype: str, device: str) -> str:
     return str(resolve_dtype(dtype, resolve_device(device))).removeprefix("torch.")
 
 
+def _options_of(group: str) -> str:
+    """Return the options of a group for --help, in lines of 80 characters."""
+    names = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.endswith("_shape"))
+    indent = " " * 13
+    return textwrap.fill(" ".join(names), 80, initial_indent=indent, subsequent_indent=indent).strip()
+
+
+OmegaConf.register_new_resolver("options_of", _options_of, replace=True)
 OmegaConf.register_new_resolver("compute_dtype", _compute_dtype, replace=True)
 
 EXTRAS = {"joblib": "joblib", "submitit_local": "slurm", "submitit_slurm": "slurm"}  # of launchers
@@ -67,9 +76,7 @@ def job(config: DictConfig) -> str | None:
     x = Experiment.compose(config, list(command.overrides.task), command.runtime.choices)
     if swept:
         return attempt(x, command.job.num)
-    from kvp.pipeline.run import (
-        run,  # imports seconds of modelling code, which a wrong option need not wait for
-    )
+    from kvp.pipeline.run import run  # modelling code takes seconds, a wrong option need not wait for it
 
     print_summary(run(x))
     return None

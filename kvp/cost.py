@@ -1,4 +1,4 @@
-"""What work costs: seconds, peak memory, and the name of the device that did it."""
+"""Costs of work: seconds, peak memory, and the name of the device that did it."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ class Store:
         return AGAIN if _older(final, since) else None
 
     def _damage(self, final: Path, digest: str) -> str | None:
-        """What is wrong with a finished directory, naming the file; None: nothing. Hashes files once."""
+        """Return what is wrong with a finished directory, naming the file; None: nothing. Hash files once."""
         try:
             manifest = dict(json.loads((final / MANIFEST).read_bytes()))
         except (OSError, ValueError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from importlib.util import find_spec
@@ -118,8 +119,7 @@ def test_commands_are_found():
 
 
 def test_help_fits_a_screen_and_names_every_option():
-    hydra = OmegaConf.load(CONF / "config.yaml").hydra
-    text = OmegaConf.to_container(hydra)["help"]["template"]
+    text = OmegaConf.load(CONF / "config.yaml").hydra.help.template
     lines = text.splitlines()
     assert len(lines) <= 40
     assert all(len(line) <= 80 for line in lines)
@@ -144,3 +144,15 @@ def test_comments_are_plain(name):
         comment = line.partition("#")[2]
         assert not BANNED.search(comment), f"{name}: {line}"
         assert not (line.startswith("#") and OPENER.match(comment.strip())), f"{name}: {line}"
+
+
+@pytest.mark.parametrize("folder", ["kvp", "hydra_plugins", "experiments/scripts"])
+def test_docstrings_make_sense_alone(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first = (ast.get_docstring(node) or "").partition("\n")[0]
+                assert not OPENER.match(first), f"{path.relative_to(ROOT)}: {first}"
+                assert not re.search(r"\b(as good as|is had|told|affair)\b", first), (
+                    f"{path.relative_to(ROOT)}: {first}"
+                )

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.runfile import recorded
+from kvp.pipeline.session import Session
 from kvp.record import RunRecord
 from kvp.upgrade import upgraded
 from tests.helpers.runs import LIGHT, compose_here
@@ -45,21 +46,22 @@ def x(tmp_path):
     return Experiment.compose(compose_here(tmp_path, "strategy=magnitude", *LIGHT), overrides=["seed=1"])
 
 
-def test_a_running_run_writes_one(tmp_path, x):
-    with recorded(x, tmp_path, 0.0):
-        record = RunRecord.read(tmp_path / "run.json")
+def test_a_running_run_writes_one(x):
+    with recorded(Session(x), 0.0):
+        record = RunRecord.read(x.directory / "run.json")
     assert (record.status, record.models(), record.ratio.asked.of) == ("running", {}, x.budget.of)
 
 
-def test_a_failed_run_writes_one(tmp_path, x):
+def test_a_failed_run_writes_one(x):
     def fail():
-        with recorded(x, tmp_path, 0.0):
-            x.watch("prune")
+        session = Session(x)
+        with recorded(session, 0.0):
+            session.watch("prune")
             raise MemoryError("too big")
 
     with pytest.raises(MemoryError):
         fail()
-    record = RunRecord.read(tmp_path / "run.json")
+    record = RunRecord.read(x.directory / "run.json")
     assert (record.status, record.error.type, record.stage) == ("failed", "MemoryError", "prune")
     assert record.overrides == ("seed=1",)
 

@@ -14,7 +14,7 @@ import pytest
 
 from kvp.store import Finished, StageError, Store, fingerprint
 
-STAGE_FILE = Path(__file__).parents[1] / "kvp" / "store.py"
+ROOT = Path(__file__).parents[1]
 INPUTS = {"model": "tiny", "strategy": {"ratio": 0.25, "layers": [1, 2]}, "seed": None}
 
 
@@ -30,17 +30,16 @@ def never(directory: Path) -> dict:
 
 
 def child(code: str, root: Path, **options) -> subprocess.Popen:
-    """Another process with a `store` below `root`; loads stage.py alone, which needs nothing of kvp."""
+    """Another process with a `store` below `root`; it starts like a command, without modelling code."""
     head = f"""
-import importlib.util, sys, time
-spec = importlib.util.spec_from_file_location("stage", {str(STAGE_FILE)!r})
-stage = sys.modules["stage"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(stage)
+import sys, time
+sys.argv = ["kvp"]
+from kvp import store as stage
 from pathlib import Path
 root = Path({str(root)!r})
 store = stage.Store(root)
 """
-    return subprocess.Popen([sys.executable, "-c", head + code], text=True, **options)
+    return subprocess.Popen([sys.executable, "-c", head + code], text=True, cwd=ROOT, **options)
 
 
 def wait_for(path: Path) -> None:

@@ -62,7 +62,7 @@ Rises = Mapping[Space, Tensor]  # (groups,) nats per token, per layer
 
 
 def rises(session: Session, samples: int) -> Rises:
-    """What the loss gains with each KV group removed alone; a stage of the store per sample."""
+    """Return what the loss gains with each KV group removed alone; a stage of the store per sample."""
     x, model = session.x, session.checkpoint("dense")
     groups = [
         (space, group) for space in find_spaces(model.config, ["kv_group"]) for group in range(*space.shape)
@@ -90,7 +90,7 @@ def rises(session: Session, samples: int) -> Rises:
 
 
 def agreement(scores: Scores, rise: Rises) -> dict[str, Any]:
-    """How scores agree with the rises, over the groups that have both."""
+    """Return how scores agree with the rises, over the groups that have both."""
     both = {space: (scores[space].double(), rise[space]) for space in rise if space in scores}
     flat = [torch.cat(column) for column in zip(*both.values(), strict=True)]
     layers = [pair for pair in both.values() if len(pair[0]) > 1]

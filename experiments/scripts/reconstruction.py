@@ -1,4 +1,4 @@
-"""What sparse methods lose of each matrix's outputs, all on the same inputs: those of the dense model.
+"""Measure what sparse methods lose of each matrix's outputs, all on the same inputs: those of the dense model.
 
     python -m experiments.scripts.reconstruction [option=value ...]
 

@@ -46,7 +46,7 @@ def naive_losses(model: PreTrainedModel, batches: Sequence[Tensor], kind: str) -
 
 
 def suffix_losses(model: PreTrainedModel, batches: Sequence[Tensor], kind: str) -> Tensor:
-    """The same numbers from stored prefixes."""
+    """Return the same numbers from stored prefixes."""
     layers = range(len(layer_shapes(model.config)))
     removals = [(n, partial(without, model, n, kind)) for n in layers]
     return losses_without(model, batches, removals)[1]
@@ -54,7 +54,7 @@ def suffix_losses(model: PreTrainedModel, batches: Sequence[Tensor], kind: str) 
 
 @dataclass(frozen=True)
 class Pass:
-    """What a pass took, on the clock and in CPU seconds of all threads, and its losses."""
+    """A pass: what it took, on the clock and in CPU seconds of all threads, and its losses."""
 
     seconds: float
     cpu_seconds: float

@@ -76,7 +76,7 @@ def job(
     number: int,
     singletons: Any,
 ) -> JobReturn:
-    """What a task does; Ray puts its name before each line."""
+    """Do the work of a task; Ray puts its name before each line."""
     setup_globals()
     Singleton.set_state(singletons)
     config = hydra_context.config_loader.load_sweep_config(sweep, options)

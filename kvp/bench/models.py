@@ -103,7 +103,7 @@ def distinct(subjects: list[Subject]) -> list[Subject]:
             continue
         if subject.name in found:
             raise ValueError(
-                f"two models are called {subject.name}, and rows are told apart by name: give one of them by "
+                f"two models are called {subject.name}, and a row is known by its name: give one of them by "
                 "another path or leave it out"
             )
         found[subject.name] = subject

@@ -94,7 +94,7 @@ def _add_config(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def _rope(stock: PreTrainedModel, family: Family) -> tuple[Tensor, float]:
-    """What default frequencies are divided by (head_dim / 2,), and what cosines and sines are multiplied by."""
+    """Return what default frequencies are divided by (head_dim / 2,), and what cosines and sines are multiplied by."""
     config = stock.config
     rope: dict[str, Any] = config.rope_parameters
     kind = rope.get("rope_type", "default")

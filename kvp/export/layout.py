@@ -1,4 +1,4 @@
-"""What a stock engine needs of a shape: one width everywhere, and one set of rope pairs in that order."""
+"""Shapes that stock engines take: one width everywhere, and one set of rope pairs in that order."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def _step(pairs: Sequence[int]) -> int | None:
 
 
 def query_scale(layout: Layout, attention_scaling: float) -> float:
-    """What q_proj is multiplied by: stock code divides logits by sqrt(d'), the dense model by sqrt(d).
+    """Return what q_proj is multiplied by: stock code divides logits by sqrt(d'), the dense model by sqrt(d).
 
     yarn's scaling of cosine and sine goes in too, squared: not every engine reads `attention_factor`.
     """

@@ -23,7 +23,7 @@ OURS = ("kvp_layers", "kvp_cache", "model_type", "architectures", "transformers_
 
 @torch.no_grad()
 def to_stock(model: PreTrainedModel, form: Form) -> PreTrainedModel:
-    """The same function in a class that transformers has, on the CPU, in the dtype of the given model.
+    """Return the same function in a class that transformers has, on the CPU, in the dtype of the given model.
 
     Raises:
         ValueError: The shapes do not allow it; the message says what would.

@@ -180,7 +180,7 @@ def _one(values: set[int]) -> int | None:
 
 
 def _engines(config: PretrainedConfig, to: Target, check: dict[str, Any] | None) -> dict[str, str]:
-    """Which engine opens it, or why not; only transformers and llama.cpp have ever been run."""
+    """Return which engine opens it, or why not; only transformers and llama.cpp have ever been run."""
     if to == "custom":
         only = "no: its shapes or RoPE are kvp's own"
         return {

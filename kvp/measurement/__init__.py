@@ -1,1 +1,1 @@
-"""What a checkpoint costs to run: throughput, memory and counts."""
+"""Costs of running a checkpoint: throughput, memory and counts."""

@@ -50,7 +50,7 @@ class Decoder(Protocol):
         """The next token."""
 
     def plain_step(self) -> None:
-        """The same step once more, launched kernel by kernel, for those who want to watch; ends the run."""
+        """Take the same step once more, launched kernel by kernel, for those who want to watch; ends the run."""
 
 
 @torch.inference_mode()
@@ -121,7 +121,7 @@ class Static:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def read(self, prompt: Tensor) -> None:
-        """As many sequences at a time as `SLICE` tokens hold."""
+        """Read the prompt, as many sequences at a time as `SLICE` tokens hold."""
         batch_size, tokens = prompt.shape
         positions = torch.arange(tokens, device=prompt.device)
         rows = max(1, SLICE[prompt.device.type] // tokens)
@@ -234,7 +234,7 @@ class _Watch(TorchDispatchMode):
 
 @torch.inference_mode()
 def attention_kernels(decoder: Decoder) -> list[str]:
-    """What torch chose for the attention of a step (before a compiler fuses it); ends the run."""
+    """Return what torch chose for the attention of a step (before a compiler fuses it); ends the run."""
     with _Watch() as watch:
         decoder.plain_step()
     return sorted(watch.seen) or ["math"]

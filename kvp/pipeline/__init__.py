@@ -1,1 +1,1 @@
-"""From a configuration to a record: the experiment, its stages, and the run."""
+"""The way from a configuration to a record: the experiment, its stages, and the run."""

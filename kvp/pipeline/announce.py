@@ -1,4 +1,4 @@
-"""What the tracker gets of a finished run: costs, final numbers, curves, widths, the plan."""
+"""Log a finished run to its tracker: costs, final numbers, curves, widths, the plan."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class Experiment:
         return f"{self.source.name}-{ratio}{cache}-{recovery}-s{self.node['seed']}-{self.hash[:8]}"
 
     def chosen(self, node: str) -> str:
-        """What a reader calls a node: the option chosen for it, else its class, "none" if there is none."""
+        """Return what a reader calls a node: the option chosen for it, else its class, "none" if there is none."""
         value = self.node[node]
         return "none" if value is None else self.choices.get(node) or value["class"].lower()
 
@@ -246,12 +246,12 @@ class Experiment:
                 )
 
     def calibration_identity(self) -> dict[str, Any] | None:
-        """Which text the strategy reads, None if it reads none."""
+        """Return which text the strategy reads; None if it reads none."""
         return self.calibration.identity(self.corpora) if self.reads_calibration else None
 
     @property
     def asked(self) -> Asked:
-        """What decides the plan, as data."""
+        """Return what decides the plan, as data."""
         return Asked(
             options=self.node["strategy"],
             ratio=self.node["ratio"],

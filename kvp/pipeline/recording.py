@@ -1,4 +1,4 @@
-"""From the stages of a session to the record of a run."""
+"""Build the record of a run from the stages of its session."""
 
 from __future__ import annotations
 

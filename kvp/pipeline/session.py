@@ -51,7 +51,7 @@ def beginning(source: ModelSource) -> dict[str, str]:
 
 
 class Stage(ABC):
-    """What is done once per fingerprint of its inputs.
+    """A part of a run that is done once per fingerprint of its inputs.
 
     Attributes:
         name: Its kind, as `force` names it.
@@ -69,7 +69,7 @@ class Stage(ABC):
 
     @property
     def place(self) -> str:
-        """Its folder in the store; also its name in the record."""
+        """Return its folder in the store, which is also its name in the record."""
         return self.name
 
     def applies(self, x: Experiment) -> bool:
@@ -97,7 +97,7 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """Its config; no weights are read."""
+        """Return its config; no weights are read."""
         return load_config(self.path)
 
     def stored(self) -> PreTrainedModel:
@@ -107,7 +107,7 @@ class Checkpoint:
 
 
 class Forcing:
-    """Which stages are computed again: those whose kind `force` names, and all that build on them."""
+    """Tell which stages are computed again: those whose kind `force` names, and all that build on them."""
 
     def __init__(self, x: Experiment) -> None:
         self._kinds, self._since = x.force, x.since
@@ -123,7 +123,7 @@ class Forcing:
 
 
 class Values(Mapping[str, Any]):
-    """What the steps of planning gave, by name; read from the store when it is first asked for."""
+    """Values of the steps of planning, by name; each is read from the store when it is first asked for."""
 
     def __init__(self) -> None:
         self._readers: dict[str, Callable[[], Any]] = {}
@@ -195,7 +195,7 @@ class Session:
 
     @property
     def job(self) -> Job:
-        """What the steps from the model to a plan work on."""
+        """Return what the steps from the model to a plan work on."""
         x = self.x
         return Job(x.strategy, x.budget, self.checkpoint("joined").config, self.target)
 
@@ -207,7 +207,7 @@ class Session:
 
     @cached_property
     def calibration(self) -> Tensor:
-        """(num_samples, length) calibration ids."""
+        """Return (num_samples, length) calibration ids."""
         return self.x.calibration.sample(self.x.corpora, load_tokenizer(self.checkpoint("dense").path))
 
     def calibration_facts(self) -> dict[str, Any]:

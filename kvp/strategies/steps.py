@@ -33,7 +33,7 @@ Meter = Callable[[str, Callable[[], Any]], Any]
 
 @dataclass(frozen=True)
 class Asked:
-    """What decides a plan, as data fit for a fingerprint.
+    """Everything that decides a plan, as data fit for a fingerprint.
 
     Attributes:
         options: The strategy's, classes by name.
@@ -56,7 +56,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Job:
-    """What the steps work on.
+    """The strategy, the budget and the model that the steps work on.
 
     Attributes:
         config: The model's.

@@ -63,8 +63,8 @@ def census(experiments: Sequence[Experiment]) -> Iterator[str]:
 def _stages(stages: Sequence[Foretold], unknown: int) -> Iterator[str]:
     missing = Counter(stage.kind for stage in stages if not stage.stands)
     kinds = ", ".join(f"{missing[kind]} {kind}" for kind in KINDS if missing[kind])
-    told = f"{len(stages)} stages: {len(stages) - missing.total()} stand, {missing.total()} to compute"
-    yield f"{told} ({kinds})" if missing else told
+    counts = f"{len(stages)} stages: {len(stages) - missing.total()} stand, {missing.total()} to compute"
+    yield f"{counts} ({kinds})" if missing else counts
     if unknown:
         yield f"of {unknown} jobs the model or a text is out of reach: they will say so when they start"
 

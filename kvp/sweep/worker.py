@@ -38,12 +38,12 @@ def attempt(x: Experiment, number: int) -> str:
     directory, why = x.directory, None
     with _output_to(directory / LOG):
         try:
-            told = facts(run(x))
+            summary = facts(run(x))
         except Exception as error:
             traceback.print_exc()
-            why = told = reason(type(error).__name__, str(error))
+            why = summary = reason(type(error).__name__, str(error))
             traceback.clear_frames(error.__traceback__)
-    print(line(number, "failed" if why else "finished", x.name, told), flush=True)
+    print(line(number, "failed" if why else "finished", x.name, summary), flush=True)
     if why:
         gc.collect()
         if torch.cuda.is_initialized():
@@ -54,7 +54,7 @@ def attempt(x: Experiment, number: int) -> str:
 
 @contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    """What this process and its children print goes to a file, from the file descriptors up."""
+    """Send what this process and its children print to a file, from the file descriptors up."""
     path.parent.mkdir(parents=True, exist_ok=True)
     terminal = [os.dup(descriptor) for descriptor in (1, 2)]
     with path.open("ab") as file:

@@ -224,7 +224,7 @@ def test_the_runs_of_a_sweep_share_a_group_in_wandb(tmp_path):
 
     with pytest.raises(SweepFailed, match="3 of 3 jobs failed"):
         sweep(jobs, [composed(*job) for job in jobs], launch)
-    together = "tiny-kvpruner+nopruning+random"
+    together = "tiny-kvpruner+none+random"
     assert [composed(*job).group for job in launched] == [together, together, "mine"]
 
 

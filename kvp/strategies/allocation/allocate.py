@@ -142,7 +142,7 @@ def rounded_to_budget(
 
 @options
 class Uniform(Allocator):
-    """The same fraction everywhere."""
+    """Remove one fraction everywhere."""
 
     @override
     def targets(

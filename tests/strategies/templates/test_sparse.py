@@ -156,7 +156,7 @@ def test_kill_in_the_middle_resumes_at_the_layer_with_the_same_weights(tmp_path)
     process = start_kvp(*overrides(tmp_path / "killed", *options))
     deadline, found = time.time() + 120, []
     while len(found) < 3 and process.is_alive() and time.time() < deadline:
-        found = list((tmp_path / "killed" / "store" / "search").glob(".*.partial/edits/*.safetensors"))
+        found = list((tmp_path / "killed" / "store" / "plan").glob(".*.partial/edits/*.safetensors"))
         time.sleep(0.001)
     process.kill()
     process.join()
@@ -167,7 +167,7 @@ def test_kill_in_the_middle_resumes_at_the_layer_with_the_same_weights(tmp_path)
     def stage(record, name):
         return Path(next(s["path"] for s in record["stages"] if s["name"] == name))
 
-    edits = stage(resumed, "search") / "edits"
+    edits = stage(resumed, "plan") / "edits"
     assert finished
     for name, (when, content) in finished.items():
         assert ((edits / name).stat().st_mtime_ns, (edits / name).read_bytes()) == (when, content)
