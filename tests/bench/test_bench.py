@@ -118,6 +118,7 @@ def finished(out, step):
     return [json.loads(path.read_bytes()) for path in found]
 
 
+@pytest.mark.slow
 def test_a_killed_benchmark_goes_on_after_its_last_round(tmp_path, monkeypatch):
     """The limits and rounds of the killed process stay, and its faster copies count; the rest is measured."""
     words = [*WORDS, "--memory", "0.05", "--runs", "12", "--path", "eager"]

@@ -23,6 +23,7 @@ WORDS = {
         "strategy.num_key_value_heads=1",
         "ratio.value=0.5",
         "strategy/compensation=sequential",
+        "recovery=none",
     ),
     "zeros": ("strategy=wanda", "ratio=sparsity", "ratio.value=0.5", "recovery=none"),
     "a chain": ("strategy=chain", "recovery=none"),
@@ -32,7 +33,7 @@ WORDS = {
 
 
 def experiment(tmp_path, *words):
-    return Experiment.compose(compose_here(tmp_path, *LIGHT, *words))
+    return Experiment.compose(compose_here(tmp_path, *LIGHT, "evaluation.perplexity.corpora=[squad]", *words))
 
 
 @pytest.mark.parametrize("words", WORDS.values(), ids=WORDS)
