@@ -14,7 +14,7 @@ TARGET, CLASS = "_target_", "class"
 def named(config: Any) -> Any:
     """Return a configuration whose `_target_: kvp.strategies.methods.flap.FLAP` reads `class: FLAP`.
 
-    A class of another package keeps that package's name ("mine.FLAP"), so two classes never share a name by accident.
+    A class of another package keeps its whole path, so no two classes share a name.
     """
     if isinstance(config, Mapping):
         return {
@@ -25,9 +25,8 @@ def named(config: Any) -> Any:
 
 
 def class_name(target: str) -> str:
-    """Return the class of a dotted path, behind its top package unless that is kvp."""
-    package, _, name = target.partition(".")[0], *target.rpartition(".")[1:]
-    return name if package == "kvp" else f"{package}.{name}"
+    """Return the class of a dotted path; of another package than kvp the whole path, whose names kvp does not know."""
+    return target.rpartition(".")[2] if target.startswith("kvp.") else target
 
 
 def chosen_options(choices: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:

@@ -125,7 +125,7 @@ class Store:
                 found = unfit is None
                 if unfit:
                     head = {"stage": stage, "version": version, "inputs": _plain(inputs, "inputs")}
-                    partial = _make_way(final, unfit, resumable)
+                    partial = _make_way(final, unfit, resumable, since)
                     _finish(partial, final, work, head | {"fingerprint": digest}, resumable)
                     self._verified.add(final)
         manifest, result = (json.loads((final / name).read_bytes()) for name in (MANIFEST, RESULT))
@@ -222,7 +222,7 @@ def _locked(final: Path) -> Iterator[None]:
         lock.release()
 
 
-def _make_way(final: Path, unfit: str, resumable: bool) -> Path:
+def _make_way(final: Path, unfit: str, resumable: bool, since: float | None) -> Path:
     """Moves an unfit directory aside and returns the one to write in, empty unless resumable."""
     partial = final.with_name(f".{final.name}.partial")
     with _on_disk(final):
@@ -232,7 +232,8 @@ def _make_way(final: Path, unfit: str, resumable: bool) -> Path:
             aside = next(path for path in names if not path.exists())
             log.warning("%s: %s; moved to %s, computing it now", final, unfit, aside.name)
             final.rename(aside)
-        if partial.exists() and not resumable:
+        stale = since is not None and partial.exists() and partial.stat().st_mtime < since
+        if partial.exists() and (stale or not resumable):
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=True)
     return partial

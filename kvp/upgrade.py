@@ -36,7 +36,10 @@ def _guessed_options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tu
 
 
 def _option(target: str) -> str:
-    """Return what conf/ called a class: its module if that is named like it (llm_pruner), else the class."""
+    """Return a guess at what conf/ called a class: its module if that is named like it (llm_pruner), else the class.
+
+    Options of one class share the guess: `kvpruner_stock` reads as `kvpruner`, `lora_text` as `lora`.
+    """
     module, name = ("", *target.split("."))[-2:]
     alike = module.replace("_", "") == name.lower() or name == "NoPruning"
     return module if alike else re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()

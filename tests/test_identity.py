@@ -26,7 +26,7 @@ def test_names_of_classes():
         "_target_": "kvp.strategies.methods.flap.FLAP",
         "allocator": [{"_target_": "mine.deep.module.Mine"}],
     }
-    assert named(node) == {"class": "FLAP", "allocator": [{"class": "mine.Mine"}]}
+    assert named(node) == {"class": "FLAP", "allocator": [{"class": "mine.deep.module.Mine"}]}
     assert named(named(node)) == named(node)
 
 

@@ -281,3 +281,18 @@ print(large["peak_bytes"] - small["peak_bytes"], small["seconds"])
     out, _ = child(code, tmp_path, stdout=subprocess.PIPE).communicate(timeout=60)
     difference, seconds = map(float, out.split())
     assert difference > 150_000_000 and seconds >= 0.05
+
+
+def test_what_is_forced_does_not_go_on_from_files_that_are_older(tmp_path):
+    def die(directory: Path) -> None:
+        (directory / "old").write_text("of other inputs")
+        raise KeyboardInterrupt
+
+    def work(directory: Path) -> dict:
+        return {"found": (directory / "old").exists()}
+
+    for since, found in ((None, True), (time.time() + 60, False)):
+        store = Store(tmp_path / str(found))
+        with pytest.raises(KeyboardInterrupt):
+            store.once("plan", INPUTS, die, resumable=True)
+        assert store.once("plan", INPUTS, work, resumable=True, since=since).result == {"found": found}

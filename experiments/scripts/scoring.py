@@ -5,8 +5,8 @@
     python -m experiments.scripts.scoring --strategies "flap,adapruner strategy.trials=50"
 
 Options are those of `python -m kvp`; ratio.value is 0.2 of the KV cache unless said. A strategy may bring its own;
-without any, those that search take the small budgets of experiment=rivals_kv. Timed are score, sensitivity, search,
-plan and compensation, not the cut itself, which is the same for all: on the clock, and in CPU seconds of all threads,
+without any, those that search take the small budgets of experiment=rivals_kv. Timed are score, sensitivity, plan
+and refit, not the cut itself, which is the same for all: on the clock, and in CPU seconds of all threads,
 which other processes disturb less. Shapes of random weights read random tokens, which cost the same.
 Peaks are over an empty process: the weights are in them, the interpreter is not.
 

@@ -46,7 +46,10 @@ def read_plan(directory: Path) -> Plan:
     """Return the plan that `write_plan` wrote, with the parameters and bases that a search wrote layer by layer."""
     plan = json.loads((directory / "plan.json").read_text())
     spaces = plan["spaces"].items()
-    keep = {space_of(key, tuple(node["shape"])): torch.tensor(node["keep"]) for key, node in spaces}
+    keep = {
+        space_of(key, tuple(node["shape"])): torch.tensor(node["keep"], dtype=torch.long)
+        for key, node in spaces
+    }
     sliced = sorted((directory / BASES).glob("*.safetensors"), key=lambda file: int(file.stem))
     bases = [load_file(file)[part] for file in sliced for part in SUBLAYERS]
     return Plan(keep, read_edits(directory), bases, plan.get("folded"))

@@ -17,6 +17,7 @@ from kvp.models.sparsity import count_zeros
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.session import Before, Inputs, Session, Stage, maker
 from kvp.provenance import hardware
+from kvp.store import Finished
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,17 @@ class Measure(Examining):
         assert x.protocol is not None
         session.unload()
         dtype = str(x.dtype).removeprefix("torch.")
-        result = x.protocol.measure(checkpoint.path, device=x.device, dtype=dtype)
-        expected = bytes_per_token(checkpoint.config, x.dtype.itemsize)
-        if result["kv_bytes_per_token"] != expected:
+        return x.protocol.measure(checkpoint.path, device=x.device, dtype=dtype)
+
+    @override
+    def take(self, session: Session, done: Finished) -> None:
+        checkpoint, measured = session.checkpoint(self.model), done.result["kv_bytes_per_token"]
+        expected = bytes_per_token(checkpoint.config, session.x.dtype.itemsize)
+        if measured != expected:
             raise RuntimeError(
-                f"the cache of {checkpoint.path} holds {result['kv_bytes_per_token']} bytes per token, its shapes "
-                f"say {expected}: the checkpoint and its config disagree"
+                f"the cache of {checkpoint.path} holds {measured} bytes per token, its shapes say {expected}: the "
+                "checkpoint and its config disagree"
             )
-        return result
 
 
 EXAMINING: tuple[type[Examining], ...] = (Sparsity, Perplexity, ZeroShot, Measure)

@@ -29,11 +29,11 @@ def run(x: Experiment) -> RunRecord:
         FloatingPointError: A loss is not finite.
         StageError: The store cannot be written.
     """
+    check_force(x)
     started, session = time.time(), Session(x)
     earlier = None if x.force else finished_before(x.directory)
     tracker = Null() if earlier else x.tracker
     with recorded(session, started):
-        check_force(x)
         x.check_sources()
         dense = make(session, "dense")
         x.check_model(dense.config)

@@ -92,7 +92,8 @@ class Planning(Stage):
     @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
         value = self.step.make(session.job, session.values, directory)
-        return {**self.step.write(value, directory), **session.calibration_facts()}
+        reads = self.step.inputs(session.x.strategy, session.x.asked).get("calibration")
+        return {**self.step.write(value, directory), **(session.calibration_facts() if reads else {})}
 
     @override
     def take(self, session: Session, done: Finished) -> None:

@@ -99,7 +99,7 @@ class Strategy(ABC):
 
     @property
     def searches(self) -> bool:
-        """Tell whether `search` reads the model, so that it is a stage of its own."""
+        """Tell whether `search` reads the model, so that calibration, dtype and seed decide the plan, too."""
         return False
 
     @property

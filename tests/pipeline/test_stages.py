@@ -127,4 +127,4 @@ def test_a_stage_that_is_not_there_cannot_be_forced(tmp_path):
         ValueError, match=r"force .* model, join, score, sensitivity, plan, refit, prune.*serach"
     ):
         run(x)
-    assert not list(Path(x.store.root).glob("score/*"))
+    assert not x.directory.exists() and not list(Path(x.store.root).glob("score/*"))

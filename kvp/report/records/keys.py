@@ -122,7 +122,7 @@ def identity(run: Run, model: str) -> dict[str, Any]:
     config = run.record.config
     if model == "dense":
         return dict(_leaves({"model": config["model"]}))
-    idle = {*PROTOCOL}
+    idle = {*PROTOCOL, "widths"}  # which the options of strategies hold already
     if unpruned(run):
         idle |= {*PRUNING}
     if model == "pruned":
