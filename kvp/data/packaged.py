@@ -14,7 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from kvp.data.files import rows, sha256
+from kvp.data.files import sha256
+from kvp.data.rows import rows
 
 SourceName = Literal["squad", "drop", "lambada", "coqa", "sciq"]
 
@@ -113,7 +114,7 @@ def halves(source: SourceName) -> tuple[tuple[str, ...], tuple[str, ...]]:
     both halves may hold passages of one novel.
     """
     task = SOURCES[source]
-    unique = {text: task.group(row) for row in rows(requests_file(source)) if (text := task.text(row))}
+    unique = {text: task.group(row) for _, row in rows(requests_file(source)) if (text := task.text(row))}
     groups: dict[str, list[str]] = defaultdict(list)
     for text, group in unique.items():
         groups[group].append(text)
