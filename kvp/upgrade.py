@@ -20,11 +20,17 @@ def upgraded(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
     The chosen options are guessed from the classes, so `kvpruner_stock` reads as its parent, `kvpruner`.
     """
-    if record["schema"] == SCHEMA:
-        return record
-    choices = dict(_guessed_options(record["config"]))
-    config = named(record["config"])
+    config = record["config"]
+    if record["schema"] == SCHEMA or not isinstance(config, Mapping) or not _names_classes(config):
+        return {**record, "schema": SCHEMA}  # what is no configuration, the record's own check refuses
+    choices, config = dict(_guessed_options(config)), named(config)
     return {"status": "finished", **record, "schema": SCHEMA, "config": config, "choices": choices}
+
+
+def _names_classes(config: Mapping[str, Any]) -> bool:
+    """Whether every `_target_` of a configuration is a text."""
+    nodes = [value for value in config.values() if isinstance(value, Mapping)]
+    return isinstance(config.get("_target_", ""), str) and all(map(_names_classes, nodes))
 
 
 def _guessed_options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

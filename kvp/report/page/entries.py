@@ -13,6 +13,7 @@ from kvp.report.plots.points import Point, find_points
 from kvp.report.records.keys import MISSING, label
 from kvp.report.records.runs import Run
 from kvp.report.table.cells import reason
+from kvp.tables import plain
 
 Numbers = Mapping[str, tuple[str, float]]
 
@@ -63,9 +64,9 @@ def _entry(
         "seed": label(run, "seed"),
     }
     made_by = {
-        "device": origin.device,
-        "dtype": origin.dtype.removeprefix("torch."),
-        "commit": str(origin.commit)[:8] + (" (dirty)" if origin.dirty else ""),
+        "device": plain(origin.device),
+        "dtype": plain(origin.dtype.removeprefix("torch.")),
+        "commit": plain(str(origin.commit)[:8]) + (" (dirty)" if origin.dirty else ""),
     }
     return Entry(run=run, texts=texts, origin=made_by, numbers=numbers, point=point)
 
