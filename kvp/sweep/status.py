@@ -48,6 +48,8 @@ class Look:
 def look(path: Path) -> Look:
     """Return how the run of a run.json stands."""
     name = path.parent.name
+    if not path.is_file():  # a pipe would be waited for
+        return Look(name, "unreadable", f"{path} is no file")
     try:
         record, written = RunRecord.read(path), path.stat().st_mtime
     except (OSError, ValueError, RecursionError) as error:
