@@ -1,7 +1,8 @@
 """Records of old schemas, brought up to date.
 
 Schema 1 has finished runs only, without a status and without overrides. Schemas 1 and 2 name classes by module path
-and do not say which options were chosen.
+and do not say which options were chosen. Schemas 1 to 3 know only the command that wrote the record: its code and
+machine stand for the stages that it computed, and those that it found have no known origin.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 from kvp.identity import named
 
-SCHEMA = 3  # of run.json; raised when a key changes its meaning
+SCHEMA = 4  # of run.json; raised when a key changes its meaning
+ORIGIN = ("kvp", "commit", "dirty", "versions", "python", "platform", "device", "threads", "dtype", "command")
 
 
 def upgraded(record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -20,11 +22,26 @@ def upgraded(record: Mapping[str, Any]) -> Mapping[str, Any]:
 
     The chosen options are guessed from the classes, so `kvpruner_stock` reads as its parent, `kvpruner`.
     """
-    config = record["config"]
-    if record["schema"] == SCHEMA or not isinstance(config, Mapping) or not _names_classes(config):
-        return {**record, "schema": SCHEMA}  # what is no configuration, the record's own check refuses
+    if record["schema"] == SCHEMA:
+        return record
+    config, record = record["config"], {**record, **_with_origin(record)}
+    if record["schema"] == 3 or not isinstance(config, Mapping) or not _names_classes(config):
+        return {**record, "schema": SCHEMA}  # what is no configuration, readers of the record refuse
     choices, config = dict(_guessed_options(config)), named(config)
     return {"status": "finished", **record, "schema": SCHEMA, "config": config, "choices": choices}
+
+
+def _with_origin(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return provenance and stages with the command's origin; nothing where they are damaged."""
+    old, stages = record.get("provenance"), record.get("stages")
+    if not isinstance(old, Mapping) or not isinstance(stages, list):
+        return {}
+    if not all(isinstance(stage, Mapping) for stage in stages):
+        return {}
+    origin = {name: old[name] for name in ORIGIN if name in old}
+    stages = [{**stage, "origins": [] if stage.get("found") else [0]} for stage in stages]
+    kept = {name: value for name, value in old.items() if name not in ORIGIN or name in ("dtype", "command")}
+    return {"provenance": {**kept, "origins": [origin]}, "stages": stages}
 
 
 def _names_classes(config: Mapping[str, Any]) -> bool:
