@@ -6,9 +6,7 @@ python -m kvp.status [outputs/runs] [--store outputs/store]
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import socket
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -16,13 +14,18 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import psutil
 from rich.table import Table
 
 from kvp.record import RunRecord
+from kvp.store.contents import entries, is_alive
 from kvp.sweep.words import reason, removed, stages
 from kvp.tables import console_table, print_table
 
+COLUMN_OF = {
+    "finished": "finished",
+    "being computed": "being computed",
+    "unfinished": "left unfinished",
+}
 STAGE_COLUMNS = ("finished", "being computed", "left unfinished", "set aside", "MiB")
 
 
@@ -64,17 +67,6 @@ def look(path: Path) -> Look:
     return Look(name, record.status, who)
 
 
-def is_alive(host: str | None, pid: int, since: float) -> bool | None:
-    """Return whether a process that ran at a time (seconds since 1970) still runs; None if it is another machine's."""
-    if host != socket.gethostname():
-        return None
-    try:
-        process = psutil.Process(pid)
-        return process.create_time() <= since + 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def _command(record: RunRecord) -> str:
     """Return the command that goes on with a run; empty if it was composed in Python."""
     if record.overrides is None:
@@ -85,28 +77,11 @@ def _command(record: RunRecord) -> str:
 def stage_counts(store: Path) -> dict[str, Counter[str]]:
     """Return, per kind of stage, how many there are in each state of `STAGE_COLUMNS`, and MiB of the finished ones."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for manifest in store.rglob("manifest.json"):
-        stage = manifest.parent
-        if not stage.name.startswith("."):
-            sizes = (file["size"] for file in json.loads(manifest.read_bytes())["files"].values())
-            counts[_kind(stage, store)] += Counter({"finished": 1, "MiB": sum(sizes) / 2**20})
-    for partial in store.rglob(".*.partial"):
-        counts[_kind(partial, store)]["being computed" if _is_held(partial) else "left unfinished"] += 1
-    for aside in [*store.rglob(".*.corrupt-*"), *store.rglob(".*.replaced-*")]:
-        counts[_kind(aside, store)]["set aside"] += 1
+    for entry in entries(store):
+        counts[entry.kind][COLUMN_OF.get(entry.state, "set aside")] += 1
+        if entry.state == "finished":
+            counts[entry.kind]["MiB"] += entry.bytes / 2**20  # type: ignore[assignment]
     return counts
-
-
-def _kind(stage: Path, store: Path) -> str:
-    return stage.parent.relative_to(store).as_posix()
-
-
-def _is_held(partial: Path) -> bool:
-    holder = partial.with_suffix(".holder")
-    if not holder.exists():
-        return False
-    host, _, pid = holder.read_text().split()
-    return is_alive(host, int(pid), holder.stat().st_mtime) is not False
 
 
 def main() -> None:
