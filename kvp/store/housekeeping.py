@@ -20,7 +20,7 @@ COMPANIONS = ("holder", "attempts", "lock")  # files beside a stage; the lock go
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a stage, and why."""
+    """Whether a stage goes, and why."""
 
     entry: Entry
     goes: bool

@@ -15,11 +15,8 @@ from pathlib import Path
 from typing import Any
 
 RESULT, MANIFEST = "result.json", "manifest.json"
-DISK_FULL = (
-    *(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)),
-    "PytorchStreamWriter failed writing",  # torch.save says no more than this, or
-    "inline_container.cc:",  # this, when it closes the file that it could not write
-)
+DISK_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+TORCH_FULL = ("PytorchStreamWriter failed writing", "inline_container.cc:")  # torch.save never says why
 WAY_OUT = "Free space or get write access there, or choose another place with store=DIR."
 
 
@@ -28,6 +25,13 @@ class StageError(OSError):
 
     def __init__(self, path: Path, cause: BaseException | str, way_out: str = WAY_OUT) -> None:
         super().__init__(f"cannot write {path}: {cause}. {way_out}")
+
+
+def why_full(error: BaseException) -> BaseException | str | None:
+    """Return the cause, if an error says that a disk is full; libraries have their own classes for that."""
+    if any(text in str(error) for text in DISK_FULL):
+        return error
+    return "torch could not write a whole file" if any(text in str(error) for text in TORCH_FULL) else None
 
 
 def fingerprint(stage: str, version: int, inputs: Mapping[str, Any]) -> str:

@@ -26,7 +26,6 @@ from typing import Any
 from kvp.cost import measured
 from kvp.store.locks import beside, check_alone, locked, share
 from kvp.store.manifest import (
-    DISK_FULL,
     MANIFEST,
     RESULT,
     StageError,
@@ -38,6 +37,7 @@ from kvp.store.manifest import (
     read_manifest,
     seal,
     sync,
+    why_full,
 )
 
 log = logging.getLogger(__name__)
@@ -218,7 +218,6 @@ def _finish(partial: Path, final: Path, work: Work, head: dict[str, Any], resuma
     except BaseException as error:
         if not resumable:
             shutil.rmtree(partial, ignore_errors=True)
-        full = any(text in str(error) for text in DISK_FULL)  # safetensors has its own class of error
-        if full and not isinstance(error, StageError):
-            raise StageError(partial, error) from error
+        if not isinstance(error, StageError) and (why := why_full(error)):
+            raise StageError(partial, why) from error
         raise
