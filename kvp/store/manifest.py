@@ -114,10 +114,15 @@ def seal(partial: Path, result: Mapping[str, Any], manifest: dict[str, Any]) -> 
     manifest["files"] = {p.relative_to(partial).as_posix(): _describe(p) for p in inside if p.is_file()}
     manifest["created"] = datetime.now(UTC).isoformat(timespec="seconds")
     (partial / MANIFEST).write_text(json.dumps(manifest | {"seal": _sha256(manifest)}, indent=2))
-    usual = stat.S_IMODE((partial / RESULT).stat().st_mode)  # what the umask leaves; safetensors are 0600
-    for path in [*inside, partial / MANIFEST, partial]:
+    publish(partial, partial / RESULT)
+
+
+def publish(directory: Path, usual: Path) -> None:
+    """Wait until a directory is on the disk, its files as readable as one that the umask decided (weights are 0600)."""
+    mode = stat.S_IMODE(usual.stat().st_mode)
+    for path in [*sorted(directory.rglob("*")), directory]:
         if path.is_file():
-            path.chmod(usual)
+            path.chmod(mode)
         sync(path)
 
 
