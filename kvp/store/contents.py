@@ -136,8 +136,10 @@ def is_alive(host: str | None, pid: int, since: float) -> bool | None:
     try:
         process = psutil.Process(pid)
         return process.create_time() <= since + 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except (psutil.NoSuchProcess, ValueError, OverflowError):  # the latter two: no number of a process
         return False
+    except psutil.Error:
+        return None
 
 
 def _entries(root: Path, folder: Path, whole: bool, seen: set[str]) -> Iterator[Entry]:
@@ -146,19 +148,29 @@ def _entries(root: Path, folder: Path, whole: bool, seen: set[str]) -> Iterator[
     seen.add(real)
     kind = folder.relative_to(root).as_posix()
     for path in folder.iterdir():
-        if hidden := HIDDEN.fullmatch(path.name):
-            digest, suffix = hidden.groups()
-            state = STATES.get(suffix.partition("-")[0]) or _progress(path.with_name(digest))
-            yield _entry(path, kind, digest, state)
-        elif DIGEST.fullmatch(path.name):
-            fault = _fault(path, kind, whole)
-            yield _entry(path, kind, path.name, "corrupt" if fault else "finished", fault)
-        elif path.is_dir() and not path.name.startswith("."):
+        if entry := _look(path, kind, whole):
+            yield entry
+        elif path.is_dir() and not path.name.startswith(".") and not DIGEST.fullmatch(path.name):
             yield from _entries(root, path, whole, seen)
 
 
-def _progress(final: Path) -> State:
-    return "being computed" if is_held(final) else "unfinished"
+def _look(path: Path, kind: str, whole: bool) -> Entry | None:
+    """Return a path as an entry; None if it is none, or has just gone: a process may be at work."""
+    try:
+        if hidden := HIDDEN.fullmatch(path.name):
+            digest, suffix = hidden.groups()
+            return _entry(path, kind, digest, STATES.get(suffix.partition("-")[0]) or _progress(path, digest))
+        if DIGEST.fullmatch(path.name):
+            fault = _fault(path, kind, whole)
+            return _entry(path, kind, path.name, "corrupt" if fault else "finished", fault)
+    except FileNotFoundError:
+        if os.path.lexists(path):
+            raise
+    return None
+
+
+def _progress(partial: Path, digest: str) -> State:
+    return "being computed" if is_held(partial.with_name(digest)) else "unfinished"
 
 
 def _entry(path: Path, kind: str, digest: str, state: State, fault: str = "") -> Entry:

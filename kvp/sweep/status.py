@@ -17,16 +17,11 @@ from pathlib import Path
 from rich.table import Table
 
 from kvp.record import RunRecord
-from kvp.store.contents import entries, is_alive
+from kvp.store.contents import Entry, entries, is_alive
 from kvp.sweep.words import reason, removed, stages
 from kvp.tables import console_table, print_table
 
-COLUMN_OF = {
-    "finished": "finished",
-    "being computed": "being computed",
-    "unfinished": "left unfinished",
-}
-STAGE_COLUMNS = ("finished", "being computed", "left unfinished", "set aside", "MiB")
+STAGE_COLUMNS = ("finished", "being computed", "left unfinished", "damaged", "set aside", "MiB")
 
 
 @dataclass(frozen=True)
@@ -78,10 +73,18 @@ def stage_counts(store: Path) -> dict[str, Counter[str]]:
     """Return, per kind of stage, how many there are in each state of `STAGE_COLUMNS`, and MiB of the finished ones."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for entry in entries(store):
-        counts[entry.kind][COLUMN_OF.get(entry.state, "set aside")] += 1
+        counts[entry.kind][_column(entry)] += 1
         if entry.state == "finished":
             counts[entry.kind]["MiB"] += entry.bytes / 2**20  # type: ignore[assignment]
     return counts
+
+
+def _column(entry: Entry) -> str:
+    if entry.state == "unfinished":
+        return "left unfinished"
+    if entry.state in STAGE_COLUMNS:
+        return entry.state
+    return "damaged" if entry.in_place else "set aside"
 
 
 def main() -> None:

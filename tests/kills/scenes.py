@@ -179,7 +179,7 @@ class ReportScene(Scene):
         assert now.keys() >= self.old.keys()
         for name, text in now.items():
             if text != self.old.get(name):
-                assert not text or _is_whole(name, text), f"{name} is half"
+                assert _is_whole(name, text), f"{name} is half"
 
     def result(self) -> Any:
         files = [path for path in (self.home / "report").rglob("*") if path.is_file()]
