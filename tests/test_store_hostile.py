@@ -11,6 +11,8 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,13 @@ import torch
 from safetensors.torch import save_file
 
 from kvp.data.corpora import FileCorpus
+from kvp.record import RunRecord
 from kvp.recovery.training import train
 from kvp.store import StageError, Store
 from kvp.store.manifest import _sha256
 from tests.helpers.recovery import TEXT, make, save_checkpoint
 from tests.process import ROOT
+from tests.report.sample_records import make_record
 
 INPUTS = {"seed": 0}
 
@@ -254,29 +258,44 @@ except StageError as error:
     assert "Read-only file system" in done.stdout and "store=DIR" in done.stdout, done.stderr
 
 
-@pytest.fixture
-def small_files():
-    """A limit between the sizes of the adapter and of its optimizer, for this process."""
+@contextmanager
+def files_below(size: int) -> Iterator[None]:
+    """Let the disk take no more than `size` bytes of a file, for this process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_fills_while_lora_writes_its_optimizer_is_one_clear_error(tmp_path, small_files):
+def test_a_record_that_the_disk_does_not_take_leaves_the_one_before(tmp_path):
+    record = RunRecord.model_validate(make_record())
+    record.write(tmp_path / "run.json")
+    before = (tmp_path / "run.json").read_text()
+    with (
+        files_below(100),
+        pytest.raises(OSError, match=r"File too large: free space .*runs=DIR: '.*run\.json'"),
+    ):
+        record.write(tmp_path / "run.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert (tmp_path / "run.json").read_text() == before
+
+
+def test_a_disk_that_fills_while_lora_writes_its_optimizer_is_one_clear_error(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    checkpoint, corpora = (
-        save_checkpoint(tmp_path / "model"),
-        {"text": FileCorpus(path=str(tmp_path / "text.txt"))},
-    )
+    checkpoint = save_checkpoint(tmp_path / "model")
+    corpora = {"text": FileCorpus(path=str(tmp_path / "text.txt"))}
 
     def work(directory: Path) -> dict:
         recipe = make(max_steps=10, save_steps=4, rank=32)
         return train(recipe, checkpoint, directory, corpora=corpora, seed=0, device="cpu")
 
-    with pytest.raises(
-        StageError, match=r"store/recover/.* torch could not write a whole file.*store=DIR"
-    ) as full:
+    message = r"store/recover/.* torch could not write a whole file.*store=DIR"
+    with (
+        files_below(200_000),
+        pytest.raises(StageError, match=message) as full,
+    ):  # between adapter and optimizer
         Store(tmp_path / "store").once("recover", INPUTS, work, resumable=True)
     assert "inline_container.cc" in str(full.value.__cause__)  # it was the optimizer
     assert not list((tmp_path / "store").rglob("complete"))  # half a checkpoint is none to go on from

@@ -21,7 +21,7 @@ from kvp.store.manifest import StageError, on_disk
 log = logging.getLogger(__name__)
 
 IN_USE = ".in-use"
-NO_LOCKS = "use a local disk, or mount NFS with its locks (without nolock and local_lock)"
+NO_LOCKS = "Use a local disk, or mount NFS with its locks (without nolock and local_lock)."
 
 
 def beside(final: Path, suffix: str) -> Path:
@@ -39,8 +39,7 @@ def locked(final: Path) -> Iterator[None]:
     path, holder = beside(final, "lock"), beside(final, "holder")
     with on_disk(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink() or path.is_dir():
-            raise StageError(path, "it is no file, so it cannot be a lock", way_out="Remove it.")
+        _check_file(path)
         lock = FileLock(path, fallback_to_soft=False)
         try:
             lock.acquire(timeout=0)
@@ -87,7 +86,7 @@ def check_alone(final: Path) -> None:
         why = (
             f"{other or 'another process'} computed it at the same time: this file system does not keep locks"
         )
-        raise StageError(final, why, way_out=f"Repeat the command; {NO_LOCKS}.")
+        raise StageError(final, why, way_out=f"Repeat the command. {NO_LOCKS}")
 
 
 def is_held(final: Path) -> bool:
@@ -109,24 +108,25 @@ def share(root: Path) -> int:
     """Take the lock over a store beside other users of it; return a descriptor, which holds it until it is closed.
 
     Raises:
-        OSError: The store cannot be written, or its file system has no locks.
+        OSError: The store cannot be written.
+        StageError: Its lock is no file, or its file system has no locks.
     """
-    descriptor = os.open(root / IN_USE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor = _open(root)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         log.info("waiting for the housekeeping of %s", root)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
-        raise
+        raise StageError(root, error, way_out=NO_LOCKS) from error
     return descriptor
 
 
 @contextmanager
 def alone(root: Path) -> Iterator[bool]:
     """Take the lock over a store alone, if no process uses the store; yield whether none does."""
-    descriptor = os.open(root / IN_USE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor = _open(root)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         unused = True
@@ -136,6 +136,16 @@ def alone(root: Path) -> Iterator[bool]:
         yield unused
     finally:
         os.close(descriptor)
+
+
+def _open(root: Path) -> int:
+    _check_file(root / IN_USE)
+    return os.open(root / IN_USE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def _check_file(path: Path) -> None:
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise StageError(path, "it is no file, so it cannot be a lock", way_out="Remove it.")
 
 
 def _me() -> str:

@@ -188,5 +188,7 @@ def on_disk(path: Path) -> Iterator[None]:
     """Turn the errors of a disk into StageError."""
     try:
         yield
+    except StageError:
+        raise
     except OSError as error:
         raise StageError(path, error) from error

@@ -183,7 +183,13 @@ class ReportScene(Scene):
 
     def result(self) -> Any:
         files = [path for path in (self.home / "report").rglob("*") if path.is_file()]
-        return {path.name: path.read_bytes() for path in files if not path.name.startswith(".")}
+        here = str(self.home).encode()
+        return {path.name: path.read_bytes().replace(here, b"HOME") for path in files if _is_shown(path)}
+
+
+def _is_shown(path: Path) -> bool:
+    """Return whether no part of a path is hidden."""
+    return not any(part.startswith(".") for part in path.parts)
 
 
 def _is_whole(name: str, text: bytes) -> bool:
