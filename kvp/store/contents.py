@@ -147,11 +147,18 @@ def _entries(root: Path, folder: Path, whole: bool, seen: set[str]) -> Iterator[
         return
     seen.add(real)
     kind = folder.relative_to(root).as_posix()
-    for path in folder.iterdir():
+    for path in _inside(folder):
         if entry := _look(path, kind, whole):
             yield entry
         elif path.is_dir() and not path.name.startswith(".") and not DIGEST.fullmatch(path.name):
             yield from _entries(root, path, whole, seen)
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:  # it has just gone
+        return []
 
 
 def _look(path: Path, kind: str, whole: bool) -> Entry | None:

@@ -43,7 +43,9 @@ def reason(kind: str, message: str) -> str:
 def removed(record: RunRecord) -> str:
     """Return what a finished run removed of what was asked for: "25.0 % of kv_cache", or "nothing"."""
     asked, achieved = record.ratio.asked, record.ratio.achieved or {}
-    return f"{100 * achieved[asked.of]:.1f} % of {asked.of}" if asked else "nothing"
+    if asked is None:
+        return "nothing"
+    return f"{100 * achieved[asked.of]:.1f} % of {asked.of}" if asked.of in achieved else f"no {asked.of}"
 
 
 def corpora(records: Sequence[RunRecord]) -> str:
