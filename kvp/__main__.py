@@ -70,9 +70,9 @@ def job(config: DictConfig) -> str | None:
     command = HydraConfig.get()
     swept = command.mode == RunMode.MULTIRUN
     if swept:
-        from kvp.sweep.worker import attempt, claim_gpu
+        from kvp.sweep.worker import attempt, settle
 
-        claim_gpu()
+        settle()
     x = Experiment.compose(config, list(command.overrides.task), command.runtime.choices)
     if swept:
         return attempt(x, command.job.num)

@@ -6,10 +6,7 @@ python -m kvp.status [outputs/runs] [--store outputs/store]
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
-import socket
 import sys
 import time
 from collections import Counter, defaultdict
@@ -18,10 +15,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
 from rich.table import Table
 
 from kvp.record import RunRecord
+from kvp.store.contents import Entry, entries, is_alive
 from kvp.sweep.words import reason, removed, stages
 from kvp.tables import NOTE, WIDEST, console_table, plain, print_table
 
@@ -85,19 +82,6 @@ def _silence(written: float) -> str:
     return f"not of this machine, nothing written since {last:%Y-%m-%d %H:%M} UTC{long}"
 
 
-def is_alive(host: str | None, pid: int, since: float) -> bool | None:
-    """Return whether a process that ran at a time (seconds since 1970) still runs; None if it is another machine's."""
-    if host != socket.gethostname():
-        return None
-    try:
-        process = psutil.Process(pid)
-        return process.create_time() <= since + 1 and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.NoSuchProcess, ValueError, OverflowError):  # the latter two: no number of a process
-        return False
-    except psutil.Error:
-        return None
-
-
 def _command(record: RunRecord) -> str:
     """Return the command that goes on with a run; empty if it was composed in Python."""
     if record.overrides is None:
@@ -111,40 +95,19 @@ def stage_counts(store: Path) -> dict[str, Counter[str]]:
     The store may be in use: what is gone by the time it is looked at does not count.
     """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for folder, directories, files in os.walk(store):
-        place = Path(folder)
-        kind = counts[place.relative_to(store).as_posix()]
-        for name in [name for name in directories if name.startswith(".")]:
-            directories.remove(name)
-            if name.endswith(".partial"):
-                kind["being computed" if _is_held(place / name) else "left unfinished"] += 1
-            elif ".corrupt-" in name or ".replaced-" in name:
-                kind["set aside"] += 1
-        if "manifest.json" in files:
-            directories.clear()
-            counts[place.parent.relative_to(store).as_posix()] += _finished(place / "manifest.json")
-    return {kind: count for kind, count in counts.items() if count}
+    for entry in entries(store):
+        counts[entry.kind][_column(entry)] += 1
+        if entry.state == "finished":
+            counts[entry.kind]["MiB"] += entry.bytes / 2**20  # type: ignore[assignment]
+    return counts
 
 
-def _finished(manifest: Path) -> Counter[str]:
-    """Return the count of a stage with its MiB, as damaged if its manifest cannot be read."""
-    try:
-        sizes = [int(file["size"]) for file in json.loads(manifest.read_bytes())["files"].values()]
-    except FileNotFoundError:
-        return Counter()
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        return Counter({"damaged": 1})
-    return Counter({"finished": 1, "MiB": sum(sizes) / 2**20})
-
-
-def _is_held(partial: Path) -> bool:
-    """Whether a process computes a stage; of a process on another machine that is believed."""
-    holder = partial.with_suffix(".holder")
-    try:
-        host, _, pid = holder.read_text().split()
-        return is_alive(host, int(pid), holder.stat().st_mtime) is not False
-    except (OSError, ValueError):  # none, or none written whole
-        return False
+def _column(entry: Entry) -> str:
+    if entry.state == "unfinished":
+        return "left unfinished"
+    if entry.state in STAGE_COLUMNS:
+        return entry.state
+    return "damaged" if entry.in_place else "set aside"
 
 
 def main() -> None:

@@ -9,14 +9,16 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import current_process
+from multiprocessing import current_process, parent_process
 from pathlib import Path
 
 import torch
 
+from kvp import children
 from kvp.pipeline.experiment import Experiment
 from kvp.sweep.words import facts, line, reason
 
+WORKER = re.compile(r"LokyProcess-(\d+)")
 LOG = "run.log"  # beside run.json: everything that a job of a sweep prints
 
 
@@ -75,8 +77,12 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
-def claim_gpu() -> None:
-    """A worker of joblib takes a GPU of its own, before CUDA starts in it; other processes see all."""
+def settle() -> None:
+    """Bind a worker of joblib to the sweep: it ends with it, and takes a GPU of its own before CUDA starts in it."""
+    parent = parent_process()
+    if parent is None or parent.pid is None or not WORKER.fullmatch(current_process().name):
+        return  # in the sweep's own process, whose parent is the user's shell
+    children.end_with_parent(parent.pid)
     if not torch.cuda.is_initialized() and (count := torch.cuda.device_count()) > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(current_process().name, visible)
@@ -84,6 +90,6 @@ def claim_gpu() -> None:
 
 def gpu_of(process: str, visible: str) -> str:
     """The one of the visible GPUs ("0,2") that falls to a process by its name; all if joblib did not name it."""
-    number = re.fullmatch(r"LokyProcess-(\d+)", process)
+    number = WORKER.fullmatch(process)
     devices = visible.split(",")
     return devices[(int(number[1]) - 1) % len(devices)] if number else visible

@@ -214,35 +214,39 @@ def test_a_run_json_that_is_none_is_one_row(tmp_path, kind):
     assert run.status == "unreadable" and run.detail
 
 
-def harm(store: Path) -> dict[str, tuple[Path, str]]:
-    """Return files of a store with two finished stages and one left, and what the stage then counts as."""
-    one, left = (store / "score" / name for name in ("1" * 16, f".{'2' * 16}"))
-    return {
-        "cut manifest": (one / "manifest.json", '{"files": {"a": {"si'),
-        "empty manifest": (one / "manifest.json", ""),
-        "list": (one / "manifest.json", "[]"),
-        "no files": (one / "manifest.json", "{}"),
-        "odd files": (one / "manifest.json", '{"files": {"a": 3}}'),
-        "odd size": (one / "manifest.json", '{"files": {"a": {"size": null}}}'),
-        "empty holder": (left.with_suffix(".holder"), ""),
-        "odd holder": (left.with_suffix(".holder"), "box pid"),
-        "long holder": (left.with_suffix(".holder"), f"{HERE} pid {2**70}"),
-    }
+HARM = {  # a file of a finished stage or beside one left unfinished, and what it holds then
+    "cut manifest": ("manifest.json", '{"files": {"a": {"si'),
+    "empty manifest": ("manifest.json", ""),
+    "list": ("manifest.json", "[]"),
+    "no files": ("manifest.json", "{}"),
+    "odd files": ("manifest.json", '{"files": {"a": 3}}'),
+    "odd size": ("manifest.json", '{"files": {"a": {"size": null}}}'),
+    "empty holder": (".holder", ""),
+    "odd holder": (".holder", "box pid"),
+    "long holder": (".holder", f"{HERE} pid {2**70}"),
+}
 
 
-@pytest.mark.parametrize("case", harm(Path()))
+@pytest.mark.parametrize("case", HARM)
 def test_a_damaged_store_is_counted(tmp_path, case):
-    for name in ("1" * 16, "3" * 16, f".{'2' * 16}.partial"):
-        (tmp_path / "score" / name).mkdir(parents=True)
-    for name in ("1" * 16, "3" * 16):
-        (tmp_path / "score" / name / "manifest.json").write_text('{"files": {"a": {"size": 1048576}}}')
-    path, text = harm(tmp_path)[case]
-    path.write_text(text)
-    damaged = int(path.name == "manifest.json")
-    assert stage_counts(tmp_path) == {
-        "score": {"finished": 2 - damaged, "MiB": 2 - damaged, "left unfinished": 1}
-        | ({"damaged": 1} if damaged else {})
-    }
+    store = Store(tmp_path)
+
+    def write(directory):
+        (directory / "a").write_bytes(bytes(2**20))
+
+    def die(directory):
+        raise RuntimeError
+
+    stages = [store.once("score", {"seed": seed}, write) for seed in (1, 2)]
+    with pytest.raises(RuntimeError):
+        store.once("score", {"seed": 3}, die, resumable=True)
+    name, text = HARM[case]
+    left = next((tmp_path / "score").glob(".*.partial"))
+    (left.with_suffix(name) if name == ".holder" else stages[0].path / name).write_text(text)
+    damaged = int(name == "manifest.json")
+    counts = stage_counts(tmp_path)["score"]
+    assert counts.pop("MiB") == pytest.approx(2 - damaged, rel=0.01)
+    assert counts == {"finished": 2 - damaged, "left unfinished": 1} | ({"damaged": 1} if damaged else {})
 
 
 def test_a_store_in_use_is_counted(tmp_path):
@@ -253,11 +257,11 @@ def test_a_store_in_use_is_counted(tmp_path):
         for i in itertools.count():
             if stop.is_set():
                 return
-            place = tmp_path / "score" / f".{i % 7}.partial"
+            place = tmp_path / "score" / f".{i % 7:016x}.partial"
             place.mkdir(parents=True, exist_ok=True)
             (place / "manifest.json").write_text('{"files": {}}')
             place.with_suffix(".holder").write_text(f"{HERE} pid {os.getpid()}")
-            final = place.with_name(f"{i % 7}")
+            final = place.with_name(f"{i % 7:016x}")
             shutil.rmtree(final, ignore_errors=True)
             place.rename(final)
 
