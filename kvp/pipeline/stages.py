@@ -188,6 +188,11 @@ def chain(x: Experiment) -> Iterator[Stage]:
         yield from examination(x, model)
 
 
+def models_of(x: Experiment) -> list[str]:
+    """Return for every stage of a run, in its order, the model that it makes or looks at."""
+    return [model for model in MODELS for _ in (*making(x, model), *examination(x, model))]
+
+
 def make(session: Session, model: str) -> Checkpoint:
     """Do the stages that make "dense", "pruned" or "recovered"."""
     for stage in making(session.x, model):

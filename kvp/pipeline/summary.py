@@ -8,6 +8,7 @@ from functools import partial
 from kvp.record import RunRecord
 from kvp.results import MeasureRecord, ModelRecord, Storage, TimingRecord
 from kvp.tables import console_table, print_table
+from kvp.tracking import upload_command
 
 STORAGES: tuple[Storage, ...] = ("dense", "2:4", "bitmap")
 CONTROL_NOTE = (
@@ -20,11 +21,16 @@ Row = tuple[str, Callable[[ModelRecord], str]]  # a label, and what the table sh
 
 def print_summary(record: RunRecord) -> None:
     """Print the table of a finished run, what was achieved of what was asked, and where everything lies."""
-    models = record.models()
-    rows = [[label, *map(read, models.values())] for label, read in _rows(record)]
-    print_table(console_table(["", *models], rows, title=record.name))
+    heads, rows = results(record)
+    print_table(console_table(heads, rows, title=record.name))
     for line in [*_notes(record), *_places(record)]:
         print(line)
+
+
+def results(record: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and rows of the table: a column per model, a row per kind of number."""
+    models = record.models()
+    return ["", *models], [[label, *map(read, models.values())] for label, read in _rows(record)]
 
 
 def _rows(record: RunRecord) -> Iterator[Row]:
@@ -124,9 +130,10 @@ def _notes(record: RunRecord) -> Iterator[str]:
 def _places(record: RunRecord) -> list[str]:
     last = [*record.models().values()][-1]
     found = sum(stage.found for stage in record.stages)
+    upload = upload_command(record.tracker)
     return [
         f"stages: {len(record.stages)}, {found} found finished, {record.provenance.seconds:.1f} s in all",
         f"record: {record.directory}/run.json",
         f"checkpoint: {last.checkpoint}",
-        f"tracker: {record.tracker or 'none'}",
+        f"tracker: {record.tracker or 'none'}{f'; to upload it: {upload}' if upload else ''}",
     ]

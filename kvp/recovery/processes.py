@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvp.bars import only_on_terminals
 from kvp.recovery.examples import Example
 from kvp.recovery.fit import Job, fit
 from kvp.recovery.lora import Lora
@@ -43,8 +44,9 @@ def fit_in_processes(
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={recipe.num_processes}"]
     command = [sys.executable, "-m", *torchrun, "-m", "kvp.recovery.processes", str(spec), str(result)]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // recipe.num_processes))}
+    stderr = None if sys.stderr.isatty() else subprocess.PIPE  # bars belong on the terminal itself
     child = subprocess.Popen(
-        command, env=threads | os.environ, stderr=subprocess.PIPE, text=True, preexec_fn=_die_with_parent
+        command, env=threads | os.environ, stderr=stderr, text=True, preexec_fn=_die_with_parent
     )
     lines = _relay(child)
     if child.wait():
@@ -54,10 +56,9 @@ def fit_in_processes(
 
 
 def _relay(child: subprocess.Popen[str]) -> list[str]:
-    """Copy the processes' stderr, with the progress bar, to this one's as it comes; return the lines."""
-    assert child.stderr is not None
+    """Copy the processes' stderr to this one's as it comes; return the lines, none of a terminal."""
     lines = []
-    for line in child.stderr:
+    for line in child.stderr or ():
         sys.stderr.write(line)
         lines.append(line.rstrip())
     return lines
@@ -71,6 +72,7 @@ def _die_with_parent() -> None:
 def main() -> None:
     """Train as one of the processes: `spec.pkl result.json` are the arguments."""
     _die_with_parent()
+    only_on_terminals()
     recipe, job, examples, held_out = pickle.loads(Path(sys.argv[1]).read_bytes())
     try:
         figures = fit(recipe, job, examples, held_out)
