@@ -9,6 +9,7 @@ import time
 
 from kvp.pipeline.announce import announce
 from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.progress import Progress
 from kvp.pipeline.recording import make_record, model_record
 from kvp.pipeline.runfile import RUN, finished_before, recorded
 from kvp.pipeline.session import Session
@@ -35,6 +36,7 @@ def run(x: Experiment) -> RunRecord:
     earlier = None if x.force else finished_before(x.directory)
     with recorded(session, started):
         x.check_sources()
+        Progress(x).follow(session)
         dense = make(session, "dense")
         x.check_model(dense.config)
         with shown(x, Null() if earlier else x.tracker) as log:

@@ -145,6 +145,11 @@ class Values(Mapping[str, Any]):
         return len(self._readers)
 
 
+def say(done: Finished) -> None:
+    """Print how a stage came to be."""
+    log.info("%s %s (%.1f s)", done.name, "found" if done.found else "computed", done.seconds)
+
+
 class Session:
     """Does the stages of an experiment, or finds them done.
 
@@ -154,6 +159,7 @@ class Session:
         done: Those that later stages build on, by name.
         values: What the steps of planning gave, by name (`kvp.strategies.steps`).
         watch: Called with the place of each stage before it is done or found.
+        after: Called with each stage once it is done or found; prints a line by default.
     """
 
     def __init__(self, x: Experiment) -> None:
@@ -162,6 +168,7 @@ class Session:
         self.done: dict[str, Finished] = {}
         self.values = Values()
         self.watch: Callable[[str], None] = lambda place: None
+        self.after: Callable[[Finished], None] = say
         self._before = beginning(x.source)
         self._forcing = Forcing(x)
         self._loaded: tuple[Path, PreTrainedModel] | None = None
@@ -178,7 +185,7 @@ class Session:
             resumable=stage.resumable,
             since=self._forcing.since(stage, inputs),
         )
-        log.info("%s %s (%.1f s)", done.name, "found" if done.found else "computed", done.seconds)
+        self.after(done)
         self.finished.append(done)
         if stage.precedes:
             self.done[stage.name] = done
