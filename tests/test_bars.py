@@ -29,7 +29,7 @@ for _ in tqdm(range(2), desc="off", disable=True): pass
 print("end")
 """
 NAMELESS = re.compile(r"(?:^|[\r\n]) *\d+%\|")
-SMOKE = ("debug=smoke", "tracker=none", "evaluation.zero_shot.limit=1", "measure.runs=1")
+SMOKE = ("debug=smoke", "tracker=none", "evaluation.zero_shot.limit=2", "measure.runs=1")
 
 
 def in_a_file(tmp_path: Path, *words: str) -> str:
@@ -79,7 +79,14 @@ def places(tmp_path, name):
 @pytest.mark.slow
 def test_a_whole_run_in_a_file_has_lines_only(tmp_path):
     """Every library's bars, those of the measuring child and of two training processes included."""
-    words = ["-m", "kvp", *SMOKE, "recovery.num_processes=2", *places(tmp_path, "file")]
+    words = [
+        "-m",
+        "kvp",
+        *SMOKE,
+        "recovery.num_processes=2",
+        "recovery.micro_batch_size=1",
+        *places(tmp_path, "file"),
+    ]
     shown = in_a_file(tmp_path, *words)
     assert "\r" not in shown and "%|" not in shown
     assert "[18/18] recovered · measure  computed" in shown

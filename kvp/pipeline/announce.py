@@ -27,7 +27,7 @@ def announce(record: RunRecord, makers: Sequence[str], log: Log) -> None:
     log.config(origin(record))
     models = record.models()
     for number, model in enumerate(models.values()):
-        log.metrics(flat(finals(model)), step=number, axis="stage")
+        log.metrics(numbers_of(model), step=number, axis="stage")
     points = losses(record)
     for point in points if len(points) > 1 else ():  # one point is no curve
         values = {f"recover/{k}": v for k, v in point.items() if k != "step" and v is not None}
@@ -95,6 +95,11 @@ def finals(model: ModelRecord) -> dict[str, Any]:
     return numbers
 
 
+def numbers_of(model: ModelRecord) -> dict[str, float]:
+    """Return the numbers of one model by name: {"zero_shot/piqa/acc": 0.5}."""
+    return {name: value for name, value in flat(finals(model)).items() if value is not None}
+
+
 def accuracies(record: RunRecord) -> Iterator[tuple[str, float]]:
     """Yield a bar per task and model, in percent; the label holds the standard error."""
     models = record.models()
@@ -102,8 +107,9 @@ def accuracies(record: RunRecord) -> Iterator[tuple[str, float]]:
     for task, metric in average.metrics.items() if average else ():
         for name, model in models.items():
             metrics = model.evaluation.zero_shot.tasks[task].metrics
-            error = 100 * metrics[f"{metric}_stderr"]
-            yield f"{task} {name} (± {error:.1f})", 100 * metrics[metric]
+            error = metrics.get(f"{metric}_stderr")  # none of one document
+            spread = "" if error is None else f" (± {100 * error:.1f})"
+            yield f"{task} {name}{spread}", 100 * metrics[metric]
 
 
 def losses(record: RunRecord) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from typing_extensions import override
 from kvp.models.joined import joined
 from kvp.models.load import load_tokenizer, save
 from kvp.models.plans import write_plan
-from kvp.models.surgery import apply
 from kvp.pipeline.examination import EXAMINING, examination
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.session import Before, Checkpoint, Inputs, Session, Stage, maker
@@ -117,6 +116,8 @@ class Prune(Stage):
 
     @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
+        from kvp.models.surgery import apply  # imports seconds of modelling code
+
         x, dense, plan = session.x, session.checkpoint("joined"), final_plan(session.values)
         cut = apply(dense.stored(), plan)
         if x.cache is not None:

@@ -86,18 +86,18 @@ def _perplexity(corpus: str, model: ModelRecord) -> str:
 
 def _task(task: str, metric: str, model: ModelRecord) -> str:
     metrics = model.evaluation.zero_shot.tasks[task].metrics
-    return _percent(metrics[metric], metrics[f"{metric}_stderr"])
+    return _percent(metrics[metric], metrics.get(f"{metric}_stderr"))
 
 
 def _average(model: ModelRecord) -> str:
     average = model.evaluation.zero_shot.average
-    if average is None or average.value is None or average.stderr is None:
+    if average is None or average.value is None:
         return "-"
     return _percent(average.value, average.stderr)
 
 
-def _percent(value: float, error: float) -> str:
-    return f"{100 * value:.1f} ± {100 * error:.1f}"
+def _percent(value: float, error: float | None) -> str:
+    return f"{100 * value:.1f}" if error is None else f"{100 * value:.1f} ± {100 * error:.1f}"
 
 
 def _rate(timing: TimingRecord) -> str:

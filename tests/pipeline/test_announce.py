@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import defaultdict
 from functools import cache
@@ -140,6 +141,25 @@ def test_jsonl_carries_what_wandb_carries(tmp_path):
     assert summary["pruned/perplexity/squad"] == 40
     (config,) = (line["values"] for line in lines if line["kind"] == "config")
     assert config["commit"] == "f574f8d"
+
+
+def test_accuracies_of_one_document_have_no_error_and_are_shown(tmp_path, capsys):
+    record = make_record()
+    for model in ("dense", "pruned"):
+        tasks = record[model]["evaluation"]["zero_shot"]
+        tasks["average"]["stderr"] = None
+        for task in ("piqa", "hellaswag"):
+            del tasks[task]["acc_stderr"], tasks[task]["acc_norm_stderr"]
+    record["stages"] = []
+    whole = RunRecord.read(record)
+    shown(Jsonl(), whole, [], tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    points = [line["values"] for line in lines if line["kind"] == "metrics"]
+    assert [point["zero_shot/average/acc"] for point in points] == [0.375, 0.375]
+    assert not [name for point in points for name in point if "stderr" in name]
+    assert next(line["labels"] for line in lines if line["kind"] == "bar")[0] == "piqa dense"
+    print_summary(whole)
+    assert re.search(r"zero-shot average % \(2 tasks\) *│ +37\.5 │ +37\.5 │", capsys.readouterr().out)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -166,3 +168,15 @@ def test_a_run_says_model_stage_and_time_as_far_as_they_are_known(tmp_path, capl
     head, *_ = lines(caplog, forced)
     assert re.fullmatch(r"6 stages: 4 stand, 2 to compute, about \d+ s left", head)
     assert {stage.model for stage in foretell(x)[0]} == {"dense", "pruned"}
+
+
+@pytest.mark.slow
+def test_a_run_that_finds_everything_imports_no_modelling_code():
+    """Seconds of imports are for runs that compute; a fresh process, because this one has imported all."""
+    script = (
+        "import sys; sys.argv[:] = ['kvp']; import kvp.pipeline.run, kvp.models.configs, kvp.sweep.census, "
+        "kvp.strategies.methods.kvpruner_plus; print(*sys.modules)"
+    )
+    imported = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    heavy = {"transformers.modeling_utils", "kvp.models.pruned", "peft", "lm_eval", "wandb", "datasets"}
+    assert not heavy & {*imported.stdout.split()}
