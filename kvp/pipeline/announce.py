@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,8 @@ from kvp.tracking.base import flat
 STAGES = ["model", "stage", "seconds", "peak bytes", "found"]
 
 
-def announce(record: RunRecord, makers: Sequence[str], log: Log) -> None:
-    """Log a finished run.
-
-    Args:
-        record: The run.
-        makers: The model that each stage of the run makes or looks at.
-        log: Where it is shown. On the axis "stage", 0 is the dense model, 1 the pruned and 2 the recovered one.
-    """
+def announce(record: RunRecord, log: Log) -> None:
+    """Log a finished run. On the axis "stage", 0 is the dense model, 1 the pruned and 2 the recovered one."""
     log.config(origin(record))
     models = record.models()
     for number, model in enumerate(models.values()):
@@ -35,8 +29,8 @@ def announce(record: RunRecord, makers: Sequence[str], log: Log) -> None:
     log.summary({name: finals(model) for name, model in models.items()} | {"ratio": ratios(record)})
     heads, rows = results(record)
     log.table("results", heads, rows)
-    costs = zip(makers, record.stages, strict=True)
-    log.table("stages", STAGES, [[model, s.name, s.seconds, s.peak_bytes, s.found] for model, s in costs])
+    costs = [[each.model, each.name, each.seconds, each.peak_bytes, each.found] for each in record.stages]
+    log.table("stages", STAGES, costs)
     widths = [layer.model_dump() for layer in models["pruned"].size.layers]
     log.table("widths", ["layer", *widths[0]], [[i, *row.values()] for i, row in enumerate(widths)])
     if bars := list(accuracies(record)):
@@ -49,16 +43,22 @@ def announce(record: RunRecord, makers: Sequence[str], log: Log) -> None:
 
 
 def origin(record: RunRecord) -> dict[str, Any]:
-    """Return the code that made a run, and where its checkpoints and its record lie."""
-    code = record.provenance
+    """Return the code that made the stages of a run, and where its checkpoints and its record lie."""
+    makers = record.provenance.origins
     return {
-        "version": code.kvp,
-        "commit": code.commit,
-        "dirty": code.dirty,
-        "versions": dict(code.versions),
+        "version": _listed(maker.kvp for maker in makers),
+        "commit": _listed(maker.commit for maker in makers),
+        "dirty": any(maker.dirty for maker in makers),
+        "device": _listed(maker.device_name or maker.device for maker in makers),
+        "origins": [maker.model_dump(exclude={"command"}) for maker in makers],
         "checkpoints": {name: model.checkpoint for name, model in record.models().items()},
         "record": f"{record.directory}/run.json",
     }
+
+
+def _listed(values: Iterable[str | None]) -> str:
+    """Return distinct values in one line, "unknown" for none."""
+    return ", ".join(dict.fromkeys(value or "unknown" for value in values))
 
 
 def ratios(record: RunRecord) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """Seconds that stages will take, by the seconds of the same work on a sibling model or in an earlier run.
 
-Work is the same where stage, version and options agree, and the model comes from the same dense one. Ratio and seed
-may differ. Nothing is guessed for work that the store has never seen.
+Work is the same where stage, version, options and device agree, and the model comes from the same dense one. Ratio,
+seed and edits of code may differ. Nothing is guessed for work that the store has never seen.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from statistics import median
 from typing import Any
 
 from kvp.pipeline.session import MAKERS
+from kvp.provenance import hardware
 from kvp.store import Store
 
 FINGERPRINT = re.compile("[0-9a-f]{64}")
-MAY_DIFFER = ("seed", "value")  # of the draw, and of the budget
+MAY_DIFFER = ("seed", "value", "code")  # of the draw, of the budget, and edits
 DERIVED = tuple({stage for stages in MAKERS.values() for stage in stages} - {"model"})
 
 
@@ -26,10 +27,10 @@ def kind_of_work(stage: str, version: int, inputs: Mapping[str, Any], dense: str
 
 
 class Forecast:
-    """Seconds by kind of work, as a store has seen it."""
+    """Seconds by kind of work, as a store has seen it on a device (`device_of`)."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, device: str) -> None:
+        self._store, self._device = store, device
         self._seconds: dict[str, list[float]] = {}
         self._dense: dict[str, str] = {}
 
@@ -40,10 +41,7 @@ class Forecast:
             for file in (self._store.root / name).glob("[!.]*/manifest.json"):
                 try:
                     manifest = json.loads(file.read_bytes())
-                    whole = (
-                        len(manifest.get("origins", ())) < 2
-                    )  # else its seconds are those of the last attempt
-                    if whole and manifest["stage"] == name:
+                    if manifest["stage"] == name and self._tells(manifest.get("origins", ())):
                         self.add(self._kind(manifest), float(manifest["seconds"]))
                 except (OSError, ValueError, TypeError, KeyError, AttributeError):
                     continue
@@ -60,6 +58,10 @@ class Forecast:
         words += [f"{unknown} stage{'s' * (unknown > 1)} of unknown time"] if unknown else []
         return f"{' and '.join(words)} left" if words else ""
 
+    def _tells(self, origins: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether one process did the whole work, on this device; of more, the last one's seconds are known."""
+        return [origin.get("device_name", self._device) for origin in origins] in ([], [self._device])
+
     def _kind(self, manifest: Mapping[str, Any]) -> str:
         inputs = manifest["inputs"]
         dense = self._ancestor(inputs["model"]) if "model" in inputs else manifest["fingerprint"]
@@ -73,6 +75,11 @@ class Forecast:
             parent = json.loads(made.read_bytes())["inputs"]["model"] if made else model
             self._dense[model] = parent if parent == model else self._ancestor(parent)
         return self._dense[model]
+
+
+def device_of(device: str) -> str:
+    """Return the model of the CPU or GPU that "cpu" or "cuda" means here."""
+    return str(hardware(device)["device"])
 
 
 def duration(seconds: float) -> str:

@@ -44,7 +44,7 @@ def foretell(x: Experiment) -> tuple[list[Foretold], Path]:
     """
     foretold, before, forcing = [], beginning(x.source), Forcing(x)
     for stage, model in zip(chain(x), models_of(x), strict=True):
-        inputs = stage.inputs(x, before)
+        inputs = stage.decides(x, before)
         digest = fingerprint(stage.place, stage.version, inputs)
         work = kind_of_work(stage.place, stage.version, inputs, before.get("model", digest))
         since = forcing.since(stage, inputs)

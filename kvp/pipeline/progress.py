@@ -6,7 +6,7 @@ import logging
 
 from kvp import bars
 from kvp.pipeline.experiment import Experiment
-from kvp.pipeline.forecast import Forecast
+from kvp.pipeline.forecast import Forecast, device_of
 from kvp.pipeline.foretell import foretell
 from kvp.pipeline.session import Session
 from kvp.store import Finished
@@ -19,7 +19,7 @@ class Progress:
 
     def __init__(self, x: Experiment) -> None:
         self._stages, _ = foretell(x)
-        self._forecast = Forecast(x.store)
+        self._forecast = Forecast(x.store, device_of(x.device))
         missing = [stage for stage in self._stages if not stage.stands]
         self._forecast.learn(stage.name for stage in missing)
         left = self._forecast.left([stage.work for stage in missing])

@@ -13,7 +13,7 @@ from kvp.pipeline.progress import Progress
 from kvp.pipeline.recording import make_record, model_record
 from kvp.pipeline.runfile import RUN, finished_before, recorded
 from kvp.pipeline.session import Session
-from kvp.pipeline.stages import check_force, examine, make, models_of
+from kvp.pipeline.stages import check_force, examine, make
 from kvp.pipeline.tracked import show_later, shown
 from kvp.record import RunRecord
 from kvp.tracking import Null
@@ -52,5 +52,5 @@ def run(x: Experiment) -> RunRecord:
             location = log.location or (earlier.tracker if earlier else None)
             record = make_record(session, models, location, started)
             record.write(x.directory / RUN)
-            announce(record, models_of(x), log)
+            announce(record, log)
     return show_later(x, record) if earlier else record

@@ -14,7 +14,6 @@ from typing import Any
 from kvp.pipeline.announce import announce
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.runfile import RUN
-from kvp.pipeline.stages import models_of
 from kvp.record import RunRecord
 from kvp.tracking import Log, Null, RunInfo, Tracker
 
@@ -43,7 +42,7 @@ def show_later(x: Experiment, record: RunRecord) -> RunRecord:
         log.info("logged before: %s", before)
         return record
     with shown(x, x.tracker) as tracked:
-        announce(record, models_of(x), tracked)
+        announce(record, tracked)
         record = record.model_copy(update={"tracker": tracked.location})
         record.write(x.directory / RUN)
     return record

@@ -9,18 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from kvp.pipeline.forecast import Forecast
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.forecast import Forecast, device_of
 from kvp.pipeline.foretell import Foretold
-from kvp.store import Store
 
 AHEAD = "KVP_SWEEP_AHEAD"  # the environment variable that names the directory
 JOBS, ENDED = "jobs.json", ".ended"
 
 
-def time_left(stages: Collection[Foretold], store: Store) -> str:
-    """Return how long the stages that are missing will take: "about 6 min left"; empty if none is missing."""
-    missing = [stage for stage in stages if not store.stands(stage.name, stage.fingerprint, stage.since)]
-    forecast = Forecast(store)
+def time_left(stages: Collection[Foretold], x: Experiment) -> str:
+    """Return how long the missing ones of some stages will take in the store and on the device of an experiment.
+
+    It reads "about 6 min left", and is empty if none is missing.
+    """
+    missing = [stage for stage in stages if not x.store.stands(stage.name, stage.fingerprint, stage.since)]
+    forecast = Forecast(x.store, device_of(x.device))
     forecast.learn(stage.name for stage in missing)
     return forecast.left([stage.work for stage in missing])
 
@@ -38,7 +41,7 @@ def listed(chains: Sequence[Sequence[Foretold]]) -> Iterator[None]:
             del os.environ[AHEAD]
 
 
-def job_ended(number: int, store: Store) -> str:
+def job_ended(number: int, x: Experiment) -> str:
     """Note that a job of the sweep has ended, and return how long the others will take: "about 6 min left".
 
     It is empty if nothing is missing, or where the list of stages is out of reach: on another machine.
@@ -51,4 +54,4 @@ def job_ended(number: int, store: Store) -> str:
         return ""
     going = [chain for n, chain in enumerate(chains) if not (directory / f"{n}{ENDED}").exists()]
     stages = {stage["fingerprint"]: Foretold(**stage) for chain in going for stage in chain}
-    return time_left(stages.values(), store)
+    return time_left(stages.values(), x)

@@ -61,7 +61,7 @@ def census(experiments: Sequence[Experiment], chains: list[list[Foretold]]) -> I
             f"their batches. Disk: at most {_bytes(sum(checkpoints.values()))} for {len(checkpoints)} "
             f"checkpoints, {_bytes(free)} are free"
         )
-    if left := time_left(stages.values(), experiments[0].store):
+    if left := time_left(stages.values(), experiments[0]):
         yield f"time: {left}"
 
 

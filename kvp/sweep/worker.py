@@ -45,7 +45,7 @@ def attempt(x: Experiment, number: int) -> str:
             traceback.print_exc()
             why = summary = reason(type(error).__name__, str(error))
             traceback.clear_frames(error.__traceback__)
-    left = job_ended(number, x.store)
+    left = job_ended(number, x)
     ending = f"{summary}; {left} of the sweep" if left else summary
     print(line(number, "failed" if why else "finished", x.name, ending), flush=True)
     if why:

@@ -32,10 +32,13 @@ ROWS += ["tokens_per_second/prefill", "tokens_per_second/decode", "params"]
 QUICK = ("strategy=magnitude", "recovery=none", "evaluation.perplexity.corpora=[squad]", *LIGHT)
 
 
-def sample(tmp_path, points=3, **changes) -> tuple[RunRecord, list[str]]:
-    """A finished record, its pruned and tuned stages on disk, and the model of each stage."""
+def sample(tmp_path, points=3, **changes) -> RunRecord:
+    """A finished record, its pruned and tuned stages on disk."""
     record = make_record(steps=points or None, sensitivity=[0.25], **changes)
-    record["stages"] = [stage("prune", 0.5, 2048), *([stage("recover", 60.0)] if points else [])]
+    record["stages"] = [
+        stage("prune", 0.5, 2048),
+        *([stage("recover", 60.0) | {"model": "recovered"}] if points else []),
+    ]
     for each in record["stages"]:
         each["path"] = str(tmp_path / each["name"])
         Path(each["path"]).mkdir()
@@ -43,12 +46,12 @@ def sample(tmp_path, points=3, **changes) -> tuple[RunRecord, list[str]]:
     if points:
         lines = [json.dumps({"step": n, "loss": 4 - n, "grad_norm": None}) for n in range(1, points + 1)]
         (tmp_path / "recover" / "losses.jsonl").write_text("\n".join(lines))
-    return RunRecord.read(record), ["pruned", "recovered"][: len(record["stages"])]
+    return RunRecord.read(record)
 
 
-def shown(tracker, record, models, directory):
+def shown(tracker, record, directory):
     with tracker.run(name=record.name, run_id="abc", directory=directory, config=record.config) as log:
-        announce(record, models, log)
+        announce(record, log)
 
 
 def items(entries) -> dict:
@@ -74,8 +77,8 @@ def wandb_here(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("wandb_here")
 def test_wandb_shows_models_side_by_side_and_no_chart_of_one_point(tmp_path):
-    record, models = sample(tmp_path)
-    shown(Wandb(), record, models, tmp_path)
+    record = sample(tmp_path)
+    shown(Wandb(), record, tmp_path)
     found = curves(tmp_path)
     assert {len(found[name]) for name in ROWS} == {3}
     assert found["perplexity/squad"] == [20, 40, 30]
@@ -115,8 +118,8 @@ def test_wandb_shows_models_side_by_side_and_no_chart_of_one_point(tmp_path):
     ],
 )
 def test_jsonl_shows_no_curve_of_one_point_either(tmp_path, points, changes):
-    record, models = sample(tmp_path, points, **changes)
-    shown(Jsonl(), record, models, tmp_path)
+    record = sample(tmp_path, points, **changes)
+    shown(Jsonl(), record, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     count = defaultdict(int)
     for line in lines:
@@ -129,9 +132,9 @@ def test_jsonl_shows_no_curve_of_one_point_either(tmp_path, points, changes):
 
 @pytest.mark.usefixtures("wandb_here")
 def test_jsonl_carries_what_wandb_carries(tmp_path):
-    record, models = sample(tmp_path)
+    record = sample(tmp_path)
     for tracker in (Jsonl(), Wandb()):
-        shown(tracker, record, models, tmp_path)
+        shown(tracker, record, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     points = {name for line in lines if line["kind"] == "metrics" for name in line["values"]}
     assert points == curves(tmp_path).keys() - {"step", "stage"}
@@ -152,7 +155,7 @@ def test_accuracies_of_one_document_have_no_error_and_are_shown(tmp_path, capsys
             del tasks[task]["acc_stderr"], tasks[task]["acc_norm_stderr"]
     record["stages"] = []
     whole = RunRecord.read(record)
-    shown(Jsonl(), whole, [], tmp_path)
+    shown(Jsonl(), whole, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     points = [line["values"] for line in lines if line["kind"] == "metrics"]
     assert [point["zero_shot/average/acc"] for point in points] == [0.375, 0.375]

@@ -91,7 +91,7 @@ def chain(tmp_path):
 
 def test_time_comes_from_any_model_of_the_same_dense_one_and_from_no_other(chain):
     store, dense = chain
-    forecast = Forecast(store)
+    forecast = Forecast(store, "cpu")
     forecast.learn(["measure", "recover", "never"])
     measured = kind_of_work("measure", 1, {"model": dense, "protocol": {"runs": 3}}, dense)
     tuned = kind_of_work("recover", 1, {"model": dense, "recovery": {"steps": 4}}, dense)
@@ -108,7 +108,7 @@ def test_time_comes_from_any_model_of_the_same_dense_one_and_from_no_other(chain
 
 
 def test_time_is_the_median_and_adds_up(tmp_path):
-    forecast = Forecast(Store(tmp_path))
+    forecast = Forecast(Store(tmp_path), "cpu")
     for seconds in (100, 130, 10_000):
         forecast.add("a", seconds)
     forecast.add("b", 230)
@@ -123,15 +123,30 @@ def test_time_is_the_median_and_adds_up(tmp_path):
 def test_a_manifest_that_cannot_be_read_teaches_nothing(chain, text):
     store, dense = chain
     (manifest,) = store.root.glob("measure/[!.]*/manifest.json")
-    whole = json.loads(manifest.read_bytes())
     manifest.write_text(text)
-    forecast = Forecast(store)
+    forecast = Forecast(store, "cpu")
     forecast.learn(["measure"])
     kind = kind_of_work("measure", 1, {"model": dense, "protocol": {"runs": 3}}, dense)
     assert forecast.left([kind]) == "1 stage of unknown time left"
-    manifest.write_text(json.dumps({**whole, "origins": [{}, {}]}))  # work that went on with another's
+
+
+@pytest.mark.parametrize(
+    ("origins", "tells"),
+    [
+        ([], True),
+        ([{"device_name": "cpu"}], True),
+        ([{"device_name": "H100"}], False),
+        ([{"device_name": "cpu"}, {"device_name": "cpu"}], False),  # the second went on with the first's work
+    ],
+)
+def test_only_whole_work_on_this_device_teaches(chain, origins, tells):
+    store, dense = chain
+    (manifest,) = store.root.glob("measure/[!.]*/manifest.json")
+    manifest.write_text(json.dumps({**json.loads(manifest.read_bytes()), "origins": origins}))
+    forecast = Forecast(store, "cpu")
     forecast.learn(["measure"])
-    assert forecast.left([kind]) == "1 stage of unknown time left"
+    kind = kind_of_work("measure", 1, {"model": dense, "protocol": {"runs": 3}}, dense)
+    assert ("unknown" not in forecast.left([kind])) == tells
 
 
 def lines(caplog, x) -> list[str]:
