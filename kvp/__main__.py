@@ -61,9 +61,11 @@ USER_ERRORS = (
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(config: DictConfig) -> str | None:
     """One run of a single command, or of a sweep."""
+    from kvp.bars import only_on_terminals
     from kvp.pipeline.experiment import Experiment
     from kvp.pipeline.summary import print_summary
 
+    only_on_terminals()
     for chatty in ("httpx", "accelerate", "datasets", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)

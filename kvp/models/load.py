@@ -220,8 +220,9 @@ def _register() -> None:
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """Return the config of a checkpoint; no weights are read."""
-    _register()
+    """Return the config of a checkpoint; no weights are read, no modelling code is imported."""
+    import kvp.models.configs  # noqa: F401  (registers those of pruned models)
+
     return transformers.AutoConfig.from_pretrained(path)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvp import children
+from kvp.bars import only_on_terminals
 from kvp.recovery.examples import Example
 from kvp.recovery.fit import Job, fit
 from kvp.recovery.lora import Lora
@@ -40,7 +41,8 @@ def fit_in_processes(
         (work / SPEC).write_bytes(pickle.dumps((recipe, job, examples, held_out)))
         each = children.bound([sys.executable, "-m", "kvp.recovery.processes", private])
         command = [*torchrun, f"--nproc_per_node={recipe.num_processes}", *each]
-        child = children.start(command, env=threads | os.environ, stderr=subprocess.PIPE, text=True)
+        stderr = None if sys.stderr.isatty() else subprocess.PIPE  # bars belong on the terminal itself
+        child = children.start(command, env=threads | os.environ, stderr=stderr, text=True)
         lines = _relay(child)
         if child.wait():
             reasons = [path.read_text() for path in work.glob(f"{ERROR}*")] or lines[-STDERR_LINES:]
@@ -49,10 +51,9 @@ def fit_in_processes(
 
 
 def _relay(child: subprocess.Popen[str]) -> list[str]:
-    """Copy the processes' stderr, with the progress bar, to this one's as it comes; return the lines."""
-    assert child.stderr is not None
+    """Copy the processes' stderr to this one's as it comes; return the lines, none of a terminal."""
     lines = []
-    for line in child.stderr:
+    for line in child.stderr or ():
         sys.stderr.write(line)
         lines.append(line.rstrip())
     return lines
@@ -60,6 +61,7 @@ def _relay(child: subprocess.Popen[str]) -> list[str]:
 
 def main() -> None:
     """Train as one of the processes: the private directory is the argument."""
+    only_on_terminals()
     work = Path(sys.argv[1])
     recipe, job, examples, held_out = pickle.loads((work / SPEC).read_bytes())
     try:

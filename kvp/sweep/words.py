@@ -20,10 +20,10 @@ def read(directory: Path) -> RunRecord | None:
         return None
 
 
-def line(number: int, status: str, name: str, text: str) -> str:
-    """Return the line of a job that ended: "[ 4/18] finished <run>: ..."."""
+def line(number: int, status: str, name: str, text: str = "") -> str:
+    """Return the line of a job that started or ended: "[ 4/18] finished <run>: ..."."""
     jobs = os.environ.get(JOBS, "?")
-    return f"[{number + 1:>{len(jobs)}}/{jobs}] {status:<8} {name}: {text}"
+    return f"[{number + 1:>{len(jobs)}}/{jobs}] {status:<8} {name}{f': {text}' if text else ''}"
 
 
 def facts(record: RunRecord) -> str:

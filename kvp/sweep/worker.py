@@ -16,6 +16,7 @@ import torch
 
 from kvp import children
 from kvp.pipeline.experiment import Experiment
+from kvp.sweep.ahead import job_ended
 from kvp.sweep.words import facts, line, reason
 
 WORKER = re.compile(r"LokyProcess-(\d+)")
@@ -27,7 +28,7 @@ class JobFailed(RuntimeError):
 
 
 def attempt(x: Experiment, number: int) -> str:
-    """Run a job and print one line.
+    """Run a job, and print a line when it starts and when it ends.
 
     Returns:
         The directory of its run.json.
@@ -38,6 +39,7 @@ def attempt(x: Experiment, number: int) -> str:
     from kvp.pipeline.run import run
 
     directory, why = x.directory, None
+    print(line(number, "started", x.name), flush=True)
     with _output_to(directory / LOG):
         try:
             summary = facts(run(x))
@@ -45,7 +47,9 @@ def attempt(x: Experiment, number: int) -> str:
             traceback.print_exc()
             why = summary = reason(type(error).__name__, str(error))
             traceback.clear_frames(error.__traceback__)
-    print(line(number, "failed" if why else "finished", x.name, summary), flush=True)
+    left = job_ended(number, x)
+    ending = f"{summary}; {left} of the sweep" if left else summary
+    print(line(number, "failed" if why else "finished", x.name, ending), flush=True)
     if why:
         gc.collect()
         if torch.cuda.is_initialized():
