@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HERE = Path(kvp.__file__).parent
 MODELS = next(path for path in (HERE / "conf", HERE.parent / "conf") if path.is_dir()) / "model"
-RANDOM = "kvp.models.load.RandomModel"
+RANDOM = "kvp.models.sources.RandomModel"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ def _servable(family: Family, config: PretrainedConfig, layout: Layout) -> Famil
     """Llama refuses a hidden size that its heads do not divide; Mistral is the same model and does not."""
     if family.name != "llama" or config.hidden_size % layout.layer.num_attention_heads == 0:
         return family
-    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+    if any(family.has_bias(option, config) for option in family.bias_options):
         raise ValueError(
             f"{layout.layer.num_attention_heads} heads do not divide hidden_size={config.hidden_size}, which "
             "Llama classes demand, and Mistral's have no biases: keep a number of groups that divides it"

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from kvp.models.load import ModelSource, load_config, load_model, load_tokenizer, resolve_dtype
+from kvp.models.load import load_config, load_model, load_tokenizer, resolve_dtype
+from kvp.models.sources import ModelSource
 from kvp.pipeline.experiment import Experiment
 from kvp.store import Finished, fingerprint
 from kvp.strategies.steps import Job
