@@ -39,7 +39,9 @@ class Subject:
             return memory.place(model, device)
         torch.manual_seed(seed)
         with device:
-            return transformers.AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+            return transformers.AutoModelForCausalLM.from_config(
+                self.config, dtype=dtype, trust_remote_code=False
+            ).eval()
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of the parameters, from the shapes."""

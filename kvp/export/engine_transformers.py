@@ -22,7 +22,9 @@ def main() -> None:
         ask = json.load(file)
     for name in ask["imports"]:
         import_module(name)
-    model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, torch_dtype=torch.float32, trust_remote_code=False
+    ).eval()
     output = model(torch.tensor([ask["ids"]]), use_cache=True)
     logits, cache, greedy = output.logits[0], output.past_key_values, []
     last = logits[-1]

@@ -14,8 +14,10 @@ from kvp.export.layout import stock_layout
 from kvp.export.sample import Sample, make_sample
 from kvp.export.stock import to_stock
 from kvp.export.verify import Engine, ask, compare, has
-from kvp.models.family import PRUNED_PREFIX, family_of
-from kvp.models.load import load_config, load_model, load_tokenizer, save
+from kvp.models.checkpoint.check import check_weights
+from kvp.models.checkpoint.tokens import check_tokenizer, open_tokenizer
+from kvp.models.family import PRUNED_PREFIX
+from kvp.models.load import load_model, load_tokenizer, save
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
 
 if TYPE_CHECKING:
@@ -68,21 +70,23 @@ def export(checkpoint: Path, out: Path, to: Target) -> dict[str, Any]:
 
 
 def _checked(checkpoint: Path, out: Path, to: Target) -> PretrainedConfig:
-    """The checkpoint's config, once everything that it can tell allows the export."""
-    if not (checkpoint / "config.json").exists():
-        raise FileNotFoundError(
-            f"{checkpoint} has no config.json: not a checkpoint. A run's table and run.json name its checkpoints"
-        )
+    """Return the checkpoint's config, once everything that its files can tell allows the export."""
     if out.exists():
         raise FileExistsError(f"{out} is there already: choose another --out")
-    config = load_config(checkpoint)
-    family_of(config)
+    config = check_weights(checkpoint).config
+    _check_form(checkpoint, config, to)
+    check_tokenizer(checkpoint, open_tokenizer(checkpoint), config.vocab_size)
+    return config
+
+
+def _check_form(checkpoint: Path, config: PretrainedConfig, to: Target) -> None:
+    """Refuse a form that the config cannot have."""
     if to == "custom":
         if not config.model_type.startswith(PRUNED_PREFIX):
             raise ValueError(
                 f"{checkpoint} is an ordinary {config.model_type} checkpoint: export it --to stock"
             )
-        return config
+        return
     require_whole_stream(
         config,
         "no stock class has its shortcut matrices: --to custom, opened by transformers and `import kvp`",
@@ -94,7 +98,6 @@ def _checked(checkpoint: Path, out: Path, to: Target) -> PretrainedConfig:
         )
     if to != "padded":
         stock_layout(config)
-    return config
 
 
 def _write(model: PreTrainedModel, checkpoint: Path, directory: Path, to: Target) -> PretrainedConfig:

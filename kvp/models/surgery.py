@@ -67,14 +67,31 @@ def empty_twin(
 
 
 def filled(twin: PreTrainedModel, state: Mapping[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
-    """Load these parameters into the twin, and take everything else from the model."""
-    rotary = family_of(model.config).rotary
+    """Load these parameters into the twin, and take everything else from the model.
+
+    Raises:
+        ValueError: The config ties a head that is not the embedding: the twin would lose it.
+    """
+    family = family_of(model.config)
+    _check_tied(state, f"{family.embedding}.weight", model.config)
+    rotary = family.rotary
     twin.load_state_dict(state, assign=True)
     for name, buffer in model.get_submodule(rotary).named_buffers():  # frequencies, in no state dict
         twin.get_submodule(rotary).register_buffer(name, buffer.clone(), persistent=False)
     twin.tie_weights()
     twin.generation_config = copy.deepcopy(model.generation_config)
     return twin.train(model.training)
+
+
+def _check_tied(state: Mapping[str, Tensor], embedding: str, config: PretrainedConfig) -> None:
+    head = state.get("lm_head.weight")
+    if not config.tie_word_embeddings or head is None or head is state[embedding]:
+        return
+    if head.data_ptr() != state[embedding].data_ptr() and not torch.equal(head, state[embedding]):
+        raise ValueError(
+            "config.tie_word_embeddings is true, and the model's lm_head differs from its embedding: set it to false, "
+            "or call tie_weights() first"
+        )
 
 
 def _edited(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:

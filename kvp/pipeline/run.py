@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 
+from kvp.models.checkpoint.check import check_checkpoint
 from kvp.pipeline.announce import announce
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.recording import make_record, model_record
@@ -36,6 +37,7 @@ def run(x: Experiment) -> RunRecord:
     with recorded(session, started):
         x.check_sources()
         dense = make(session, "dense")
+        check_checkpoint(dense.path)
         x.check_model(dense.config)
         with tracker.run(
             name=x.name, run_id=x.hash, directory=x.directory, config=x.node, group=x.group, job_type="run"

@@ -152,8 +152,8 @@ def _given(config: Mapping[str, Any]) -> Fields:
             raise ValueError(
                 f"{name}={first['input']!r}: nothing reads such a field; correct or remove it"
             ) from None
-        said = first["msg"][0].lower() + first["msg"][1:]
-        raise ValueError(f"{name}={first['input']!r}: {said}; copy the config again") from None
+        bound = first["msg"].removeprefix("Input should be ")
+        raise ValueError(f"{name} must be {bound}, got {first['input']!r}: copy the config again") from None
 
 
 def _check_names(config: Mapping[str, Any], family: Family) -> None:

@@ -64,7 +64,9 @@ def require_directory(directory: Path) -> None:
             f"{directory} is no directory: give a checkpoint's, with {CONFIG} and safetensors"
         )
     if not (directory / CONFIG).is_symlink() and not (directory / CONFIG).exists():
-        raise FileNotFoundError(f"{directory} has no {CONFIG}: not a checkpoint")
+        raise FileNotFoundError(
+            f"{directory} has no {CONFIG}: not a checkpoint. A run's table and run.json name its checkpoints"
+        )
 
 
 def weight_files(directory: Path) -> list[Path]:
