@@ -63,8 +63,8 @@ class Fields(BaseModel):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
-    dtype: Literal["auto"] | Dtype | None = None
-    torch_dtype: Literal["auto"] | Dtype | None = None
+    dtype: Dtype | None = None
+    torch_dtype: Dtype | None = None
     rope_theta: Annotated[float, Field(gt=1)] | None = None
     original_max_position_embeddings: PositiveInt | None = None
     partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
@@ -173,9 +173,7 @@ def _check_numbers(given: Fields) -> None:
         raise ValueError(f"num_attention_heads must divide hidden_size={given.hidden_size}, got {heads}")
     if given.dense_head_dim % 2:
         raise ValueError(f"head_dim must be even, RoPE turns pairs of channels, got {given.dense_head_dim}")
-    if {given.dtype, given.torch_dtype} > {None} and len(
-        {given.dtype, given.torch_dtype} - {None, "auto"}
-    ) > 1:
+    if len({given.dtype, given.torch_dtype} - {None}) > 1:
         raise ValueError(f"dtype={given.dtype} and torch_dtype={given.torch_dtype} differ: leave one of them")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         check_ids(name, getattr(given, name), given.vocab_size)
