@@ -20,7 +20,7 @@ from kvp.data.calibration import Calibration
 from kvp.data.corpora import Corpus, find
 from kvp.evaluation.perplexity import Perplexity
 from kvp.evaluation.zeroshot import ZeroShot
-from kvp.identity import chosen_options, named
+from kvp.identity import chosen_options, named, targets
 from kvp.measurement.measure import Measure
 from kvp.models.load import resolve_device
 from kvp.models.mustafar import Mustafar
@@ -65,6 +65,7 @@ class Experiment:
     Attributes:
         node: The resolved configuration, without what changes no number; classes by name.
         choices: The option chosen for each node: {"strategy": "kvpruner", "strategy.allocator": "sensitivity"}.
+        targets: The class or function that each node names: {"strategy": "kvp.strategies.methods.flap.FLAP"}.
         overrides: The words that composed it; None if they are not known.
         force: Kinds of stages to compute again, and all that builds on them,
         since: where they were finished before this moment (seconds since 1970).
@@ -72,6 +73,7 @@ class Experiment:
 
     node: dict[str, Any]
     choices: dict[str, str]
+    targets: dict[str, str]
     source: ModelSource
     corpora: Mapping[str, Corpus]
     strategy: Strategy
@@ -125,12 +127,13 @@ class Experiment:
         chosen = _without_presets(config)
         OmegaConf.set_struct(chosen, False)
         chosen.pop("hydra", None)
-        resolved = named(OmegaConf.to_container(chosen, resolve=True, throw_on_missing=True))
-        node = {key: value for key, value in resolved.items() if key not in NOT_INPUTS}
+        resolved: Any = OmegaConf.to_container(chosen, resolve=True, throw_on_missing=True)
+        node = {key: named(value) for key, value in resolved.items() if key not in NOT_INPUTS}
         source, device = build("model"), resolve_device(config.device)
         return cls(
             node=node,
             choices=chosen_options(choices, node),
+            targets=targets({key: resolved[key] for key in node}),
             source=source,
             corpora=instantiate(config.corpora, _convert_="all"),
             strategy=build("strategy"),
@@ -166,6 +169,11 @@ class Experiment:
         cache = "" if self.cache is None else f"-{self.chosen('cache')}"
         recovery = self.chosen("recovery")
         return f"{self.source.name}-{ratio}{cache}-{recovery}-s{self.node['seed']}-{self.hash[:8]}"
+
+    def named(self, *nodes: str) -> tuple[str, ...]:
+        """Return the classes and functions that some nodes of the configuration name, by dotted name."""
+        under = tuple(f"{node}." for node in nodes)
+        return tuple(name for node, name in self.targets.items() if f"{node}.".startswith(under))
 
     def chosen(self, node: str) -> str:
         """Return what a reader calls a node: the option chosen for it, else its class, "none" if there is none."""
