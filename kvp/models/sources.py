@@ -144,6 +144,10 @@ class HubModel(ModelSource):
         local = Path(self.path)
         if local.is_dir():
             return _checkpoint(local.absolute())
+        if local.is_absolute() or self.path.startswith((".", "~")) or len(local.parts) > 2:
+            raise FileNotFoundError(
+                f"model.path={self.path} is no directory here, and a name on the hub is owner/name: correct the path"
+            )
         try:
             found = Path(snapshot_download(self.path, revision=self.revision, allow_patterns=list(FILES)))
         except Exception as error:

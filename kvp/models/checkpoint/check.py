@@ -73,8 +73,8 @@ def check_checkpoint(path: Path) -> Checked:
         ValueError: Two of them disagree, or one cannot be read; the message names the file, both values, the way out.
     """
     weights = check_weights(path)
-    vocab_size = weights.config.vocab_size
-    vocabulary = check_tokenizer(path, open_tokenizer(path), vocab_size)
+    tokenizer = open_tokenizer(weights.path)
+    vocabulary = check_tokenizer(weights.path, tokenizer, weights.config.vocab_size)
     return Checked(**vars(weights), vocabulary=vocabulary)
 
 
