@@ -22,9 +22,10 @@ from kvp.evaluation.perplexity import Perplexity
 from kvp.evaluation.zeroshot import ZeroShot
 from kvp.identity import chosen_options, named, targets
 from kvp.measurement.measure import Measure
-from kvp.models.load import ModelSource, resolve_device
+from kvp.models.load import resolve_device
 from kvp.models.mustafar import Mustafar
 from kvp.models.shapes import require_whole_stream
+from kvp.models.sources import ModelSource
 from kvp.recovery.lora import Lora
 from kvp.store import Store
 from kvp.strategies.base import Strategy

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 
+from kvp.models.checkpoint.check import check_checkpoint
 from kvp.pipeline.announce import announce
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.progress import Progress
@@ -38,6 +39,7 @@ def run(x: Experiment) -> RunRecord:
         x.check_sources()
         Progress(x).follow(session)
         dense = make(session, "dense")
+        check_checkpoint(dense.path)
         x.check_model(dense.config)
         with shown(x, Null() if earlier else x.tracker) as log:
             models = {"dense": model_record(x, dense, examine(session, "dense"))}
