@@ -59,6 +59,10 @@ class ModelSource(ABC):
         """Return the config of the model that `write` will make; no weights are read."""
         raise AssertionError(f"{type(self).__name__} is located, not written")
 
+    def expected_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of the model that `write` will make."""
+        raise AssertionError(f"{type(self).__name__} is located, not written")
+
     def write(self, directory: Path) -> dict[str, Any]:
         """Make the Hugging Face directory.
 
@@ -100,6 +104,10 @@ class PackagedModel(ModelSource):
         config = transformers.AutoConfig.from_pretrained(source, gguf_file=self.file)
         config.dtype = torch.bfloat16
         return config
+
+    @override
+    def expected_tokenizer(self) -> PreTrainedTokenizerBase:
+        return transformers.AutoTokenizer.from_pretrained(str(self._directory()), gguf_file=self.file)
 
     @override
     def write(self, directory: Path) -> dict[str, Any]:
@@ -185,6 +193,10 @@ class RandomModel(ModelSource):
     @override
     def expected(self) -> PretrainedConfig:
         return transformers.AutoConfig.for_model(**self.config)
+
+    @override
+    def expected_tokenizer(self) -> PreTrainedTokenizerBase:
+        return byte_tokenizer()
 
     @override
     def write(self, directory: Path) -> dict[str, Any]:

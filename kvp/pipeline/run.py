@@ -9,10 +9,11 @@ import time
 
 from kvp.pipeline.announce import announce
 from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.gate import check_inputs
 from kvp.pipeline.recording import make_record, model_record
 from kvp.pipeline.runfile import RUN, finished_before, recorded
 from kvp.pipeline.session import Session
-from kvp.pipeline.stages import check_force, examine, make
+from kvp.pipeline.stages import examine, make
 from kvp.record import RunRecord
 from kvp.tracking import Null
 
@@ -29,14 +30,12 @@ def run(x: Experiment) -> RunRecord:
         FloatingPointError: A loss is not finite.
         StageError: The store cannot be written.
     """
-    check_force(x)
+    check_inputs(x)
     started, session = time.time(), Session(x)
     earlier = None if x.force else finished_before(x.directory)
     tracker = Null() if earlier else x.tracker
     with recorded(session, started):
-        x.check_sources()
         dense = make(session, "dense")
-        x.check_model(dense.config)
         with tracker.run(
             name=x.name, run_id=x.hash, directory=x.directory, config=x.node, group=x.group, job_type="run"
         ) as tracked:
