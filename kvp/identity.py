@@ -29,6 +29,16 @@ def class_name(target: str) -> str:
     return target.rpartition(".")[2] if target.startswith("kvp.") else target
 
 
+def targets(config: Any, at: str = "") -> dict[str, str]:
+    """Return the classes and functions that a configuration names: {"strategy.allocator": "mypkg.rules.Halves"}."""
+    items: Any = config.items() if isinstance(config, Mapping) else ()
+    items = enumerate(config) if isinstance(config, list) else items
+    found: dict[str, str] = {}
+    for key, value in items:
+        found |= {at: value} if key == TARGET else targets(value, f"{at}.{key}".lstrip("."))
+    return found
+
+
 def chosen_options(choices: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
     """Return which option was chosen for which node: {"strategy": "flap", "strategy.allocator": "threshold"}.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +19,9 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from kvp.results import Bytes, Fraction, ModelRecord, Nats, Part, Seconds, Tokens
 from kvp.upgrade import SCHEMA, upgraded
 
-SCHEMAS = (1, 2, SCHEMA)  # that `RunRecord.read` understands
+SCHEMAS = (1, 2, 3, SCHEMA)  # that `RunRecord.read` understands
 MODELS = ("dense", "pruned", "recovered")
+EXAMINING = ("sparsity", "evaluate", "measure")  # stages by the first part of their names
 WAY_OUT = "delete it and repeat its command (finished stages are found), or leave it out"
 
 Denominator = Literal["kv_cache", "params", "block_params", "blocks", "sparsity"]
@@ -107,6 +108,18 @@ class StageRecord(Part):
     seconds: Seconds = Field(description="time of the process that computed it")
     peak_bytes: Bytes | None = Field(description="peak memory of that process; null: not known")
     found: bool = Field(description="whether it was finished before this run")
+    model: str | None = Field(None, description="model that it makes or looks at; null: an old record")
+    started: str | None = Field(None, description="start of its work, ISO 8601, UTC; null: not known")
+    code: str | None = Field(None, description="sha256 of the source that its work runs; null: not known")
+    edits: dict[str, str] = Field(
+        {}, description="sha256 of each module of it that is no committed code of kvp"
+    )
+    origins: tuple[int, ...] = Field((), description="who made it, as places in provenance.origins")
+
+    @property
+    def examines(self) -> bool:
+        """Whether it looks at a model, and makes none."""
+        return self.name.partition("/")[0] in EXAMINING
 
 
 class ErrorRecord(Part):
@@ -117,26 +130,38 @@ class ErrorRecord(Part):
     traceback: str | None = Field(None, description="where it was raised; null in results.jsonl")
 
 
-class ProvenanceRecord(Part):
-    """The origin of the numbers: code, versions, machine."""
+class OriginRecord(Part):
+    """The maker of some stages: code, versions, machine, command."""
 
     kvp: str = Field(description="version of kvp")
     commit: str | None = Field(description="git commit of the code; null outside a checkout")
-    dirty: bool | None = Field(description="whether the checkout had uncommitted changes")
+    dirty: bool | None = Field(description="whether the code had uncommitted changes")
+    dirty_sha256: str | None = Field(
+        None, description="sha256 of what was changed; null: nothing, or not known"
+    )
     versions: dict[str, str] = Field(description="versions of packages")
     python: str = Field(description="version of Python")
     platform: str = Field(description="operating system")
-    device: str = Field(description="device of the run")
+    device: str = Field(description="kind of device")
+    device_name: str | None = Field(None, description="model of the CPU or GPU; null: not known")
     threads: int = Field(description="CPU threads")
+    dtype: str = Field(description="dtype that the models are evaluated in")
     command: str = Field(description="command line")
+
+
+class ProvenanceRecord(Part):
+    """The origin of the numbers: the makers of all stages, and the command that wrote the record."""
+
+    origins: tuple[OriginRecord, ...] = Field(description="distinct makers of the stages")
+    command: str = Field(description="command line of the record")
     dtype: str = Field(description="dtype that the models are evaluated in")
     seed: int = Field(description="seed of the run")
-    started: str = Field(description="start, ISO 8601, UTC")
+    started: str = Field(description="start of the command, ISO 8601, UTC")
     model: dict[str, Any] | None = Field(None, description="if finished: identity of the dense model")
     data_hashes: dict[str, str] | None = Field(
         None, description="if finished: sha256 of the tokens, by corpus"
     )
-    seconds: Seconds | None = Field(None, description="if finished: duration of the run")
+    seconds: Seconds | None = Field(None, description="if finished: duration of the command")
 
 
 class RunRecord(Part):
@@ -144,7 +169,7 @@ class RunRecord(Part):
 
     model_config = ConfigDict(populate_by_name=True)
 
-    schema_version: Literal[3] = Field(alias="schema", description="version of this table")
+    schema_version: Literal[4] = Field(alias="schema", description="version of this table")
     name: str = Field(description="model-strategy-ratio-cache-recovery-seed-hash")
     hash: str = Field(description="one per configuration")
     group: str | None = Field(None, description="group in the tracker")
@@ -172,6 +197,9 @@ class RunRecord(Part):
     def _is_whole(self) -> RunRecord:
         parts = {"dense": self.dense, "pruned": self.pruned, "ratio.achieved": self.ratio.achieved}
         missing = [name for name, part in parts.items() if part is None]
+        count = len(self.provenance.origins)
+        if any(not 0 <= place < count for stage in self.stages for place in stage.origins):
+            raise ValueError(f"stages[].origins are places in provenance.origins, which has {count}")
         if self.status == "finished" and missing:
             raise ValueError(f"a finished run has {', '.join(missing)}")
         return self
@@ -225,6 +253,31 @@ class RunRecord(Part):
     def data(self) -> dict[str, Any]:
         """Return the record as JSON data, without the fields that it lacks."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    def behind(self, model: str, place: str = "") -> list[StageRecord]:
+        """Return the stages behind a number: those that made its model, and those at a place that looked at it.
+
+        Args:
+            model: "dense", "pruned" or "recovered".
+            place: The beginning of the looking stage's name, such as "evaluate/perplexity/squad"; "": none.
+
+        Old records do not say which model a stage belongs to: all of their stages are returned.
+        """
+        if any(stage.model is None for stage in self.stages):
+            return list(self.stages)
+        made = MODELS[: MODELS.index(model) + 1]
+
+        def is_behind(stage: StageRecord) -> bool:
+            if stage.examines:
+                return bool(place) and stage.model == model and stage.name.startswith(place)
+            return stage.model in made
+
+        return list(filter(is_behind, self.stages))
+
+    def origins(self, stages: Iterable[StageRecord]) -> list[OriginRecord]:
+        """Return the makers of some stages; of those that do not know theirs, none."""
+        places = dict.fromkeys(place for stage in stages for place in stage.origins)
+        return [self.provenance.origins[place] for place in places]
 
     def models(self) -> dict[str, ModelRecord]:
         """Return the models that the record holds, by name: dense, pruned and, after a recovery, recovered."""

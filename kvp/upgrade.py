@@ -1,7 +1,8 @@
 """Records of old schemas, brought up to date.
 
 Schema 1 has finished runs only, without a status and without overrides. Schemas 1 and 2 name classes by module path
-and do not say which options were chosen.
+and do not say which options were chosen. Schemas 1 to 3 know only the command that wrote the record: its code and
+machine stand for the stages that it computed, and those that it found have no known origin.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 from kvp.identity import named
 
-SCHEMA = 3  # of run.json; raised when a key changes its meaning
+SCHEMA = 4  # of run.json; raised when a key changes its meaning
+ORIGIN = ("kvp", "commit", "dirty", "versions", "python", "platform", "device", "threads", "dtype", "command")
 
 
 def upgraded(record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -22,9 +24,20 @@ def upgraded(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if record["schema"] == SCHEMA:
         return record
+    record = {**record, **_with_origin(record)}
+    if record["schema"] == 3:
+        return {**record, "schema": SCHEMA}
     choices = dict(_guessed_options(record["config"]))
     config = named(record["config"])
     return {"status": "finished", **record, "schema": SCHEMA, "config": config, "choices": choices}
+
+
+def _with_origin(record: Mapping[str, Any]) -> dict[str, Any]:
+    old = record["provenance"]
+    origin = {name: old[name] for name in ORIGIN if name in old}
+    stages = [{**stage, "origins": [] if stage["found"] else [0]} for stage in record["stages"]]
+    kept = {name: value for name, value in old.items() if name not in ORIGIN or name in ("dtype", "command")}
+    return {"provenance": {**kept, "origins": [origin]}, "stages": stages}
 
 
 def _guessed_options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ from kvp.identity import chosen_options, class_name, named
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import foretell
 from kvp.report.records.runs import read_runs
+from kvp.upgrade import SCHEMA
 from tests.helpers.runs import LIGHT, compose_here
 from tests.report.sample_records import make_record
 
@@ -94,20 +95,23 @@ def test_the_record_names_what_was_chosen_and_the_run_is_called_so(tmp_path):
     assert "kvp." not in str(x.node["strategy"])
 
 
-@pytest.mark.parametrize("schema", [1, 2])
+@pytest.mark.parametrize("schema", [1, 2, 3])
 def test_old_records_read_as_new_ones(tmp_path, schema):
     import json
 
     record = make_record(schema=schema)
-    del record["choices"]
-    old = json.loads(
-        json.dumps(record).replace(
-            '"class": "KVPruner"', '"_target_": "kvp.strategies.methods.kvpruner.KVPruner"'
-        )
-    )
+    old = record
+    if schema < 3:
+        del record["choices"]
+        target = '"_target_": "kvp.strategies.methods.kvpruner.KVPruner"'
+        old = json.loads(json.dumps(record).replace('"class": "KVPruner"', target))
     path = tmp_path / "run.json"
     path.write_text(json.dumps(old))
     (run,) = read_runs([path])
-    assert run.record.schema_version == 3
+    assert run.record.schema_version == SCHEMA
+    assert run.record.origins(run.record.stages) == list(run.record.provenance.origins), (
+        "computed by that command"
+    )
+    assert run.record.provenance.origins[0].commit == "f574f8d"
     assert run.record.config["strategy"]["class"] == "KVPruner"
     assert run.record.choices["strategy"] == "kvpruner"

@@ -272,9 +272,10 @@ except stage.StageError as error:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is reset on Linux only")
 def test_peak_is_that_of_the_block_alone(tmp_path):
     code = """
-with stage.measured() as large:
+from kvp.cost import measured
+with measured() as large:
     bytearray(b"x") * 200_000_000
-with stage.measured() as small:
+with measured() as small:
     time.sleep(0.05)
 print(large["peak_bytes"] - small["peak_bytes"], small["seconds"])
 """
@@ -296,3 +297,34 @@ def test_what_is_forced_does_not_go_on_from_files_that_are_older(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             store.once("plan", INPUTS, die, resumable=True)
         assert store.once("plan", INPUTS, work, resumable=True, since=since).result == {"found": found}
+
+
+def test_a_stage_says_who_made_it_and_whose_work_it_went_on_with(tmp_path):
+    store = Store(tmp_path)
+
+    def train(directory: Path) -> None:
+        (directory / "step-1").touch()
+        if len(list(directory.iterdir())) == 1 and not store.root.joinpath("fixed").exists():
+            raise ValueError("killed")
+
+    def once(commit: str, work=train) -> Finished:
+        return store.once("recover", INPUTS, work, resumable=True, origin=lambda: {"commit": commit})
+
+    with pytest.raises(ValueError, match="killed"):
+        once("a")
+    with pytest.raises(ValueError, match="killed"):
+        once("a")  # the same code again is no further origin
+    (tmp_path / "fixed").touch()
+    assert once("b").origins == ({"commit": "a"}, {"commit": "b"})
+    assert once("c", never).origins == ({"commit": "a"}, {"commit": "b"})
+    assert store.once("score", INPUTS, write, origin=lambda: {"commit": "d"}).origins == ({"commit": "d"},)
+    assert store.once("plan", INPUTS, write).origins == ({},)
+
+
+def test_a_begun_stage_that_was_thrown_away_is_no_origin(tmp_path):
+    store = Store(tmp_path)
+    for commit in "ab":
+        with pytest.raises(ZeroDivisionError):
+            store.once("score", INPUTS, lambda _: 1 // 0, origin=lambda commit=commit: {"commit": commit})
+    assert store.once("score", INPUTS, write, origin=lambda: {"commit": "c"}).origins == ({"commit": "c"},)
+    assert not list(tmp_path.rglob(".*.attempts"))

@@ -115,7 +115,7 @@ def scores_of(x: Experiment) -> Scores:
     """Return the strategy's scores, from its stage of the store."""
     session = Session(x)
     make(session, "dense")
-    session.once(Planning(Score()))
+    session.once(Planning(Score()), "pruned")
     return session.values["score"]
 
 

@@ -13,7 +13,7 @@ from kvp.tracking import Log
 
 def announce(record: RunRecord, session: Session, tracked: Log) -> None:
     """Log stage costs, final numbers, loss curve, widths, sensitivity profile and plan."""
-    for stage in session.finished:
+    for _, stage in session.finished:
         cost = {"seconds": stage.seconds, "peak_bytes": stage.peak_bytes or 0}
         tracked.metrics({f"stage/{stage.name}/{key}": value for key, value in cost.items()})
     for point in losses(session):

@@ -52,6 +52,10 @@ class Sparsity(Examining):
         return {"model": before[maker(self.model, before)]}
 
     @override
+    def runs(self, x: Experiment) -> tuple[str, ...]:
+        return ("kvp.models.sparsity",)
+
+    @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
         checkpoint = session.checkpoint(self.model)
         return count_zeros(checkpoint.path, checkpoint.config)
@@ -83,6 +87,10 @@ class Perplexity(Examining):
             "protocol": without(asdict(x.perplexity), "corpora"),
             "corpus": find(x.corpora, self.corpus).identity(x.perplexity.part),
         }
+
+    @override
+    def runs(self, x: Experiment) -> tuple[str, ...]:
+        return ("kvp.models.load", *x.named("evaluation.perplexity", f"corpora.{self.corpus}"))
 
     @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
@@ -120,6 +128,10 @@ class ZeroShot(Examining):
         }
 
     @override
+    def runs(self, x: Experiment) -> tuple[str, ...]:
+        return ("kvp.models.load", *x.named("evaluation.zero_shot"))
+
+    @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
         x, checkpoint = session.x, session.checkpoint(self.model)
         assert x.zero_shot is not None
@@ -145,6 +157,10 @@ class Measure(Examining):
             "dtype": str(x.dtype).removeprefix("torch."),
             "device": list(hardware(x.device).values()),
         }
+
+    @override
+    def runs(self, x: Experiment) -> tuple[str, ...]:
+        return ("kvp.measurement.child", *x.named("measure"))
 
     @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any]:

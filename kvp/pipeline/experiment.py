@@ -21,7 +21,7 @@ from kvp.data.calibration import Calibration
 from kvp.data.corpora import Corpus
 from kvp.evaluation.perplexity import Perplexity
 from kvp.evaluation.zeroshot import ZeroShot
-from kvp.identity import chosen_options, named
+from kvp.identity import chosen_options, named, targets
 from kvp.measurement.measure import Measure
 from kvp.models.load import ModelSource, resolve_device
 from kvp.models.mustafar import Mustafar
@@ -91,6 +91,7 @@ class Experiment:
         node: The resolved configuration, without what changes no number; classes by name.
         choices: The option chosen for each node: {"strategy": "kvpruner", "strategy.allocator": "sensitivity"}.
         place: The store's directory.
+        targets: The class or function that each node names: {"strategy": "kvp.strategies.methods.flap.FLAP"}.
         overrides: The words that composed it; None if they are not known.
         config_dir: The folder of the user's own options, if there is one.
         force: Kinds of stages to compute again, and all that builds on them,
@@ -99,6 +100,7 @@ class Experiment:
 
     node: dict[str, Any]
     choices: dict[str, str]
+    targets: dict[str, str]
     source: ModelSource
     corpora: Mapping[str, Corpus]
     strategy: Strategy
@@ -158,6 +160,7 @@ class Experiment:
         return cls(
             node=node,
             choices=chosen_options(choices, node),
+            targets=targets({key: plain[key] for key in node}),
             source=built["model"],
             corpora=corpora,
             strategy=built["strategy"],
@@ -200,6 +203,11 @@ class Experiment:
         recovery = self.chosen("recovery")
         name = f"{self.source.name}-{ratio}{cache}-{recovery}-s{self.node['seed']}-{self.hash[:8]}"
         return name.replace("/", "-")  # an option may lie in a folder of its group
+
+    def named(self, *nodes: str) -> tuple[str, ...]:
+        """Return the classes and functions that some nodes of the configuration name, by dotted name."""
+        under = tuple(f"{node}." for node in nodes)
+        return tuple(name for node, name in self.targets.items() if f"{node}.".startswith(under))
 
     def chosen(self, node: str) -> str:
         """Return what a reader calls a node: the option chosen for it, else its class, "none" if there is none."""

@@ -37,7 +37,7 @@ def foretell(x: Experiment) -> tuple[list[Foretold], Path]:
     """
     foretold, before, forcing = [], beginning(x.source), Forcing(x)
     for stage in chain(x):
-        inputs = stage.inputs(x, before)
+        inputs = stage.decides(x, before)
         digest = fingerprint(stage.place, stage.version, inputs)
         stands = x.store.stands(stage.place, digest, forcing.since(stage, inputs))
         foretold.append(Foretold(stage.place, stage.name, digest, stands, stage.writes_model))

@@ -13,12 +13,14 @@ from kvp.evaluation.zeroshot import average
 from kvp.models.shapes import layer_shapes, size
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.session import Checkpoint, Session
-from kvp.provenance import provenance
-from kvp.record import ProvenanceRecord, RecoveryRecord, RunRecord
+from kvp.provenance import command
+from kvp.record import RecoveryRecord, RunRecord
 from kvp.results import ModelRecord
 from kvp.store import Finished
 from kvp.types import DENOMINATORS, Size
 from kvp.upgrade import SCHEMA
+
+OF_STAGE = ("started", "code", "edits")  # what an origin says of one stage alone
 
 
 def make_record(
@@ -28,8 +30,14 @@ def make_record(
     x, dense = session.x, models["dense"]
     sensed = session.done.get("sensitivity")
     hashes = {corpus: result.data_hash for corpus, result in dense.evaluation.perplexity.items()}
-    origin = provenance_record(
-        x, started, model=x.source.identity(), data_hashes=hashes, seconds=time.time() - started
+    known = made(session)
+    provenance = provenance_record(
+        x,
+        started,
+        origins=known["origins"],
+        model=x.source.identity(),
+        data_hashes=hashes,
+        seconds=time.time() - started,
     )
     return RunRecord.model_validate(
         {
@@ -39,9 +47,9 @@ def make_record(
             **models,
             "sensitivity": sensed and sensed.result["nats_per_token"],
             "recovery": recovery_record(session),
-            "stages": stages(session),
+            "stages": known["stages"],
             "tracker": tracker,
-            "provenance": origin,
+            "provenance": provenance,
         }
     )
 
@@ -149,29 +157,42 @@ def losses(session: Session) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def provenance_record(x: Experiment, started: float, **more: Any) -> ProvenanceRecord:
-    """Return where the numbers come from."""
-    return ProvenanceRecord.model_validate(
-        {
-            **provenance(x.device),
-            "dtype": str(x.dtype),
-            "seed": x.node["seed"],
-            "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
-            **more,
-        }
-    )
+def made(session: Session) -> dict[str, Any]:
+    """Return the stages computed or found so far, as "stages", and who made them, as the "origins" of provenance."""
+    makers: list[dict[str, Any]] = []
+    stages = []
+    for model, stage in session.finished:
+        own = [maker_of(origin) for origin in stage.origins if origin]
+        makers += [maker for maker in own if maker not in makers]
+        last = stage.origins[-1] if stage.origins else {}
+        stages.append(
+            {
+                "name": stage.name,
+                "fingerprint": stage.fingerprint,
+                "path": str(stage.path),
+                "seconds": stage.seconds,
+                "peak_bytes": stage.peak_bytes,
+                "found": stage.found,
+                "model": model,
+                **{key: last[key] for key in OF_STAGE if key in last},
+                "origins": [makers.index(maker) for maker in own],
+            }
+        )
+    return {"stages": stages, "origins": makers}
 
 
-def stages(session: Session) -> list[dict[str, Any]]:
-    """Return those computed or found so far."""
-    return [
-        {
-            "name": stage.name,
-            "fingerprint": stage.fingerprint,
-            "path": str(stage.path),
-            "seconds": stage.seconds,
-            "peak_bytes": stage.peak_bytes,
-            "found": stage.found,
-        }
-        for stage in session.finished
-    ]
+def maker_of(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a stage's origin that it shares with other stages of its maker."""
+    return {key: value for key, value in origin.items() if key not in OF_STAGE}
+
+
+def provenance_record(x: Experiment, started: float, **more: Any) -> dict[str, Any]:
+    """Return who made the numbers: the makers of the stages, and this command."""
+    return {
+        "origins": [],
+        "command": command(x.overrides),
+        "dtype": str(x.dtype),
+        "seed": x.node["seed"],
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="seconds"),
+        **more,
+    }

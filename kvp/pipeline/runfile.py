@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import traceback
@@ -10,9 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kvp.pipeline.recording import asked, identity, provenance_record, stages
+from kvp.pipeline.origins import made_by_others
+from kvp.pipeline.recording import asked, identity, made, provenance_record
 from kvp.pipeline.session import Session
 from kvp.record import ErrorRecord, RunRecord
+
+log = logging.getLogger(__name__)
 
 RUN = "run.json"
 
@@ -29,14 +33,15 @@ def recorded(session: Session, started: float) -> Iterator[None]:
         "ratio": {"asked": asked(x)},
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "provenance": provenance_record(x, started),
     }
     entered: tuple[str | None, int] = None, 0  # the last stage, and how many were finished before it
 
     def write(status: str, **more: Any) -> None:
         if finished_before(x.directory) is None:
             stage = entered[0] if entered[1] == len(session.finished) else None
-            reached = {"status": status, "stage": stage, "stages": stages(session)}
+            known = made(session)
+            provenance = provenance_record(x, started, origins=known["origins"])
+            reached = {"status": status, "stage": stage, "stages": known["stages"], "provenance": provenance}
             RunRecord.model_validate({**head, **reached, **more}).write(x.directory / RUN)
 
     def watch(place: str) -> None:
@@ -44,10 +49,12 @@ def recorded(session: Session, started: float) -> Iterator[None]:
         entered = place, len(session.finished)
         write("running")
 
-    session.watch = watch
+    session.watch, session.earlier = watch, earlier_record(x.directory)
     write("running")
     try:
         yield
+        if session.others:
+            log.warning(made_by_others(session.others))
     except BaseException as error:
         with suppress(OSError):  # a full disk must not hide why
             write("failed", error=_error(error))
@@ -62,9 +69,16 @@ def _error(error: BaseException) -> ErrorRecord:
 
 def finished_before(directory: Path) -> RunRecord | None:
     """Return the record of an earlier, finished run of this configuration, if all its stages still stand."""
-    try:
-        record = RunRecord.read(directory / RUN)
-    except (OSError, ValueError):
-        return None  # none, or a corrupt one: written anew
-    whole = record.status == "finished" and all(Path(stage.path).exists() for stage in record.stages)
+    record = earlier_record(directory)
+    whole = (
+        record and record.status == "finished" and all(Path(stage.path).exists() for stage in record.stages)
+    )
     return record if whole else None
+
+
+def earlier_record(directory: Path) -> RunRecord | None:
+    """Return the record of an earlier run of this configuration; None if there is none, or a corrupt one."""
+    try:
+        return RunRecord.read(directory / RUN)
+    except (OSError, ValueError):
+        return None

@@ -10,15 +10,20 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
 
+from kvp.code import digest, edits, reachable
 from kvp.models.load import ModelSource, load_config, load_model, load_tokenizer, resolve_dtype
 from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.origins import changed_since, differences
+from kvp.provenance import provenance
+from kvp.record import RunRecord
 from kvp.store import Finished, fingerprint
 from kvp.strategies.steps import Job
 from kvp.strategies.target import Target
@@ -78,7 +83,22 @@ class Stage(ABC):
 
     @abstractmethod
     def inputs(self, x: Experiment, before: Before) -> Inputs:
-        """Return everything that decides its result, as JSON data."""
+        """Return the options and the stages before that decide its result, as JSON data."""
+
+    def runs(self, x: Experiment) -> tuple[str, ...]:
+        """Return the modules and classes that its work runs, by dotted name; here all that its own module imports."""
+        return (type(self).__module__,)
+
+    @final
+    def modules(self, x: Experiment) -> dict[str, Path]:
+        """Return the modules of kvp and of users that its work runs."""
+        return reachable(self.runs(x), alone=(type(self).__module__,))
+
+    @final
+    def decides(self, x: Experiment, before: Before) -> Inputs:
+        """Return everything that decides its result: its inputs, and the code that nobody committed."""
+        edited = edits(self.modules(x))
+        return {**self.inputs(x, before), **({"code": edited} if edited else {})}
 
     @abstractmethod
     def work(self, session: Session, directory: Path) -> Mapping[str, Any] | None:
@@ -150,26 +170,30 @@ class Session:
 
     Attributes:
         x: The experiment.
-        finished: The stages so far, in order.
+        finished: The stages so far, in order, each with the model that it makes or looks at.
         done: Those that later stages build on, by name.
         values: What the steps of planning gave, by name (`kvp.strategies.steps`).
         watch: Called with the place of each stage before it is done or found.
+        earlier: The record that an earlier run of this configuration left, to tell what changed since.
+        others: Kinds of found stages that other code made, by how that code differs.
     """
 
     def __init__(self, x: Experiment) -> None:
         self.x = x
-        self.finished: list[Finished] = []
+        self.finished: list[tuple[str, Finished]] = []
         self.done: dict[str, Finished] = {}
         self.values = Values()
         self.watch: Callable[[str], None] = lambda place: None
+        self.earlier: RunRecord | None = None
+        self.others: dict[str, list[str]] = {}
         self._before = beginning(x.source)
         self._forcing = Forcing(x)
         self._loaded: tuple[Path, PreTrainedModel] | None = None
 
-    def once(self, stage: Stage) -> Finished:
-        """Do a stage or find it done, and note it for the record."""
+    def once(self, stage: Stage, model: str) -> Finished:
+        """Do a stage of a model or find it done, and note it for the record."""
         self.watch(stage.place)
-        inputs = stage.inputs(self.x, self._before)
+        inputs = stage.decides(self.x, self._before)
         done = self.x.store.once(
             stage.place,
             inputs,
@@ -177,14 +201,36 @@ class Session:
             version=stage.version,
             resumable=stage.resumable,
             since=self._forcing.since(stage, inputs),
+            origin=lambda: self.origin(stage),
         )
         log.info("%s %s (%.1f s)", done.name, "found" if done.found else "computed", done.seconds)
-        self.finished.append(done)
+        self._tell_of_code(stage, model, done)
+        self.finished.append((model, done))
         if stage.precedes:
             self.done[stage.name] = done
             self._before[stage.name] = done.fingerprint
         stage.take(self, done)
         return done
+
+    def origin(self, stage: Stage) -> dict[str, Any]:
+        """Return who does a stage now: code, versions, machine, command, start."""
+        x, modules = self.x, stage.modules(self.x)
+        return {
+            **provenance(x.device, x.overrides),
+            "dtype": str(x.dtype),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "code": digest(modules),
+            "edits": edits(modules),
+        }
+
+    def _tell_of_code(self, stage: Stage, model: str, done: Finished) -> None:
+        """Say which changed code made a stage be computed; remember a found one that other code made."""
+        now = self.origin(stage)
+        if done.found:
+            if words := differences(done.origins, now):
+                self.others.setdefault(words, []).append(stage.name)
+        elif changed := changed_since(self.earlier, model, stage.place, now["edits"]):
+            log.info("%s was computed because this code has changed: %s", stage.place, ", ".join(changed))
 
     def checkpoint(self, model: str) -> Checkpoint:
         """Return "dense", "joined" (the dense one, its KV heads joined if they are), "pruned" or "recovered"."""

@@ -47,6 +47,10 @@ class Model(Stage):
         }
 
     @override
+    def runs(self, x: Experiment) -> tuple[str, ...]:
+        return ("kvp.models.load", *x.named("model"))
+
+    @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any] | None:
         return session.x.source.write(directory / "model")
 
@@ -64,6 +68,10 @@ class Join(Stage):
     @override
     def inputs(self, x: Experiment, before: Before) -> Inputs:
         return {"model": before["model"], "num_key_value_heads": x.strategy.joins}
+
+    @override
+    def runs(self, x: Experiment) -> tuple[str, ...]:
+        return ("kvp.models.joined", "kvp.models.load")
 
     @override
     def work(self, session: Session, directory: Path) -> None:
@@ -90,6 +98,13 @@ class Planning(Stage):
         return {"model": before[maker("joined", before)], **needs, **self.step.inputs(x.strategy, x.asked)}
 
     @override
+    def runs(self, x: Experiment) -> tuple[str, ...]:
+        texts = (
+            ("calibration", *map("corpora.{}".format, x.calibration.corpora)) if x.reads_calibration else ()
+        )
+        return (type(self.step).__module__, "kvp.models.load", *x.named("strategy", "ratio", *texts))
+
+    @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
         value = self.step.make(session.job, session.values, directory)
         reads = self.step.inputs(session.x.strategy, session.x.asked).get("calibration")
@@ -114,6 +129,10 @@ class Prune(Stage):
     def inputs(self, x: Experiment, before: Before) -> Inputs:
         plan = {name: before[name] for name in ("plan", "refit") if name in before}
         return {"model": before[maker("joined", before)], **plan, "cache": x.node["cache"]}
+
+    @override
+    def runs(self, x: Experiment) -> tuple[str, ...]:
+        return ("kvp.models.load", "kvp.models.plans", "kvp.models.surgery", *x.named("cache"))
 
     @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
@@ -149,6 +168,10 @@ class Recover(Stage):
             "seed": x.node["seed"],
             **teacher,
         }
+
+    @override
+    def runs(self, x: Experiment) -> tuple[str, ...]:
+        return ("kvp.recovery.training", *x.named("recovery", "corpora"))
 
     @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
@@ -191,13 +214,13 @@ def chain(x: Experiment) -> Iterator[Stage]:
 def make(session: Session, model: str) -> Checkpoint:
     """Do the stages that make "dense", "pruned" or "recovered"."""
     for stage in making(session.x, model):
-        session.once(stage)
+        session.once(stage, model)
     return session.checkpoint(model)
 
 
 def examine(session: Session, model: str) -> dict[str, Finished]:
     """Do the stages that look at a model, and return them by place."""
-    return {stage.place: session.once(stage) for stage in examination(session.x, model)}
+    return {stage.place: session.once(stage, model) for stage in examination(session.x, model)}
 
 
 def check_force(x: Experiment) -> None:

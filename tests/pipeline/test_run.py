@@ -97,7 +97,11 @@ def test_record_holds_what_the_readme_promises(finished):
     assert achieved["kv_cache"] == pytest.approx(0.25, abs=0.02)
     assert 0 < achieved["params"] < achieved["block_params"] < achieved["kv_cache"]
     assert achieved["blocks"] == 0
-    assert {"commit", "dirty", "versions", "device", "seed", "data_hashes"} <= set(written["provenance"])
+    assert {"seed", "data_hashes", "command"} <= set(written["provenance"])
+    (origin,) = written["provenance"]["origins"]
+    assert {"commit", "dirty", "versions", "device", "device_name", "threads"} <= set(origin)
+    assert all(stage["origins"] == [0] and stage["code"] and stage["started"] for stage in written["stages"])
+    assert {stage["model"] for stage in written["stages"]} == {"dense", "pruned", "recovered"}
     assert all(stage["seconds"] >= 0 and stage["fingerprint"] for stage in written["stages"])
 
 

@@ -43,7 +43,7 @@ def make_record(
     pruned = ppl if isinstance(ppl, dict) else {"squad": ppl}
     config = make_config(strategy, ratio, seed, steps, [*pruned])
     record = {
-        "schema": 3,
+        "schema": 4,
         "status": "finished",
         "hash": "",
         "name": "",
@@ -61,14 +61,20 @@ def make_record(
         "tracker": "/home/someone/wandb/offline-run-1",
         "host": "box7",
         "provenance": {
-            "kvp": "0.1.0",
-            "commit": "f574f8d",
-            "dirty": False,
-            "versions": {"torch": "2.9.0"},
-            "python": "3.11.7",
-            "platform": "Linux",
-            "device": "cpu (x86_64)",
-            "threads": 2,
+            "origins": [
+                {
+                    "kvp": "0.1.0",
+                    "commit": "f574f8d",
+                    "dirty": False,
+                    "versions": {"torch": "2.9.0"},
+                    "python": "3.11.7",
+                    "platform": "Linux",
+                    "device": "cpu (x86_64)",
+                    "threads": 2,
+                    "dtype": "torch.float32",
+                    "command": "python -m kvp corpora.text.path=/home/someone/my.txt",
+                }
+            ],
             "command": "python -m kvp corpora.text.path=/home/someone/my.txt",
             "dtype": "torch.float32",
             "seed": seed,
@@ -82,6 +88,10 @@ def make_record(
         record["recovered"] = model("recover", dict.fromkeys(pruned, recovered), cut)
     for path, value in changes.items():
         put(record, path.split("__"), value)
+    if record["schema"] < 4:
+        record["provenance"] = {**record["provenance"].pop("origins")[0], **record["provenance"]}
+        for each in record["stages"]:
+            del each["model"], each["origins"]
     record["choices"] = dict(choices(record["config"]))
     record["hash"] = sha256(json.dumps(record["config"], sort_keys=True).encode()).hexdigest()[:12]
     tuned = "lora" if record["config"]["recovery"] else "none"
@@ -267,13 +277,14 @@ def stage(name: str, seconds: float = 0.5, peak_bytes: int | None = None) -> dic
     fingerprint = "0" * 64
     path = f"{STORE}/{name}/{fingerprint[:16]}"
     cost = {"seconds": seconds, "peak_bytes": peak_bytes}
-    return {"name": name, "fingerprint": fingerprint, "path": path, **cost, "found": False}
+    made = {"model": "pruned", "origins": [0]}
+    return {"name": name, "fingerprint": fingerprint, "path": path, **cost, "found": False, **made}
 
 
 def put(node: dict[str, Any], path: list[str], value: Any) -> None:
     """Set a value in nested mappings."""
     for part in path[:-1]:
-        node = node[part]
+        node = node[int(part) if part.isdigit() else part]
     node[path[-1]] = value
 
 

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from kvp.record import OriginRecord
 from kvp.report.plots import panels
 from kvp.report.plots.means import Read
 from kvp.report.plots.panels import Panel, titles
@@ -53,7 +54,6 @@ def find_entries(runs: Sequence[Run]) -> list[Entry]:
 def _entry(
     run: Run, state: str, point: Point | None = None, numbers: Numbers = MappingProxyType({})
 ) -> Entry:
-    origin = run.record.provenance
     texts = {
         "model": label(run, "model"),
         "strategy": label(run, "strategy") if point is None or point.ratio else "none",
@@ -62,12 +62,19 @@ def _entry(
         "state": state,
         "seed": label(run, "seed"),
     }
+    record, makers = run.record, run.record.provenance.origins
+    stages = record.stages if point is None else record.behind(point.part, "evaluate")
+    known = record.origins(stages) or makers
     made_by = {
-        "device": origin.device,
-        "dtype": origin.dtype.removeprefix("torch."),
-        "commit": str(origin.commit)[:8] + (" (dirty)" if origin.dirty else ""),
+        "device": ", ".join(dict.fromkeys(maker.device for maker in known)),
+        "dtype": record.provenance.dtype.removeprefix("torch."),
+        "commit": ", ".join(dict.fromkeys(_commit(maker) for maker in known)),
     }
     return Entry(run=run, texts=texts, origin=made_by, numbers=numbers, point=point)
+
+
+def _commit(maker: OriginRecord) -> str:
+    return str(maker.commit)[:8] + (" (dirty)" if maker.dirty else "")
 
 
 def _numbers(points: Sequence[Point]) -> list[dict[str, tuple[str, float]]]:

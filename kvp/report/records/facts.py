@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from kvp.record import RunRecord
+from kvp.record import OriginRecord, RunRecord, StageRecord
 from kvp.results import MeasureRecord, PerplexityRecord, TaskRecord, ZeroShotRecord
 
 Facts = dict[str, Any]
@@ -43,23 +43,51 @@ WITHOUT = {"max_tokens": "all tokens", "limit": "all documents", "add_bos_token"
 def facts(record: RunRecord, metric: str) -> Facts:
     """Return what a number of a record was measured under; nothing for a number that needs no protocol."""
     name, *path = metric.split(" - ")[0].split(".")
-    origin = record.provenance
     if name == "pruning":
-        return {"dtype": record.config.get("dtype"), "device": origin.device, "threads": origin.threads}
+        by = maker(record, [stage for stage in record.stages if is_pruning(stage)])
+        return {
+            "dtype": record.config.get("dtype"),
+            "device": by and by.device,
+            "threads": by and by.threads,
+        }
     if name not in record.models():
         return {}
     model = record.models()[name]
     match path:
         case ["evaluation", "perplexity", corpus, *_]:
-            return _of_perplexity(model.evaluation.perplexity[corpus]) | {"device": origin.device}
+            by = maker(record, _looking(record, name, f"evaluate/perplexity/{corpus}"))
+            return _of_perplexity(model.evaluation.perplexity[corpus]) | {"device": by and by.device}
         case ["evaluation", "zero_shot", task, *_]:
-            return _of_tasks(model.evaluation.zero_shot, task, path[-1]) | {"device": origin.device}
+            place = "evaluate/zero_shot/" + ("" if task == "average" else task)
+            by = maker(record, _looking(record, name, place))
+            return _of_tasks(model.evaluation.zero_shot, task, path[-1]) | {"device": by and by.device}
         case ["measure", *_] if model.measure:
             return _of_measure(model.measure)
         case ["size", "kv_bytes_per_token"]:
             width = sum(layer.kv_width for layer in model.size.layers)
             return {"kv_bytes": model.size.kv_bytes_per_token / width if width else None}
     return {}
+
+
+def maker(record: RunRecord, stages: Sequence[StageRecord]) -> OriginRecord | None:
+    """Return who made most of some stages, by seconds; None if that is not known.
+
+    Old records know one maker only: it stands for all stages.
+    """
+    known = [stage for stage in stages if stage.origins]
+    longest = max(known, key=lambda stage: stage.seconds, default=None)
+    if longest is None:
+        return next(iter(record.provenance.origins), None)
+    return record.provenance.origins[longest.origins[-1]]
+
+
+def is_pruning(stage: StageRecord) -> bool:
+    """Return whether a stage belongs to pruning: neither the dense model's, nor recovery, nor a look at a model."""
+    return stage.name.partition("/")[0] not in OTHER_STAGES
+
+
+def _looking(record: RunRecord, model: str, place: str) -> list[StageRecord]:
+    return [stage for stage in record.behind(model, place) if stage.examines]
 
 
 def _of_perplexity(result: PerplexityRecord) -> Facts:
@@ -116,7 +144,7 @@ def pruning(record: RunRecord) -> dict[str, float | None] | None:
 
     A stage that was found counts with what it took when it was computed.
     """
-    stages = [stage for stage in record.stages if stage.name.partition("/")[0] not in OTHER_STAGES]
+    stages = [stage for stage in record.stages if is_pruning(stage)]
     if all(stage.name != "prune" for stage in stages):
         return None
     peaks = [stage.peak_bytes for stage in stages if stage.peak_bytes is not None]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvp.record import MODELS
 from kvp.report.records.facts import Facts, facts, phrase
 from kvp.report.records.keys import label
 from kvp.report.records.runs import Run
@@ -15,6 +16,7 @@ from kvp.report.records.runs import Run
 HARD = ("corpus", "part", "window", "metrics", "batch_size", "prompt_length", "new_tokens")
 MACHINE = ("device", "threads")  # facts in which the seeds of one cell may differ
 UNCOMMITTED = "uncommitted code"
+PLACES = {"evaluation": "evaluate", "measure": "measure"}  # stages behind a part of a model's record
 KEYS = {  # the key of the configuration behind a fact
     **{f: f"evaluation.perplexity.{f}" for f in ("part", "window", "stride", "join", "bos", "max_tokens")},
     "metrics": "evaluation.zero_shot.tasks",
@@ -81,8 +83,8 @@ def compare(
         for text in _overlaps(number):
             _remark(read, number, text)
             _remark(remarks, number, text)
-        if number.run.record.provenance.dirty:
-            _remark(remarks, number, UNCOMMITTED)
+        for text in _uncommitted(number):
+            _remark(remarks, number, text)
     return Comparison(common, remarks, read, comparable)
 
 
@@ -118,6 +120,21 @@ def _refuse(title: str, name: str, *pair: tuple[Number, Any], cell: bool = False
         f"{title}: {a.run.name} ({phrase(name, under_a)}) and {b.run.name} ({phrase(name, under_b)}) must not "
         f"{place}; {' or '.join(ways)}"
     )
+
+
+def _uncommitted(number: Number) -> list[str]:
+    """Return which code behind a number no commit of kvp holds: edits of kvp, and the user's own packages.
+
+    Where a stage does not know its code, the state of the whole checkout stands for it.
+    """
+    record, (model, *path) = number.run.record, number.metric.split(" - ")[0].split(".")
+    stages = record.behind(model if model in MODELS else "pruned", PLACES.get(path[0] if path else "", ""))
+    unknown = [stage for stage in stages if stage.code is None]
+    makers = record.origins(unknown) if any(stage.origins for stage in unknown) else record.provenance.origins
+    packages = sorted({name.partition(".")[0] for stage in stages for name in stage.edits})
+    edited = "kvp" in packages or ((unknown or not stages) and any(maker.dirty for maker in makers))
+    own = [name for name in packages if name != "kvp"]
+    return [*([UNCOMMITTED] if edited else []), *([f"code of {', '.join(own)}"] if own else [])]
 
 
 def _overlaps(number: Number) -> list[str]:

@@ -132,7 +132,10 @@ def test_the_page_needs_no_network_and_runs_only_its_own_script(tmp_path):
 
 def test_what_records_say_is_escaped(tmp_path):
     evil = make_record(
-        ratio=0.5, config__model__name=EVIL, provenance__device=EVIL, config__strategy__grouping=EVIL
+        ratio=0.5,
+        config__model__name=EVIL,
+        provenance__origins__0__device=EVIL,
+        config__strategy__grouping=EVIL,
     )
     evil["name"] = f"evil-{evil['hash']}"
     source = Page(make_page(tmp_path, evil, make_record(ratio=0.5, config__model__name=EVIL))).source
@@ -189,7 +192,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def opened(browser, tmp_path) -> Iterator[Any]:
     """The page, opened from its file; fails on any error in it and on any request beyond it."""
-    path = make_page(tmp_path, *records(), make_record(ratio=0.5, provenance__device=EVIL))
+    path = make_page(tmp_path, *records(), make_record(ratio=0.5, provenance__origins__0__device=EVIL))
     page = browser.new_page(color_scheme="light")
     trouble: list[str] = []
     page.on("pageerror", lambda error: trouble.append(str(error)))

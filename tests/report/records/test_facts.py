@@ -16,7 +16,7 @@ from kvp.report.table.spec import ColumnSpec, Spec
 from tests.report.sample_records import as_runs, make_record
 
 SQUAD, TASKS, TIMED = "evaluation__perplexity__squad", "evaluation__zero_shot", "measure"
-DEVICE = {"provenance__device": "NVIDIA H200"}
+DEVICE = {"provenance__origins__0__device": "NVIDIA H200"}
 
 
 def of_tasks(name, value):
@@ -64,7 +64,7 @@ CHANGES = {  # metric of a model -> fact -> the change of a record that changes 
 }
 NO_FACTS = [  # changes that touch no number's meaning
     ("evaluation.perplexity.squad.value", {f"pruned__{SQUAD}__protocol__asked_window": 4096}),
-    ("evaluation.perplexity.squad.value", {"provenance__python": "3.12.0"}),
+    ("evaluation.perplexity.squad.value", {"provenance__origins__0__python": "3.12.0"}),
     ("evaluation.zero_shot.average.value", of_tasks("n", 19)),
     ("measure.decode.tokens_per_second", {f"pruned__{TIMED}__protocol__seed": 1}),
     ("measure.decode.tokens_per_second", DEVICE),

@@ -44,7 +44,7 @@ def test_a_record_of_schema_1_is_finished(tmp_path):
     [
         ("{", "run.json is corrupt .*: delete it and repeat its command"),
         ("[]", "run.json is not the record of a run"),
-        (json.dumps(make_record(schema=7)), "run.json has schema 7, this kvp reads 1, 2, 3"),
+        (json.dumps(make_record(schema=7)), "run.json has schema 7, this kvp reads 1, 2, 3, 4"),
     ],
 )
 def test_a_record_that_cannot_be_read_is_named(tmp_path, text, message):

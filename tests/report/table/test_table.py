@@ -276,8 +276,8 @@ def test_other_differences_get_a_footnote_each():
             pruned__evaluation__perplexity__squad__protocol__max_tokens=16384,
             pruned__evaluation__perplexity__squad__dtype="torch.bfloat16",
             pruned__evaluation__zero_shot=zero_shot({"piqa": 0.5, "hellaswag": 0.5}, version=2.0, limit=None),
-            provenance__device="NVIDIA H200",
-            provenance__dirty=True,
+            provenance__origins__0__device="NVIDIA H200",
+            provenance__origins__0__dirty=True,
         ),
         of=shown,
     )
@@ -310,7 +310,10 @@ def test_the_dense_row_is_of_the_protocol_that_most_runs_have():
 
 
 def test_what_holds_for_every_run_is_a_note():
-    made = table(make_record(provenance__dirty=True), make_record("random", provenance__dirty=True))
+    made = table(
+        make_record(provenance__origins__0__dirty=True),
+        make_record("random", provenance__origins__0__dirty=True),
+    )
     assert made.footnotes == () and "all numbers: uncommitted code" in made.notes
 
 
@@ -435,7 +438,7 @@ def sweep() -> Table:
         make_record(ppl={"squad": 40.0, "a_b": 1234.5}),
         make_record(seed=1, ppl={"squad": 44.0, "a_b": 1234.5}),
         make_failed("MemoryError", "", strategy="random", ppl={"squad": 1.0, "a_b": 1.0}),
-        make_record("magnitude", ppl={"squad": 50.0, "a_b": 1300.0}, provenance__dirty=True),
+        make_record("magnitude", ppl={"squad": 50.0, "a_b": 1300.0}, provenance__origins__0__dirty=True),
     )
 
 

@@ -1,0 +1,207 @@
+"""Source code behind a result: the modules that a piece of work runs, and those of them that nobody committed.
+
+    modules = reachable(["mypkg.my_strategy", "kvp.models.surgery"])
+    digest(modules)  # another value as soon as one of these files changes
+    edits(modules)   # {"mypkg.my_strategy": "9f86d08..."}: code that no commit of kvp names
+
+A module is read, never imported. Modules of kvp are followed, and those of a user's own code: whatever is neither the
+standard library nor an installed package. A committed file of kvp stands for itself: its stage has a version.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import hashlib
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+OWN = ("kvp", "hydra_plugins")
+HERE = Path(__file__).resolve().parent
+TREE = HERE.parent  # the checkout, or site-packages
+INSTALLED = tuple({Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")})
+
+Modules = Mapping[str, Path]
+
+
+def reachable(roots: Iterable[str], alone: Iterable[str] = ()) -> dict[str, Path]:
+    """Return the modules of kvp and of users that some modules import, directly or not, with their files.
+
+    Args:
+        roots: Names of modules, or of classes and functions in them.
+        alone: Names of modules whose imports are not followed.
+    """
+    waiting, found = [each for name in roots for each in _with_packages(_module(name))], {}
+    tops = {name.partition(".")[0] for name in waiting}
+    for name in map(_module, alone):
+        if file := _file(name):
+            found[name] = file
+    while waiting:
+        name = waiting.pop()
+        top = name.partition(".")[0]
+        if name in found or (top not in (*OWN, *tops) and _is_installed(top)):
+            continue
+        if file := _file(name):
+            found[name] = file
+            waiting += _imports(name, file)
+    return dict(sorted(found.items()))
+
+
+def digest(modules: Modules) -> str:
+    """Return one sha256 (hex) of the source of all modules."""
+    lines = "".join(f"{name} {_sha256(name, file)}\n" for name, file in modules.items())
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def edits(modules: Modules) -> dict[str, str]:
+    """Return the sha256 (hex) of every module that is not kvp's committed or released code."""
+    return {
+        name: _sha256(name, file)
+        for name, file in modules.items()
+        if name.partition(".")[0] not in OWN or not _is_released(file)
+    }
+
+
+def commit() -> dict[str, Any]:
+    """Return the commit of the checkout, whether its code was edited since, and a sha256 (hex) of the edits.
+
+    All are None outside a checkout: an installed wheel has its version.
+    """
+    changed = _changed_since_commit()
+    if changed is None:
+        return {"commit": None, "dirty": None, "dirty_sha256": None}
+    files = {path: TREE / path for path in sorted(changed)}
+    texts = "".join(f"{path} {_hashed(file) if file.is_file() else None}\n" for path, file in files.items())
+    hashed = hashlib.sha256(texts.encode()).hexdigest() if changed else None
+    return {"commit": _git("rev-parse", "HEAD").strip(), "dirty": bool(changed), "dirty_sha256": hashed}
+
+
+def _module(name: str) -> str:
+    """Return the module that a dotted name names, or the one that holds it."""
+    while "." in name and _file(name) is None:
+        name = name.rpartition(".")[0]
+    return name
+
+
+@cache
+def _file(name: str) -> Path | None:
+    """Return the source of a module; None if there is no such module, or it has none. Nothing is imported."""
+    top, *below = name.split(".")
+    for place in _places(top):
+        whole = place.joinpath(*below)
+        for file in (whole / "__init__.py", whole.with_suffix(".py"), whole):
+            if file.is_file():
+                return file
+    return None
+
+
+@cache
+def _places(top: str) -> tuple[Path, ...]:
+    """Return the directories of a top-level package, or its one file; none for what has no source."""
+    if top in OWN:
+        return (TREE / top,)
+    try:
+        spec = find_spec(top)
+    except (ImportError, ValueError):
+        return ()
+    if spec is None:
+        return ()
+    if spec.submodule_search_locations:
+        return tuple(Path(place).resolve() for place in spec.submodule_search_locations)
+    return (Path(spec.origin).resolve(),) if spec.origin and spec.origin.endswith(".py") else ()
+
+
+@cache
+def _is_installed(top: str) -> bool:
+    places = _places(top)
+    return not places or any(place.is_relative_to(known) for place in places for known in INSTALLED)
+
+
+def _imports(name: str, file: Path) -> Iterator[str]:
+    """Yield the modules that a file imports, anywhere in it, and the packages that they are in."""
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    for node in _import_nodes(file, _sha256(name, file)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        for full in names:
+            yield from _with_packages(full)
+
+
+def _with_packages(name: str) -> Iterator[str]:
+    """Yield the packages that a module is in, which Python runs before it, and the module."""
+    parts = name.split(".")
+    yield from (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+
+
+@cache
+def _import_nodes(file: Path, sha256: str) -> list[ast.Import | ast.ImportFrom]:
+    nodes = ast.walk(ast.parse(file.read_bytes()))
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+_seen: dict[str, tuple[Any, str]] = {}  # the spec that a module was loaded by, and its source then
+
+
+def _sha256(name: str, file: Path) -> str:
+    """Return the sha256 (hex) of a module's source when it was loaded: an edit changes nothing in this process."""
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    if name not in _seen or _seen[name][0] is not spec:
+        _seen[name] = spec, _hashed(file)
+    return _seen[name][1]
+
+
+def _hashed(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_released(file: Path) -> bool:
+    """Return whether a file of kvp is as it was committed, or as its wheel brought it."""
+    path = file.relative_to(TREE).as_posix()
+    changed = _changed_since_commit()
+    if changed is not None:
+        return path not in changed
+    written = base64.urlsafe_b64encode(hashlib.sha256(file.read_bytes()).digest()).decode().rstrip("=")
+    return _wheel().get(path) == written
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=TREE, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@cache
+def _changed_since_commit() -> frozenset[str] | None:
+    """Return the files of kvp that differ from HEAD or are new, as paths below `TREE`; None outside a checkout."""
+    try:
+        if not _git("ls-files", "--", "kvp/__init__.py"):
+            return None
+        _git("rev-parse", "HEAD")
+        top = Path(_git("rev-parse", "--show-toplevel").strip())
+        listed = _git(
+            "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", *OWN, "conf"
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    paths = (top / entry[3:] for entry in listed.split("\0") if entry)
+    return frozenset(path.relative_to(TREE).as_posix() for path in paths if path.suffix in (".py", ".yaml"))
+
+
+@cache
+def _wheel() -> dict[str, str]:
+    """Return the sha256 (base64) of the files that a wheel of kvp brought, by path; none if it is not installed."""
+    try:
+        files = distribution("kvp").files or []
+    except PackageNotFoundError:
+        return {}
+    return {file.as_posix(): file.hash.value for file in files if file.hash}
