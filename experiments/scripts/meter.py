@@ -17,7 +17,7 @@ from experiments.scripts.chosen import chosen
 from kvp.bench.models import Subject, find_subjects
 from kvp.measurement import memory
 from kvp.models.joined import joined
-from kvp.models.load import RandomModel
+from kvp.models.sources import RandomModel
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.gate import check_model, check_sources
 from kvp.pipeline.session import Session

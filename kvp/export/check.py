@@ -19,6 +19,7 @@ from typing import Any, get_args
 
 from kvp.export.sample import Sample
 from kvp.export.verify import Engine, ask, compare
+from kvp.models.checkpoint.check import check_checkpoint
 
 
 def check(directory: Path, engine: Engine | None = None, python: str = sys.executable) -> dict[str, Any]:
@@ -50,6 +51,8 @@ def check(directory: Path, engine: Engine | None = None, python: str = sys.execu
     engine = engine or able[0]
     if engine not in able:
         raise ValueError(f"an export of form {form} opens in {' and '.join(able)}, not in {engine}")
+    if form != "gguf":
+        check_checkpoint(directory)
     sample = Sample(**serving["sample"])
     answer = ask(directory, sample, engine, imports=("kvp",) if form == "custom" else (), python=python)
     return {"engine": engine, **compare(sample, answer, exact=engine != "vllm" and _is_float32(serving))}

@@ -23,8 +23,9 @@ from kvp.evaluation.perplexity import Perplexity
 from kvp.evaluation.zeroshot import ZeroShot
 from kvp.identity import chosen_options, named, targets
 from kvp.measurement.measure import Measure
-from kvp.models.load import ModelSource, resolve_device
+from kvp.models.load import resolve_device
 from kvp.models.mustafar import Mustafar
+from kvp.models.sources import ModelSource
 from kvp.pipeline.settings import NOT_INPUTS, OPTIONAL, check_places, check_settings
 from kvp.pipeline.targets import check_targets, check_trusted
 from kvp.recovery.lora import Lora

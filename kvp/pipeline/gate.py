@@ -8,7 +8,9 @@ no weights are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +19,16 @@ from torch import nn
 
 from kvp.data.corpora import find
 from kvp.measurement.memory import available_bytes
+from kvp.models.checkpoint.check import Checked, check_checkpoint
 from kvp.models.family import family_of
-from kvp.models.load import RandomModel, load_config
 from kvp.models.mustafar import Mustafar
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
+from kvp.models.sources import ModelSource, RandomModel
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import foretell
 from kvp.pipeline.settings import LONGEST_NAME, check_device
 from kvp.pipeline.stages import check_force
 from kvp.pipeline.texts import check_texts
-from kvp.recovery.lora import PROJECTIONS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -66,14 +68,15 @@ def check_inputs(x: Experiment, *, here: bool = True) -> None:
     foretold, dense = foretell(x) if x.place.is_dir() and here else ([], x.source.locate())
     if dense is not None and not (dense / "config.json").exists():
         dense = None  # still to be written
-    config = _config(x, dense)
-    made = all(stage.stands for stage in foretold) and bool(foretold)
-    if here and not made:
+    if foretold and all(stage.stands for stage in foretold):
+        return
+    checked = _checked(dense, json.dumps(x.source.identity())) if dense else None
+    config = checked.config if checked else _expected(x.source)
+    if here:
         _check_memory(x, config)
     check_model(x, config)
-    if not made:
-        _check_modules(x, config, written=dense is not None)
-        check_texts(x, dense, config.max_position_embeddings)
+    _check_modules(x, checked.linears if checked else _linears(config))
+    check_texts(x, dense, config.max_position_embeddings)
 
 
 def refusal(x: Experiment, *, here: bool = True) -> str:
@@ -154,24 +157,28 @@ def _check_decoding(x: Experiment, cache: Mustafar) -> None:
             )
 
 
-def _config(x: Experiment, dense: Path | None) -> PretrainedConfig:
-    """Return the dense model's config, made or not."""
-    if dense is not None:
-        return load_config(dense)
-    if not isinstance(x.source, RandomModel):
-        return x.source.expected()
+@cache
+def _checked(dense: Path, identity: str) -> Checked:
+    """Return what the files of a directory say, once for all jobs of a sweep; another identity is another model."""
+    return check_checkpoint(dense)
+
+
+def _expected(source: ModelSource) -> PretrainedConfig:
+    """Return the config of a model that is still to be written."""
+    if not isinstance(source, RandomModel):
+        return source.expected()
     for key in COUNTS:
-        value = x.source.config.get(key, 1)
+        value = source.config.get(key, 1)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"model.config.{key} must be a whole number >= 1, got {value!r}")
     try:
-        config = x.source.expected()
+        config = source.expected()
     except OSError:
         raise
     except Exception as error:  # transformers has many kinds for one mistake
         raise ValueError(f"model.config is no config of a model: {_one_line(error)}") from error
     family_of(config)
-    _check_shape(config, len(x.source.expected_tokenizer()))
+    _check_shape(config, len(source.expected_tokenizer()))
     return config
 
 
@@ -194,27 +201,25 @@ def _check_shape(config: PretrainedConfig, tokens: int) -> None:
         )
 
 
-def _check_modules(x: Experiment, config: PretrainedConfig, *, written: bool) -> None:
-    """Refuse shapes that make no model, and modules to tune that it does not have.
-
-    The usual projections of a model that exists are known without building it.
-    """
-    targets = x.recovery.target_modules if x.recovery else ()
-    if written and set(targets) <= set(PROJECTIONS):
-        return
+def _linears(config: PretrainedConfig) -> Sequence[str]:
+    """Return the linear modules of a model that is still to be written; refuse shapes that make none."""
     from transformers import AutoModelForCausalLM
 
     import kvp.models.pruned  # noqa: F401  (registers the classes)
 
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"model.config makes no model: {_one_line(error)}") from error
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            known = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _check_modules(x: Experiment, linears: Sequence[str]) -> None:
+    """Refuse modules to tune that the model does not have, also beside others that it has."""
+    for target in x.recovery.target_modules if x.recovery else ():
+        if not any(name == target or name.endswith(f".{target}") for name in linears):
+            known = dict.fromkeys(name.rpartition(".")[2] for name in linears)
             raise ValueError(
                 f"recovery.target_modules must name linear modules of {x.source.name}, which has {', '.join(known)}; "
                 f"got {target!r}"

@@ -96,11 +96,12 @@ def _check_class(key: str, target: str) -> None:
         close = difflib.get_close_matches(name, dir(module), n=1)
         hint = f"; did you mean {module_name}.{close[0]}?" if close else ""
         raise ValueError(f"{key}={target}: {module_name} has no {name}{hint}")
-    if module_name.partition(".")[0] == "kvp" and not (
-        isinstance(found, type) and found.__module__ == module_name
-    ):
-        raise ValueError(
-            f"{key}={target} is no class that {module_name} defines: name the class of an option"
-        )
+    if module_name.partition(".")[0] == "kvp" and not _is_own(found):
+        raise ValueError(f"{key}={target} is no class of kvp: name the class of an option")
     if not callable(found):
         raise ValueError(f"{key}={target} is no class, it is {found!r}")
+
+
+def _is_own(found: object) -> bool:
+    """Tell whether kvp defines a class; its modules also hold what they import."""
+    return isinstance(found, type) and found.__module__.partition(".")[0] == "kvp"

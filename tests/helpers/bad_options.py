@@ -145,8 +145,8 @@ TARGETS = [
         "names code of transformers",
     ),
     (["strategy._target_=kvp.measurement.measure.subprocess.run"], "cannot be imported"),
-    (["tracker._target_=kvp.store.shutil"], "is no class that kvp.store defines"),
-    (["tracker._target_=kvp.models.load.version"], "is no class that kvp.models.load defines"),
+    (["tracker._target_=kvp.measurement.memory.psutil"], "is no class of kvp"),
+    (["tracker._target_=kvp.models.sources.version"], "is no class of kvp"),
     (["strategy._target_=kvp.strategies.methods.random.Randm"], "did you mean"),
     (["strategy._target_=null"], "strategy._target_ must be a class"),
     (
