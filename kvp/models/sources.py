@@ -24,7 +24,7 @@ from kvp.options import options
 from kvp.types import Dtype
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 
@@ -53,6 +53,10 @@ class ModelSource(ABC):
 
     def expected(self) -> PretrainedConfig:
         """Return the config of the model that `write` will make; no weights are read."""
+        raise AssertionError(f"{type(self).__name__} is located, not written")
+
+    def expected_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer of the model that `write` will make."""
         raise AssertionError(f"{type(self).__name__} is located, not written")
 
     def write(self, directory: Path) -> dict[str, Any]:
@@ -96,6 +100,13 @@ class PackagedModel(ModelSource):
         config = transformers.AutoConfig.from_pretrained(source, gguf_file=self.file, trust_remote_code=False)
         config.dtype = torch.bfloat16
         return config
+
+    @override
+    def expected_tokenizer(self) -> PreTrainedTokenizerBase:
+        source = str(self._directory())
+        return transformers.AutoTokenizer.from_pretrained(
+            source, gguf_file=self.file, trust_remote_code=False
+        )
 
     @override
     def write(self, directory: Path) -> dict[str, Any]:
@@ -180,6 +191,10 @@ class RandomModel(ModelSource):
     @override
     def expected(self) -> PretrainedConfig:
         return transformers.AutoConfig.for_model(**self.config)
+
+    @override
+    def expected_tokenizer(self) -> PreTrainedTokenizerBase:
+        return byte_tokenizer()
 
     @override
     def write(self, directory: Path) -> dict[str, Any]:

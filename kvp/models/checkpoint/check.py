@@ -88,6 +88,7 @@ def check_weights(path: Path) -> Weights:
     """
     path = Path(path)
     config, headers = read_config(path)
+    dtype = stored_dtype(path, headers)
     family = family_of(config)
     check_layers(path, headers, family.layers, config.num_hidden_layers)
     model = _without_weights(path, config)
@@ -97,7 +98,7 @@ def check_weights(path: Path) -> Weights:
     _check_size(path, config, count := parameters(expected, tied))
     check_generation(path, config.vocab_size)
     linears = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return Weights(path=path, config=config, dtype=config.dtype, linears=linears, params=count)
+    return Weights(path=path, config=config, dtype=dtype, linears=linears, params=count)
 
 
 def read_config(path: Path) -> tuple[PretrainedConfig, dict[str, Header]]:

@@ -77,7 +77,7 @@ class KVPrunerPlus(ChannelStrategy):
     grouping: Literal["apart", "separate", "vo"] = "separate"
     context: int | None = Field(default=1024, ge=1, description="tokens; null folds no pair")
     angle: float = Field(default=0.2, gt=0, lt=1, description="radians")
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int | None = Field(default=None, ge=1, description="null: as many as the model has")
     importance: Worth = "output"
 
     @property
