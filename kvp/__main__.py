@@ -61,18 +61,20 @@ USER_ERRORS = (
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(config: DictConfig) -> str | None:
     """One run of a single command, or of a sweep."""
+    from kvp.bars import only_on_terminals
     from kvp.pipeline.experiment import Experiment
     from kvp.pipeline.summary import print_summary
 
+    only_on_terminals()
     for chatty in ("httpx", "accelerate", "datasets", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     command = HydraConfig.get()
     swept = command.mode == RunMode.MULTIRUN
     if swept:
-        from kvp.sweep.worker import attempt, claim_gpu
+        from kvp.sweep.worker import attempt, settle
 
-        claim_gpu()
+        settle()
     x = Experiment.compose(config, list(command.overrides.task), command.runtime.choices)
     if swept:
         return attempt(x, command.job.num)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.utils import JobReturn, JobStatus
 
@@ -14,7 +16,10 @@ from kvp.pipeline.experiment import Experiment
 from kvp.record import RunRecord
 from kvp.sweep.words import JOBS, corpora, perplexities, read, reason, removed, stages
 from kvp.tables import console_table, print_table
-from kvp.tracking import Wandb
+from kvp.tracking import Wandb, upload_command
+
+if TYPE_CHECKING:
+    from kvp.pipeline.foretell import Foretold
 
 HEADS = ("run", "status", "removed", "pruned", "recovered", "stages", "s")
 
@@ -60,7 +65,8 @@ def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: 
     Raises:
         SweepFailed: A job failed.
     """
-    from kvp.sweep.census import census  # modelling code, which a wrong option need not wait for
+    from kvp.sweep.ahead import listed  # modelling code, which a wrong option need not wait for
+    from kvp.sweep.census import census
 
     began = time.time()
     group = _group(experiments)
@@ -69,12 +75,14 @@ def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: 
             job.append(f"tracker.group={group}")
         if x.force and not any(word.startswith("since=") for word in job):
             job.append(f"since={began}")  # what one job has made again, the others find
-    for words in census(experiments):
+    chains: list[list[Foretold]] = []
+    for words in census(experiments, chains):
         print(words, flush=True)  # before the jobs of other processes
     os.environ[JOBS] = str(len(jobs))
     returns: Sequence[JobReturn | None] = [None] * len(jobs)
     try:
-        returns = launch(jobs, initial_job_idx=0)
+        with listed(chains):
+            returns = launch(jobs, initial_job_idx=0)
     finally:
         outcomes = [Outcome.of(x, each) for x, each in zip(experiments, returns, strict=True)]
         _print(outcomes, time.time() - began)
@@ -101,6 +109,9 @@ def _print(outcomes: Sequence[Outcome], seconds: float) -> None:
     for outcome in outcomes:
         if outcome.why:
             print(f"{outcome.name}: {outcome.why}")
+    offline = [record.tracker for record in finished if record.tracker and upload_command(record.tracker)]
+    if offline:
+        print(f"to upload: wandb sync {shlex.join(offline)}")
 
 
 def _cells(outcome: Outcome) -> list[str]:

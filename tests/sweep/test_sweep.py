@@ -112,12 +112,17 @@ def test_a_sweep_has_a_header_lines_a_table_and_an_exit_code(swept):
         "13 stages: 0 stand, 13 to compute (1 model, 1 score, 1 sensitivity, 3 plan, 3 prune, 4 perplexity)"
     )
     assert lines[3].startswith("memory: about ")  # the model is not written yet
+    assert lines[4] == "time: 13 stages of unknown time left"
     told = [line for line in lines if line.startswith("[")]
     assert [line.split()[:2] for line in told] == [
-        ["[1/3]", "finished"],
-        ["[2/3]", "failed"],
-        ["[3/3]", "finished"],
+        [f"[{job}/3]", word]
+        for job, end in enumerate(("finished", "failed", "finished"), 1)
+        for word in ("started", end)
     ]
+    left = [line.rpartition("; ")[2] for line in told if "left of the sweep" in line]
+    assert len(left) == 2  # nothing is left after the last job, though the second one failed
+    assert all(re.fullmatch(r"about \d+ s left of the sweep", words) for words in left)
+    told = told[1::2]
     assert "25.0 % of kv_cache; perplexity squad" in told[0]
     assert "the nearest is" in told[1]
     assert "4 found, 3 computed" in told[2]  # scores, profile and the dense baseline are shared
@@ -134,7 +139,7 @@ def test_a_failed_job_records_why_and_a_log_holds_the_rest(swept):
     assert "the nearest is" in failed["error"]["message"]
     assert "Traceback" in failed["error"]["traceback"]
     assert "ratio.value=0.9" in failed["overrides"]
-    assert "prune computed" in Path(good["directory"], "run.log").read_text()
+    assert "pruned · prune  computed (" in Path(good["directory"], "run.log").read_text()
 
 
 def test_the_same_command_finds_what_is_finished_and_tries_the_rest_again(swept, monkeypatch, capsys):
