@@ -79,7 +79,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         FileNotFoundError: It has none.
         ValueError: A file of it cannot be read, or asks for code.
     """
-    return open_tokenizer(path)
+    return open_tokenizer(Path(path))
 
 
 def resolve_device(device: str) -> str:
