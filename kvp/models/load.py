@@ -42,11 +42,11 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: 
 
 
 def load_config(path: Path) -> PretrainedConfig:
-    """Return the config of a checkpoint, in the dtype of its weights; only their headers are read.
+    """Return the config of a checkpoint, in the dtype of its weights; no modelling code is imported.
 
     Raises:
         FileNotFoundError: It is no checkpoint.
-        ValueError: A file cannot be read.
+        ValueError: A file cannot be read, or the weights have no one dtype.
     """
     return read_config(path)[0]
 
@@ -79,7 +79,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         FileNotFoundError: It has none.
         ValueError: A file of it cannot be read, or asks for code.
     """
-    return open_tokenizer(path)
+    return open_tokenizer(Path(path))
 
 
 def resolve_device(device: str) -> str:

@@ -88,9 +88,7 @@ def check_weights(path: Path) -> Weights:
     """
     path = Path(path)
     config, headers = read_config(path)
-    dtype = stored_dtype(path, headers)
     family = family_of(config)
-    check_layers(path, headers, family.layers, config.num_hidden_layers)
     model = _without_weights(path, config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = config.tie_word_embeddings
@@ -98,22 +96,22 @@ def check_weights(path: Path) -> Weights:
     _check_size(path, config, count := parameters(expected, tied))
     check_generation(path, config.vocab_size)
     linears = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return Weights(path=path, config=config, dtype=dtype, linears=linears, params=count)
+    return Weights(path=path, config=config, dtype=stored_dtype(path, headers), linears=linears, params=count)
 
 
 def read_config(path: Path) -> tuple[PretrainedConfig, dict[str, Header]]:
-    """Return the config of a directory, in the dtype of its tensors, and the headers of these.
-
-    It imports no modelling code, and so cannot compare the two: `check_weights` does.
+    """Return the config, in the dtype of the tensors, and the tensors' headers; no modelling code is imported.
 
     Raises:
         FileNotFoundError: A file is missing; the message names it.
-        ValueError: One of them cannot be read; the message names the file and the field.
+        ValueError: One cannot be read, the tensors have no one dtype, or the config has another depth.
     """
+    path = Path(path)
     require_directory(path)
-    check_fields(path / CONFIG, read_json(path / CONFIG))
+    given = check_fields(path / CONFIG, read_json(path / CONFIG))
     headers = read_headers(weight_files(path))
     config = _config(path)
+    check_layers(path, headers, family_of(config).layers, given.num_hidden_layers)
     config.dtype = stored_dtype(path, headers)
     return config, headers
 

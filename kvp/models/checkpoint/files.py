@@ -112,7 +112,8 @@ def weight_map(directory: Path) -> dict[str, str]:
     for tensor, file in places.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(
-                f"{directory / INDEX} places {tensor} in {file!r}, which must name a safetensors file beside it"
+                f"{directory / INDEX} places {tensor} in {file!r}, which must name a safetensors file beside it: "
+                "copy it again"
             )
     return places
 
