@@ -178,6 +178,7 @@ class RunRecord(Part):
     config: dict[str, Any] = Field(description="resolved configuration; classes by name")
     choices: dict[str, str] = Field(description="option chosen for each node of the configuration")
     overrides: tuple[str, ...] | None = Field(None, description="options that composed it; null from Python")
+    config_dir: str | None = Field(None, description="folder of the user's own options; null: none")
     host: str | None = Field(None, description="unless finished: machine of the process")
     pid: int | None = Field(None, description="unless finished: number of the process")
     stage: str | None = Field(None, description="unless finished: stage it is in; null: between stages")

@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from kvp.__main__ import CONF, _words
+from kvp.__main__ import CONF
+from kvp.hints import words as worded
 from kvp.pipeline.experiment import Experiment
 
 ALPACA = "recovery=lora_alpaca"
@@ -109,4 +110,4 @@ def configured(words, default):
 def test_a_bad_value_is_refused_with_option_bound_and_value(words, message, default):
     with pytest.raises(Exception) as refusal:  # noqa: PT011
         Experiment.compose(configured(words, default))
-    assert message in _words(refusal.value).splitlines()[0]
+    assert message in worded(refusal.value).splitlines()[0]

@@ -12,6 +12,7 @@ from kvp.__main__ import CONF
 from kvp.models.configs import pruned_config
 from kvp.models.shapes import cut, layer_shapes
 from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.gate import check_model
 from kvp.sweep.jobs import expand
 from kvp.types import Budget
 
@@ -36,7 +37,7 @@ def packaged() -> PretrainedConfig:
 @pytest.mark.parametrize("name", ["sparse", "mustafar", "plasticity", "plasticity_regrow"])
 def test_every_row_fits_the_packaged_model(name):
     for x in experiments(name):
-        x.check_model(packaged())
+        check_model(x, packaged())
 
 
 def test_what_was_cut_by_70_percent_can_be_cut_by_70_percent_again():

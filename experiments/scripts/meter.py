@@ -17,8 +17,9 @@ from experiments.scripts.chosen import chosen
 from kvp.bench.models import Subject, find_subjects
 from kvp.measurement import memory
 from kvp.models.joined import joined
-from kvp.models.load import RandomModel
+from kvp.models.sources import RandomModel
 from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.gate import check_model, check_sources
 from kvp.pipeline.session import Session
 from kvp.pipeline.stages import make
 from kvp.provenance import provenance
@@ -64,7 +65,7 @@ def measure(words: Sequence[str]) -> dict[str, Any]:
 def _cost(x: Experiment) -> dict[str, Any]:
     device = torch.device(x.device)
     subject, ids = _subject(x), _tokens(x)
-    x.check_model(subject.config)
+    check_model(x, subject.config)
     with torch.device("meta"):  # imports what loading will need, so that it counts as empty
         transformers.AutoModelForCausalLM.from_config(subject.config)
     empty = memory.begin(device)
@@ -101,7 +102,7 @@ def _subject(x: Experiment) -> Subject:
 def _tokens(x: Experiment) -> Tensor:
     """(samples, length) what the calibration samples, or as many random ids for random weights."""
     if not isinstance(x.source, RandomModel):
-        x.check_sources()
+        check_sources(x)
         session = Session(x)
         make(session, "dense")
         return session.calibration

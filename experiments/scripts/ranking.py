@@ -32,6 +32,7 @@ from experiments.scripts.chosen import chosen
 from kvp.models.masks import masked
 from kvp.models.spaces import find_spaces
 from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.gate import check_model
 from kvp.pipeline.session import Checkpoint, Session
 from kvp.pipeline.stages import Planning, make
 from kvp.provenance import provenance
@@ -139,7 +140,7 @@ def compare(methods: Sequence[str], samples: int, options: Sequence[str]) -> dic
         for allocator in ("uniform", "global"):
             words = [f"strategy={name}", f"strategy/allocator={allocator}", *own, *WIDTHS]
             tried = chosen([*common, *words, *options])
-            tried.check_model(model.config)
+            check_model(tried, model.config)
             scores = scores_of(tried)
             row |= {**agreement(scores, rise), f"rise_{allocator}": planned_rise(tried, model, scores, rise)}
     best = torch.cat(list(rise.values())).sort().values

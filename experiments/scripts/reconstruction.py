@@ -18,6 +18,7 @@ import torch
 
 from experiments.scripts.chosen import chosen
 from kvp.models.linears import linears
+from kvp.pipeline.gate import check_model, check_sources
 from kvp.pipeline.session import Session
 from kvp.pipeline.stages import make
 from kvp.strategies.methods.alps import ALPS
@@ -58,9 +59,9 @@ def main() -> None:
     x = chosen(["strategy=sparsegpt", "recovery=none", "ratio=sparsity", "ratio.value=0.7", *sys.argv[1:]])
     assert isinstance(x.strategy, SparseStrategy)
     methods = {name: replace(method, pattern=x.strategy.pattern) for name, method in METHODS.items()}
-    x.check_sources()
+    check_sources(x)
     session = Session(x)
-    x.check_model(make(session, "dense").config)
+    check_model(x, make(session, "dense").config)
     found = {}
     for name, lost in errors(session.target(), methods, x.budget.value):
         found[name] = lost

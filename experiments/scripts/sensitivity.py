@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from experiments.scripts.chosen import chosen
 from kvp.models.masks import without
 from kvp.models.shapes import layer_shapes
+from kvp.pipeline.gate import check_sources
 from kvp.pipeline.session import Session
 from kvp.pipeline.stages import make
 from kvp.provenance import provenance
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("options", nargs="*", help="of python -m kvp")
     args = parser.parse_args()
     x = chosen(["calibration.num_samples=4", "recovery=none", *args.options])
-    x.check_sources()
+    check_sources(x)
     session = Session(x)
     make(session, "dense")
     target = session.target()

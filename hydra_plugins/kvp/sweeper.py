@@ -11,6 +11,8 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+ELSEWHERE = ("SlurmLauncher", "RayLauncher")  # launchers whose jobs compute on other machines
+
 
 class KvpSweeper(Sweeper):
     """Rows times comma-separated values; header, progress and table are `kvp.sweep`'s."""
@@ -32,5 +34,6 @@ class KvpSweeper(Sweeper):
         from kvp.sweep.sweep import sweep
 
         jobs = expand(self.config.rows, arguments)
-        experiments = [compose(self.hydra_context.config_loader, self.config, job) for job in jobs]
-        sweep(jobs, experiments, self.launcher.launch)
+        experiments = compose(self.hydra_context.config_loader, self.config, jobs)
+        here = type(self.launcher).__name__ not in ELSEWHERE
+        sweep(jobs, experiments, self.launcher.launch, here=here)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HERE = Path(kvp.__file__).parent
 MODELS = next(path for path in (HERE / "conf", HERE.parent / "conf") if path.is_dir()) / "model"
-RANDOM = "kvp.models.load.RandomModel"
+RANDOM = "kvp.models.sources.RandomModel"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,9 @@ class Subject:
             return memory.place(model, device)
         torch.manual_seed(seed)
         with device:
-            return transformers.AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+            return transformers.AutoModelForCausalLM.from_config(
+                self.config, dtype=dtype, trust_remote_code=False
+            ).eval()
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of the parameters, from the shapes."""

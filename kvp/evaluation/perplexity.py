@@ -8,6 +8,7 @@ window, join or use of BOS are not comparable, so the result carries the protoco
 from __future__ import annotations
 
 import math
+import sys
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Bos = Literal["none", "start", "window"]
+LARGEST_NLL = math.log(sys.float_info.max)  # nats per token
 
 
 def window_nll(model: PreTrainedModel, windows: Tensor, scored: int) -> Tensor:
@@ -102,6 +104,11 @@ class Perplexity(Selection):
             "bos": self.bos,
             "max_tokens": self.max_tokens,
         }
+        if nll / count > LARGEST_NLL:
+            raise FloatingPointError(
+                f"The NLL of {identity['name']} is {nll / count:.0f} nats per token, whose exp no number holds: broken "
+                "weights, or another model's tokenizer"
+            )
         return {
             "value": math.exp(nll / count),
             "nll": nll / count,

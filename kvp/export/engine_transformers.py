@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +23,9 @@ def main() -> None:
         ask = json.load(file)
     for name in ask["imports"]:
         import_module(name)
-    model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, torch_dtype=torch.float32, trust_remote_code=False
+    ).eval()
     output = model(torch.tensor([ask["ids"]]), use_cache=True)
     logits, cache, greedy = output.logits[0], output.past_key_values, []
     last = logits[-1]
@@ -30,11 +33,18 @@ def main() -> None:
         greedy.append(int(last.argmax()))
         step = model(torch.tensor([greedy[-1:]]), past_key_values=cache, use_cache=True)
         cache, last = step.past_key_values, step.logits[0, -1]
+    answer = {"logits": logits.contiguous(), "greedy": torch.tensor(greedy)}
+    for number, (start, count) in enumerate(ask["passages"]):
+        answer[f"passage.{number}"] = logprobs(model, ask["ids"][:count], start)
     assert ask["imports"] or "kvp" not in sys.modules
-    save_file(
-        {"logits": logits.contiguous(), "greedy": torch.tensor(greedy)},
-        f"{work}/answer.safetensors",
-    )
+    save_file(answer, f"{work}/answer.safetensors")
+
+
+def logprobs(model: Any, ids: list[int], start: int) -> torch.Tensor:
+    """Return the log-probabilities in nats of all tokens but the first, of a text that begins at position `start`."""
+    positions = torch.arange(start, start + len(ids))[None]
+    logits = model(torch.tensor([ids]), position_ids=positions, use_cache=False).logits[0]
+    return logits[:-1].double().log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
 if __name__ == "__main__":

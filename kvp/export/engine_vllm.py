@@ -19,7 +19,12 @@ def main() -> None:
     with open(f"{work}/ask.json") as file:
         ask = json.load(file)
     ids = ask["ids"]
-    model = LLM(model=directory, max_model_len=len(ids) + ask["new_tokens"], enforce_eager=True)
+    model = LLM(
+        model=directory,
+        max_model_len=len(ids) + ask["new_tokens"],
+        enforce_eager=True,
+        trust_remote_code=False,
+    )
     sampling = SamplingParams(
         temperature=0, max_tokens=ask["new_tokens"], ignore_eos=True, prompt_logprobs=1, detokenize=False
     )

@@ -40,6 +40,7 @@ def write_gguf(stock: PreTrainedModel, tokenizer_directory: Path, directory: Pat
         ValueError: llama.cpp computes something else than this model, or has not its tokenizer.
     """
     config, family = stock.config, family_of(stock.config)
+    check_gguf(config)
     factors, scaling = _rope(stock, family)
     scaled = bool((factors - 1).abs().max() > UNSCALED) or scaling != 1
     if family.qk_norm and scaled:
@@ -74,12 +75,26 @@ def write_gguf(stock: PreTrainedModel, tokenizer_directory: Path, directory: Pat
     writer.close()
 
 
-def _add_config(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+def check_gguf(config: PretrainedConfig) -> None:
+    """Refuse what llama.cpp's graphs of these families do not compute; no weights are read.
+
+    Raises:
+        ValueError: Names the property and the way out.
+    """
     if config.hidden_act != "silu":
         raise ValueError(f"llama.cpp's Llama has silu, this model {config.hidden_act}")
-    window = getattr(config, "sliding_window", None)  # which its "llama" graph ignores
+    window, positions = getattr(config, "sliding_window", None), config.max_position_embeddings
+    if window is not None and window < positions:
+        raise ValueError(
+            f"llama.cpp's graph has no sliding window, this model one of {window} in {positions} positions: use --to "
+            f"stock. For texts of up to {window} tokens set sliding_window=null and max_position_embeddings={window} "
+            "in config.json, which computes the same"
+        )
+
+
+def _add_config(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_name(str(config.name_or_path or config.model_type).rstrip("/").rpartition("/")[2])
-    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)

@@ -2,7 +2,8 @@
 
 transformers, vLLM and SGLang read "longrope" as inv_freq_j = 1 / (factor_j * theta^(2j / d')). With
 factor_j = 1 / (w_j * theta^(2j / d')), in float64, it gives any frequencies w_j, scaled ones (llama3, linear,
-yarn) included; short and long factors are the same list, so that no engine's switch between them matters.
+yarn) included. Short and long factors are the same list, so that no engine's switch between them matters. Only a model
+that switches itself gets two. Frequencies that grow with the text (dynamic) have no such form.
 A set {s, s + m, s + 2m, ...} needs no factors: it is the rope of another theta, which every engine has.
 """
 
@@ -11,26 +12,61 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kvp.export.layout import Layout
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def longrope(layout: Layout, rope: dict[str, Any], inv_freq: Tensor, max_positions: int) -> dict[str, Any]:
-    """`rope_parameters` that give the kept of the dense model's frequencies `inv_freq` (head_dim / 2,)."""
+
+def require_fixed_factors(config: PretrainedConfig) -> None:
+    """Refuse kept pairs of a RoPE that no fixed factors express.
+
+    Raises:
+        ValueError: Its frequencies grow with the text.
+    """
+    if config.rope_parameters.get("rope_type") == "dynamic":
+        raise ValueError(
+            "RoPE of type 'dynamic' computes new frequencies beyond max_position_embeddings="
+            f"{config.max_position_embeddings}, and the factors of a stock form are fixed: use --to padded or custom, "
+            "or prune without cutting rope pairs"
+        )
+
+
+def longrope(layout: Layout, rope: dict[str, Any], rotary: Any) -> dict[str, Any]:
+    """Return `rope_parameters` that give the kept frequencies of the dense model's rotary embedding.
+
+    A model that switches between short and long factors goes on to, at the same length.
+
+    Raises:
+        ValueError: Its frequencies grow with the text, which no fixed factors express.
+    """
+    config = rotary.config
+    require_fixed_factors(config)
     theta, width = float(rope["rope_theta"]), layout.head_dim
-    kept = [inv_freq.double()[pair].item() for pair in layout.pairs]
-    factors = [1 / (w * theta ** (2 * j / width)) for j, w in enumerate(kept)]
+
+    def factors(inv_freq: Tensor) -> list[float]:
+        kept = [inv_freq.double()[pair].item() for pair in layout.pairs]
+        return [1 / (w * theta ** (2 * j / width)) for j, w in enumerate(kept)]
+
+    original = config.max_position_embeddings  # else engines guess, and scale the logits
+    short = long = factors(rotary.inv_freq)
+    if rope.get("rope_type") == "longrope":
+        original = rope["original_max_position_embeddings"]
+        initial = ROPE_INIT_FUNCTIONS["longrope"]
+        short, long = (factors(initial(config, seq_len=length)[0]) for length in (1, original + 1))
     return {
         "rope_type": "longrope",
         "rope_theta": theta,
         "factor": 1.0,
         "attention_factor": 1.0,
-        "original_max_position_embeddings": max_positions,  # else engines guess, and scale the logits
-        "short_factor": factors,
-        "long_factor": factors,
+        "original_max_position_embeddings": original,
+        "short_factor": short,
+        "long_factor": long,
     }
 
 

@@ -12,6 +12,7 @@ from kvp.export.layout import Layout, stock_layout
 from kvp.export.rope import arithmetic, longrope, query_scale
 from kvp.models.family import FAMILIES, Family, family_of
 from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes
+from kvp.models.surgery import check_tied
 from kvp.types import LayerShape
 
 if TYPE_CHECKING:
@@ -38,11 +39,9 @@ def to_stock(model: PreTrainedModel, form: Form) -> PreTrainedModel:
     scaling: float = rotary.attention_scaling  # type: ignore[assignment]
     rope = _rope(config)
     if not layout.keeps_rope:
-        inv_freq: Tensor = rotary.inv_freq  # type: ignore[assignment]
-        positions = config.max_position_embeddings
-        plain = form == "stock"
-        rope = longrope(layout, rope, inv_freq, positions) if plain else arithmetic(layout, rope)
+        rope = longrope(layout, rope, rotary) if form == "stock" else arithmetic(layout, rope)
         _scale_queries(state, config, family, query_scale(layout, scaling))
+    check_tied(state, f"{family.embedding}.weight", config)
     stock_family = _servable(family, config, layout)
     stock_config = _stock_config(config, stock_family, layout, rope)
     with torch.device("meta"):
@@ -74,7 +73,7 @@ def _servable(family: Family, config: PretrainedConfig, layout: Layout) -> Famil
     """Llama refuses a hidden size that its heads do not divide; Mistral is the same model and does not."""
     if family.name != "llama" or config.hidden_size % layout.layer.num_attention_heads == 0:
         return family
-    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+    if any(family.has_bias(option, config) for option in family.bias_options):
         raise ValueError(
             f"{layout.layer.num_attention_heads} heads do not divide hidden_size={config.hidden_size}, which "
             "Llama classes demand, and Mistral's have no biases: keep a number of groups that divides it"

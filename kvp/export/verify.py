@@ -41,7 +41,8 @@ def ask(
         python: Interpreter that has the engine.
 
     Returns:
-        "logits" (tokens, vocabulary) or "logprobs" (tokens - 1,), "greedy", and "ids" if it read the text itself.
+        "logits" (tokens, vocabulary) or "logprobs" (tokens - 1,), "greedy", "ids" if it read the text itself, and
+        "passage.0" and so on (tokens - 1,), log-probabilities, if it can read a text from any position on.
 
     Raises:
         ModuleNotFoundError: The interpreter does not have the engine.
@@ -54,6 +55,7 @@ def ask(
             "ids": sample.ids,
             "new_tokens": NEW_TOKENS,
             "imports": list(imports),
+            "passages": [[start, len(logprobs) + 1] for start, logprobs in sample.passages],
         }
         Path(work, "ask.json").write_text(json.dumps(question))
         alone, environment = ("-I", None) if not imports else ("-P", _that_finds_kvp())
@@ -98,7 +100,7 @@ def compare(
     difference = torch.as_tensor(said, dtype=torch.float64) - torch.tensor(sample.logprobs).double()
     rms, largest = difference.square().mean().sqrt().item(), difference.abs().max().item()
     tolerance = EXACT if exact else ROUNDED
-    report = {
+    report: dict[str, Any] = {
         "tokens": len(sample.ids),
         "logprobs_rms_difference": rms,
         "logprobs_max_difference": largest,
@@ -108,6 +110,8 @@ def compare(
         apart = answer["logits"] - logits
         report["logits_relative_difference"] = (apart.norm() / logits.norm()).item()
         report["logits_max_difference"] = largest = apart.abs().max().item()
+    passages = _passages(sample, answer, tolerance)
+    report |= {"positions": [each["positions"] for each in passages]} if passages else {}
     greedy = answer["greedy"].tolist()
     pairs = enumerate(zip(greedy, sample.greedy, strict=True))
     first = next((place for place, (one, other) in pairs if one != other), None)
@@ -115,6 +119,11 @@ def compare(
     faults = []
     if not rms <= tolerance:
         faults.append(f"log-probabilities differ by {rms:.4f} nats, rounding explains {tolerance}")
+    faults += [
+        f"log-probabilities at positions {each['positions']} differ by {each['rms']:.4f} nats"
+        for each in passages
+        if not each["rms"] <= each["tolerance"]
+    ]
     if first is not None and sample.margins[first] > SLACK * largest:
         faults.append(
             f"greedy token {first} is {greedy[first]} instead of {sample.greedy[first]}, which was no near tie "
@@ -123,3 +132,21 @@ def compare(
     if "ids" in answer and answer["ids"].tolist() != sample.ids:
         faults.append("its tokenizer reads the text differently")
     return {**report, "passed": not faults, **({"why": "; ".join(faults)} if faults else {})}
+
+
+def _passages(sample: Sample, answer: dict[str, torch.Tensor], tolerance: float) -> list[dict[str, Any]]:
+    """Return how much an answer differs at each other position; rounding of the angles grows with the position."""
+    found = []
+    for number, (start, expected) in enumerate(sample.passages):
+        if (said := answer.get(f"passage.{number}")) is None:
+            continue
+        difference = said.double() - torch.tensor(expected).double()
+        end = start + len(expected) + 1
+        found.append(
+            {
+                "positions": f"{start} to {end - 1}",
+                "rms": difference.square().mean().sqrt().item(),
+                "tolerance": tolerance * (1 + end / 1000),
+            }
+        )
+    return found

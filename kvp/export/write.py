@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from kvp.export.layout import stock_layout
-from kvp.export.sample import Sample, make_sample
+from kvp.export.rope import require_fixed_factors
+from kvp.export.sample import Sample, make_sample, require_positions
 from kvp.export.stock import to_stock
 from kvp.export.verify import Engine, ask, compare, has
 from kvp.export.whole import SERVING, whole
-from kvp.models.family import PRUNED_PREFIX, family_of
-from kvp.models.load import load_config, load_model, load_tokenizer, save
+from kvp.models.checkpoint.check import check_weights
+from kvp.models.checkpoint.tokens import check_tokenizer, open_tokenizer
+from kvp.models.family import PRUNED_PREFIX
+from kvp.models.load import load_model, load_tokenizer, save
+from kvp.models.rope import switches
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
 
 if TYPE_CHECKING:
@@ -62,21 +66,24 @@ def export(checkpoint: Path, out: Path, to: Target) -> dict[str, Any]:
 
 
 def _checked(checkpoint: Path, out: Path, to: Target) -> PretrainedConfig:
-    """The checkpoint's config, once everything that it can tell allows the export."""
-    if not (checkpoint / "config.json").exists():
-        raise FileNotFoundError(
-            f"{checkpoint} has no config.json: not a checkpoint. A run's table and run.json name its checkpoints"
-        )
+    """Return the checkpoint's config, once everything that its files can tell allows the export."""
     if out.exists():
         raise FileExistsError(f"{out} is there already: choose another --out")
-    config = load_config(checkpoint)
-    family_of(config)
+    config = check_weights(checkpoint).config
+    _check_form(checkpoint, config, to)
+    check_tokenizer(checkpoint, open_tokenizer(checkpoint), config.vocab_size)
+    return config
+
+
+def _check_form(checkpoint: Path, config: PretrainedConfig, to: Target) -> None:
+    """Refuse a form that the config cannot have."""
+    require_positions(config)
     if to == "custom":
         if not config.model_type.startswith(PRUNED_PREFIX):
             raise ValueError(
                 f"{checkpoint} is an ordinary {config.model_type} checkpoint: export it --to stock"
             )
-        return config
+        return
     require_whole_stream(
         config,
         "no stock class has its shortcut matrices: --to custom, opened by transformers and `import kvp`",
@@ -87,8 +94,13 @@ def _checked(checkpoint: Path, out: Path, to: Target) -> PretrainedConfig:
             "same run with cache=none, or --to custom"
         )
     if to != "padded":
-        stock_layout(config)
-    return config
+        layout = stock_layout(config)
+        if not layout.keeps_rope:
+            require_fixed_factors(config)
+    if to == "gguf":
+        from kvp.export.gguf_file import check_gguf
+
+        check_gguf(config)
 
 
 def _write(model: PreTrainedModel, checkpoint: Path, directory: Path, to: Target) -> PretrainedConfig:
@@ -186,11 +198,14 @@ def _engines(config: PretrainedConfig, to: Target, check: dict[str, Any] | None)
             "llama.cpp": ("yes: verified, see check" if check else NOT_RUN)
             + (slow if config.head_dim % GGML_STEP else "")
         }
-    odd = f"head_dim={config.head_dim} is no multiple of {FLASH_STEP}: flash kernels refuse it"
-    flash = config.head_dim % FLASH_STEP == 0
+    odd = ""
+    if config.head_dim % FLASH_STEP:
+        odd = f"head_dim={config.head_dim} is no multiple of {FLASH_STEP}: flash kernels refuse it"
+    elif lengths := switches(config):
+        odd = f"no: it does not change the frequencies at {lengths[0]} tokens of the text, as this model does"
     return {
         "transformers": "yes: verified, see check",
-        "vllm": "expected (not run): vllm serve DIR; python -m kvp.check DIR --engine vllm" if flash else odd,
-        "sglang": "expected (not run)" if flash else odd,
+        "vllm": odd or "expected (not run): vllm serve DIR; python -m kvp.check DIR --engine vllm",
+        "sglang": odd or "expected (not run)",
         "llama.cpp": "export --to gguf: the stock converter drops rope factors silently",
     }

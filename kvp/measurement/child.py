@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 import kvp  # noqa: F401  (registers the pruned classes)
 from kvp.bars import only_on_terminals
@@ -22,17 +23,19 @@ from kvp.measurement import memory
 from kvp.measurement.count import cache_bytes, cache_bytes_per_token, macs
 from kvp.measurement.measure import Measure
 from kvp.measurement.speed import time_model
+from kvp.models.load import load_config
 from kvp.models.shapes import layer_shapes
 
 
 def measure(checkpoint: str, device: torch.device, dtype: str, protocol: Measure) -> dict[str, Any]:
     """Speed, memory and counts of the model at `checkpoint`; keys as `Measure.measure` documents."""
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = load_config(Path(checkpoint))
     protocol.check_positions(config.max_position_embeddings)
     with torch.device("meta"):  # imports what loading will need, so that it counts as baseline
-        AutoModelForCausalLM.from_config(config)
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     baseline = memory.bytes_in_use(device)
-    model = memory.place(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype), device).eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=False)
+    model = memory.place(model, device).eval()
     prompt = protocol.prompt(config.vocab_size).to(device)
     memory.reset_peak(device)
     prefill, decode, cache = time_model(

@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -19,6 +24,8 @@ from kvp.cost import reset_resident_peak, resident_bytes, resident_peak_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+CGROUP = Path("/sys/fs/cgroup")  # of a container, version 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +78,19 @@ def available_bytes(device: torch.device) -> int:
     """Return the bytes that this process could still take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return max(0, min(psutil.virtual_memory().available, *_limits()))
+
+
+def _limits() -> Iterator[int]:
+    """Yield what a container and the shell (ulimit -v) leave this process, where they set a limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        yield soft - psutil.Process().memory_info().vms
+    with suppress(OSError, ValueError):  # no cgroup, or "max"
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        yield limit - used + int(stat["file"])  # cached files make way
+    yield sys.maxsize
 
 
 def bytes_in_use(device: torch.device) -> int:

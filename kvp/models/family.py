@@ -22,14 +22,16 @@ class Family:
         prefix: The beginning of the Hugging Face class names; the classes are imported on first use.
         qk_norm: A norm over `head_dim` follows the query and key projections (Qwen3). The norm averages over all
             channels of a head, so cutting a rope pair would change the others.
-        qkv_bias: q, k and v always have a bias and o never (Qwen2). Otherwise the config's `attention_bias` holds for
-            all four.
+        qkv_bias: q, k and v always have a bias and o never (Qwen2).
+        bias_options: The config's fields that give projections a bias: `attention_bias` to q, k, v and o, `mlp_bias` to
+            gate, up and down. A family reads no other.
     """
 
     name: str
     prefix: str
     qk_norm: bool = False
     qkv_bias: bool = False
+    bias_options: tuple[str, ...] = ()
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
     rotary: str = "model.rotary_emb"
@@ -48,6 +50,10 @@ class Family:
     def _class(self, suffix: str) -> Any:
         module = import_module(f"transformers.models.{self.name}.modeling_{self.name}")
         return getattr(module, self.prefix + suffix)
+
+    def has_bias(self, option: str, config: PretrainedConfig) -> bool:
+        """Return whether the config gives projections a bias by `option`, which other families do not read."""
+        return option in self.bias_options and bool(getattr(config, option, False))
 
     @property
     def causal_lm(self) -> type[PreTrainedModel]:
@@ -79,10 +85,10 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family(name="llama", prefix="Llama"),
+        Family(name="llama", prefix="Llama", bias_options=("attention_bias", "mlp_bias")),
         Family(name="mistral", prefix="Mistral"),
         Family(name="qwen2", prefix="Qwen2", qkv_bias=True),
-        Family(name="qwen3", prefix="Qwen3", qk_norm=True),
+        Family(name="qwen3", prefix="Qwen3", qk_norm=True, bias_options=("attention_bias",)),
     )
 }
 
@@ -95,10 +101,19 @@ def family_of(config: PretrainedConfig) -> Family:
     Raises:
         ValueError: The `model_type` is unknown.
     """
-    name = config.model_type.removeprefix(PRUNED_PREFIX)
+    return family_named(config.model_type)
+
+
+def family_named(model_type: str) -> Family:
+    """Return the family of a dense or pruned `model_type`.
+
+    Raises:
+        ValueError: It is unknown.
+    """
+    name = model_type.removeprefix(PRUNED_PREFIX)
     if name not in FAMILIES:
         raise ValueError(
-            f"model_type {config.model_type!r} is not supported; known families: {', '.join(FAMILIES)}. "
+            f"model_type {model_type!r} is not supported; known families: {', '.join(FAMILIES)}. "
             "To add a family, add a row to FAMILIES in kvp/models/family.py."
         )
     return FAMILIES[name]

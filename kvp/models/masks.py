@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvp.models.family import family_of
 from kvp.models.layers import NoAttention, NoMLP
+from kvp.models.rope import require_fixed_rope
 from kvp.models.spaces import ACROSS_LAYERS, keep_mask, members
 from kvp.models.stream import project
 from kvp.types import Plan
@@ -35,8 +36,13 @@ def masks_of(config: PretrainedConfig, plan: Plan) -> Masks:
 
 
 def fold_rotary(model: PreTrainedModel, first: int | None) -> None:
-    """Let the rope pairs of a dense model from `first` on turn at the slowest frequency; None changes nothing."""
+    """Let the rope pairs of a dense model from `first` on turn at the slowest frequency; None changes nothing.
+
+    Raises:
+        ValueError: The frequencies change with the length of the text.
+    """
     if first is not None:
+        require_fixed_rope(model.config)
         frequencies = model.get_submodule(family_of(model.config).rotary).get_buffer("inv_freq")
         frequencies[first:] = frequencies[-1]
 

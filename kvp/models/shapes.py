@@ -197,9 +197,9 @@ def itemsize(config: PretrainedConfig) -> int:
 
 def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
     (before, between, after), family = stream(config, layer), family_of(config)
-    attention_bias = getattr(config, "attention_bias", False)
+    attention_bias = family.has_bias("attention_bias", config)
     qkv_bias, o_bias = attention_bias or family.qkv_bias, attention_bias or layer.o_bias
-    mlp_bias = getattr(config, "mlp_bias", False)
+    mlp_bias = family.has_bias("mlp_bias", config)
     down_bias = mlp_bias or layer.down_bias
     q_out = layer.num_attention_heads * layer.qk_head_dim
     k_out, v_out = layer.num_key_value_heads * layer.qk_head_dim, layer.num_key_value_heads * layer.v_head_dim

@@ -15,6 +15,7 @@ from kvp.models.configs import pruned_config
 from kvp.models.family import family_of
 from kvp.models.masks import masks_of
 from kvp.models.pruned import pruned_class
+from kvp.models.rope import require_fixed_rope, switches
 from kvp.models.shapes import cut, layer_shapes, require_whole_stream, sliced
 from kvp.models.stream import rotated
 from kvp.types import LayerShape, Plan
@@ -27,10 +28,13 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     The given model does not change. Matrices that are not cut are shared with it, not copied.
 
     Raises:
-        ValueError: The plan was made for other shapes or leaves no attention, or the model is sliced already.
+        ValueError: The plan was made for other shapes or leaves no attention, the model is sliced already, or pairs
+            are folded whose frequencies change with the length.
     """
     if plan.keep or plan.edits or plan.bases:
         require_whole_stream(model.config)
+    if plan.folded is not None:
+        require_fixed_rope(model.config)
     twin = _cut(model, plan)
     return _sliced(twin, plan.bases) if plan.bases else twin
 
@@ -68,14 +72,39 @@ def empty_twin(
 
 
 def filled(twin: PreTrainedModel, state: Mapping[str, Tensor], model: PreTrainedModel) -> PreTrainedModel:
-    """Load these parameters into the twin, and take everything else from the model."""
-    rotary = family_of(model.config).rotary
+    """Load these parameters into the twin, and take everything else from the model.
+
+    Raises:
+        ValueError: The config ties a head that is not the embedding: the twin would lose it.
+    """
+    family = family_of(model.config)
+    check_tied(state, f"{family.embedding}.weight", model.config)
+    rotary = family.rotary
     twin.load_state_dict(state, assign=True)
-    for name, buffer in model.get_submodule(rotary).named_buffers():  # frequencies, in no state dict
+    frequencies = dict(model.get_submodule(rotary).named_buffers())  # in no state dict
+    if switches(model.config):  # a long text may have changed them
+        frequencies["inv_freq"] = frequencies["original_inv_freq"]
+    for name, buffer in frequencies.items():
         twin.get_submodule(rotary).register_buffer(name, buffer.clone(), persistent=False)
     twin.tie_weights()
     twin.generation_config = copy.deepcopy(model.generation_config)
     return twin.train(model.training)
+
+
+def check_tied(state: Mapping[str, Tensor], embedding: str, config: PretrainedConfig) -> None:
+    """Refuse a head of its own where the config ties it to the embedding, because tying would lose it.
+
+    Raises:
+        ValueError: They differ; the message names the way out.
+    """
+    head = state.get("lm_head.weight")
+    if not config.tie_word_embeddings or head is None or head is state[embedding]:
+        return
+    if head.data_ptr() != state[embedding].data_ptr() and not torch.equal(head, state[embedding]):
+        raise ValueError(
+            "config.tie_word_embeddings is true, and the model's lm_head differs from its embedding: set it to false, "
+            "or call tie_weights() first"
+        )
 
 
 def _edited(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:

@@ -94,6 +94,7 @@ def identity(x: Experiment) -> dict[str, Any]:
         "config": x.node,
         "choices": x.choices,
         "overrides": x.overrides and list(x.overrides),
+        **({"config_dir": x.config_dir} if x.config_dir else {}),
     }
 
 

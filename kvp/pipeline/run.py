@@ -9,11 +9,12 @@ import time
 
 from kvp.pipeline.announce import announce
 from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.gate import check_inputs
 from kvp.pipeline.progress import Progress
 from kvp.pipeline.recording import make_record, model_record
 from kvp.pipeline.runfile import RUN, finished_before, recorded
 from kvp.pipeline.session import Session
-from kvp.pipeline.stages import check_force, examine, make
+from kvp.pipeline.stages import examine, make
 from kvp.pipeline.tracked import show_later, shown
 from kvp.record import RunRecord
 from kvp.tracking import Null
@@ -31,14 +32,12 @@ def run(x: Experiment) -> RunRecord:
         FloatingPointError: A loss is not finite.
         StageError: The store cannot be written.
     """
-    check_force(x)
+    check_inputs(x)
     started, session = time.time(), Session(x)
     earlier = None if x.force else finished_before(x.directory)
     with recorded(session, started):
-        x.check_sources()
         Progress(x).follow(session)
         dense = make(session, "dense")
-        x.check_model(dense.config)
         with shown(x, Null() if earlier else x.tracker) as log:
             models = {"dense": model_record(x, dense, examine(session, "dense"))}
             pruned = make(session, "pruned")

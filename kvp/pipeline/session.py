@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, final
 from torch import Tensor
 
 from kvp.code import digest, edits, reachable
-from kvp.models.load import ModelSource, load_config, load_model, load_tokenizer, resolve_dtype
+from kvp.models.load import load_config, load_model, load_tokenizer, resolve_dtype
+from kvp.models.sources import ModelSource
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.origins import changed_since, differences
 from kvp.provenance import provenance

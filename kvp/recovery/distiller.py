@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from typing_extensions import override
 
 from kvp.data.tokens import IGNORE
+from kvp.models.load import load_tokenizer
 from kvp.recovery.distillation import PARTS, Distillation, divergence, hidden_error
 
 
@@ -29,7 +30,9 @@ class Distiller(Trainer):
 
     def __init__(self, *, distillation: Distillation, teacher: str, dtype: str, **options: Any) -> None:
         super().__init__(**options)
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(teacher, dtype=dtype)
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
+            teacher, dtype=dtype, trust_remote_code=False
+        )
         self.teacher = loaded.to(self.args.device).eval().requires_grad_(False)
         self.distillation = distillation
         self.parts: dict[str, Tensor] = {}
@@ -83,8 +86,10 @@ def check_teacher(student: Path, teacher: Path | None) -> None:
     """
     if teacher is None:
         raise ValueError("distillation needs a teacher: the directory of the dense model")
-    sizes = [AutoConfig.from_pretrained(path).vocab_size for path in (student, teacher)]
-    words = [AutoTokenizer.from_pretrained(path).get_vocab() for path in (student, teacher)]
+    sizes = [
+        AutoConfig.from_pretrained(path, trust_remote_code=False).vocab_size for path in (student, teacher)
+    ]
+    words = [load_tokenizer(path).get_vocab() for path in (student, teacher)]
     if sizes[0] != sizes[1] or words[0] != words[1]:
         raise ValueError(
             f"the teacher {teacher} predicts {sizes[1]} tokens and names {len(words[1])}; the model to recover "

@@ -92,7 +92,7 @@ def _parts(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _model(recipe: Lora, job: Job) -> PeftModel:
-    base = AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=recipe.dtype)
+    base = AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=recipe.dtype, trust_remote_code=False)
     if recipe.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     set_seed(job.seed)

@@ -75,6 +75,11 @@ class Lora:
                 f"set exactly one of recovery.epochs and recovery.max_steps and leave the other null, got "
                 f"{self.epochs} and {self.max_steps}"
             )
+        if self.max_steps == 1 and self.warmup_steps:
+            raise ValueError(
+                f"recovery.max_steps must be >= 2 with recovery.warmup_steps={self.warmup_steps}, got 1: a warmup's "
+                "first step has a learning rate of 0, so nothing would be learnt; raise it, or set warmup_steps to 0"
+            )
         if self.batch_size % (self.micro_batch_size * self.num_processes):
             sizes = f"{self.batch_size}, {self.micro_batch_size} and {self.num_processes}"
             raise ValueError(

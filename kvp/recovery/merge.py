@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from kvp.models.load import load_config, load_model
 from kvp.recovery.batches import collate
 from kvp.recovery.examples import Example
 
@@ -36,8 +37,8 @@ def merge(
     Raises:
         ArithmeticError: The two forms differ by more than rounding explains.
     """
-    stored = AutoConfig.from_pretrained(checkpoint).dtype
-    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    stored = load_config(checkpoint).dtype
+    base = load_model(checkpoint, dtype=torch.float32, device="cpu")
     zeros = {name: weight == 0 for name, weight in base.named_parameters()} if keep_zeros else {}
     updated = PeftModel.from_pretrained(base, adapter)
     expected = _logits(updated, probe)

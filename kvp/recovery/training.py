@@ -9,9 +9,9 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from kvp.data.corpora import Corpus
+from kvp.models.load import load_tokenizer
 from kvp.recovery.distiller import check_teacher
 from kvp.recovery.examples import Example
 from kvp.recovery.fit import Job, fit
@@ -53,7 +53,7 @@ def train(
     """
     if recipe.distillation:
         check_teacher(checkpoint, teacher)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     held_out, examples = _split(recipe, recipe.data.examples(tokenizer, corpora), seed)
     job = Job(
         checkpoint=str(checkpoint),

@@ -47,8 +47,13 @@ def census(experiments: Sequence[Experiment], chains: list[list[Foretold]]) -> I
                 made = [stage for stage in missing if stage.writes_model]
                 checkpoints |= {stage.fingerprint: weights for stage in made}
                 memory = max(memory, _memory(x, missing, config))
-        except (OSError, ValueError):
-            unknown += 1  # the job itself will say why
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            AssertionError,
+        ):  # the latter of a GPU that only the nodes have
+            unknown += 1
             chains.append([])
         else:
             chains.append(chain)
@@ -71,7 +76,7 @@ def _stages(stages: Sequence[Foretold], unknown: int) -> Iterator[str]:
     counts = f"{len(stages)} stages: {len(stages) - missing.total()} stand, {missing.total()} to compute"
     yield f"{counts} ({kinds})" if missing else counts
     if unknown:
-        yield f"of {unknown} jobs the model or a text is out of reach: they will say so when they start"
+        yield f"of {unknown} jobs the model, a text or the GPU is out of reach here: their stages are not counted"
 
 
 def _bytes(count: int) -> str:

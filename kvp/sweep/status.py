@@ -86,7 +86,8 @@ def _command(record: RunRecord) -> str:
     """Return the command that goes on with a run; empty if it was composed in Python."""
     if record.overrides is None:
         return ""
-    return f"python -m kvp {shlex.join(record.overrides)}".strip()
+    own = ["--config-dir", record.config_dir] if record.config_dir else []
+    return f"python -m kvp {shlex.join([*own, *record.overrides])}".strip()
 
 
 def stage_counts(store: Path) -> dict[str, Counter[str]]:

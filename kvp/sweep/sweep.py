@@ -6,6 +6,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from hydra.core.utils import JobReturn, JobStatus
 
 from kvp.pipeline.experiment import Experiment
 from kvp.record import RunRecord
-from kvp.sweep.words import JOBS, corpora, perplexities, read, reason, removed, stages
+from kvp.sweep.words import JOBS, apart, corpora, gathered, perplexities, read, reason, removed, stages
 from kvp.tables import console_table, print_table
 from kvp.tracking import Wandb, upload_command
 
@@ -32,7 +33,7 @@ class SweepFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a job: "finished", "failed", "running" (killed) or "not run", and the record."""
+    """The outcome of a job: "finished", "failed", "running" (killed), "refused" or "not run", and the record."""
 
     name: str
     status: str
@@ -54,44 +55,98 @@ class Outcome:
         return cls(directory.name, record.status, record, why)
 
 
-def sweep(jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: Launch) -> None:
-    """Launch the jobs; print what stands before and what came of it after.
+def sweep(
+    jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: Launch, *, here: bool = True
+) -> None:
+    """Launch the jobs; print what is refused and what stands before, and what came of it after.
+
+    A job that cannot end well is refused before any starts. The others run.
 
     Args:
         jobs: The options of each.
         experiments: What they compose.
         launch: Hydra's: from jobs to what became of them.
+        here: Whether the jobs run on this machine.
 
     Raises:
-        SweepFailed: A job failed.
+        ValueError: All jobs are refused; nothing is started.
+        SweepFailed: A job failed, or was refused.
     """
-    from kvp.sweep.ahead import listed  # modelling code, which a wrong option need not wait for
+    from kvp.pipeline.gate import refusal  # modelling code, which a wrong option need not wait for
+    from kvp.sweep.ahead import listed
     from kvp.sweep.census import census
 
     began = time.time()
+    reasons = [refusal(x, here=here) for x in experiments]
+    refused = [(own, why) for own, why in zip(apart(jobs), reasons, strict=True) if why]
+    if len(refused) == len(jobs):
+        raise ValueError(" | ".join([*gathered(refused, len(jobs)), "nothing was started"]))
+    for words in gathered(refused, len(jobs)):
+        print(f"refused: {words}", flush=True)
     group = _group(experiments)
-    for job, x in zip(jobs, experiments, strict=True):
+    fine = [n for n, why in enumerate(reasons) if not why]
+    for n in fine:
+        job, x = jobs[n], experiments[n]
         if isinstance(x.tracker, Wandb) and x.tracker.group is None and x.group != group:
             job.append(f"tracker.group={group}")
         if x.force and not any(word.startswith("since=") for word in job):
             job.append(f"since={began}")  # what one job has made again, the others find
     chains: list[list[Foretold]] = []
-    for words in census(experiments, chains):
+    for words in census([experiments[n] for n in fine], chains):
         print(words, flush=True)  # before the jobs of other processes
-    os.environ[JOBS] = str(len(jobs))
-    returns: Sequence[JobReturn | None] = [None] * len(jobs)
+    os.environ[JOBS] = str(len(fine))
+    outcomes = {
+        n: Outcome(x.name, "refused", None, reasons[n]) for n, x in enumerate(experiments) if reasons[n]
+    }
     try:
         with listed(chains):
-            returns = launch(jobs, initial_job_idx=0)
+            returns = _launched([jobs[n] for n in fine], [experiments[n] for n in fine], launch)
+    except BaseException:
+        returns = [None] * len(fine)
+        raise
     finally:
-        outcomes = [Outcome.of(x, each) for x, each in zip(experiments, returns, strict=True)]
-        _print(outcomes, time.time() - began)
-    failed = sum(outcome.status != "finished" for outcome in outcomes)
-    if failed:
+        outcomes |= {n: Outcome.of(experiments[n], each) for n, each in zip(fine, returns, strict=True)}
+        shown = [outcomes[n] for n in range(len(jobs))]
+        _print(shown, time.time() - began)
+    if failed := sum(outcome.status != "finished" for outcome in shown):
+        also = f", {len(refused)} of them refused before they started" if refused else ""
         raise SweepFailed(
-            f"{failed} of {len(jobs)} jobs failed: their run.json holds the traceback, run.log beside it what "
+            f"{failed} of {len(jobs)} jobs failed{also}: their run.json holds the traceback, run.log beside it what "
             "they printed; the same command finds what is finished and tries these again"
         )
+
+
+def _launched(
+    jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: Launch
+) -> Sequence[JobReturn | None]:
+    """Launch the jobs; where a worker is killed, launch once more what its end took with it.
+
+    A pool of processes ends with any of its workers. The jobs that it left are found by their run.json.
+    """
+    try:
+        return launch(jobs, initial_job_idx=0)
+    except BrokenProcessPool as error:
+        left = [n for n, x in enumerate(experiments) if Outcome.of(x, None).status != "finished"]
+        print(
+            f"a worker was killed, as when memory runs out ({_short(error)}); {len(left)} jobs go on",
+            flush=True,
+        )
+    returns: list[JobReturn | None] = [None] * len(jobs)
+    try:
+        again = launch([jobs[n] for n in left], initial_job_idx=0)
+    except BrokenProcessPool:
+        print(
+            "a worker was killed again: fewer processes (hydra.launcher.n_jobs) or smaller batches",
+            flush=True,
+        )
+        return returns
+    for n, each in zip(left, again, strict=True):
+        returns[n] = each
+    return returns
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _group(experiments: Sequence[Experiment]) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from kvp.record import RunRecord
 from kvp.results import ModelRecord
 
+FEW = 3  # jobs that a line names
 JOBS = "KVP_SWEEP_JOBS"  # how many there are, for the processes that run them
 
 
@@ -63,3 +64,31 @@ def stages(record: RunRecord) -> str:
     """Return how many stages of a run were found and how many computed: "3 found, 2 computed"."""
     found = sum(stage.found for stage in record.stages)
     return f"{found} found, {len(record.stages) - found} computed"
+
+
+def apart(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Return what each job has that the others have not, as words of a command; all of it for a single one."""
+    common = set.intersection(*map(set, jobs)) if len(jobs) > 1 else set()
+    return [" ".join(word for word in job if word not in common) for job in jobs]
+
+
+def gathered(refused: Sequence[tuple[str, str]], jobs: int) -> list[str]:
+    """Return one line for all jobs that are refused alike: how many, why, and which.
+
+    Args:
+        refused: (job, reason) pairs.
+        jobs: How many jobs there are.
+    """
+    alike: dict[str, list[str]] = {}
+    for job, why in refused:
+        alike.setdefault(why, []).append(job)
+    return [_alike(why, names, jobs) for why, names in alike.items()]
+
+
+def _alike(why: str, names: Sequence[str], jobs: int) -> str:
+    if jobs == 1:
+        return why
+    if len(names) == jobs:
+        return f"all {jobs} jobs: {why}"
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return f"{len(names)} of {jobs} jobs: {why} ({'; '.join(names[:FEW])}{more})"

@@ -95,7 +95,7 @@ def test_a_row_that_is_no_list_of_options_is_refused():
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
-    """Where a sweep of three jobs ran of which the second fails, its command, stdout, stderr, exit code."""
+    """Where a sweep of three jobs ran of which the second is refused, its command, stdout, stderr, exit code."""
     tmp_path = tmp_path_factory.mktemp("sweep")
     words = ["-m", *places(tmp_path), "ratio.value=0.25,0.9,0.5", "ratio.tolerance=0.05", "recovery=none"]
     command = [sys.executable, "-m", "kvp", *words]
@@ -107,39 +107,38 @@ def test_a_sweep_has_a_header_lines_a_table_and_an_exit_code(swept):
     _, _, stdout, stderr, code = swept
     assert code == 1
     lines = stdout.splitlines()
-    assert lines[0] == "3 jobs, 0 of them finished before"
-    assert lines[2] == (
-        "13 stages: 0 stand, 13 to compute (1 model, 1 score, 1 sensitivity, 3 plan, 3 prune, 4 perplexity)"
+    assert lines[0].startswith("refused: 1 of 3 jobs: ratio.value=0.9 of kv_cache cannot be reached")
+    assert "the nearest is" in lines[0]
+    assert lines[0].endswith("(ratio.value=0.9)")
+    assert lines[1] == "2 jobs, 0 of them finished before"
+    assert lines[3] == (
+        "10 stages: 0 stand, 10 to compute (1 model, 1 score, 1 sensitivity, 2 plan, 2 prune, 3 perplexity)"
     )
-    assert lines[3].startswith("memory: about ")  # the model is not written yet
-    assert lines[4] == "time: 13 stages of unknown time left"
+    assert lines[4].startswith("memory: about ")  # the model is not written yet
+    assert lines[5] == "time: 10 stages of unknown time left"
     told = [line for line in lines if line.startswith("[")]
     assert [line.split()[:2] for line in told] == [
-        [f"[{job}/3]", word]
-        for job, end in enumerate(("finished", "failed", "finished"), 1)
-        for word in ("started", end)
+        [f"[{job}/2]", word] for job in (1, 2) for word in ("started", "finished")
     ]
     left = [line.rpartition("; ")[2] for line in told if "left of the sweep" in line]
-    assert len(left) == 2  # nothing is left after the last job, though the second one failed
+    assert len(left) == 1  # nothing is left after the last job
     assert all(re.fullmatch(r"about \d+ s left of the sweep", words) for words in left)
     told = told[1::2]
     assert "25.0 % of kv_cache; perplexity squad" in told[0]
-    assert "the nearest is" in told[1]
-    assert "4 found, 3 computed" in told[2]  # scores, profile and the dense baseline are shared
+    assert "4 found, 3 computed" in told[1]  # scores, profile and the dense baseline are shared
+    assert stdout.count("the nearest is") == 2  # before the jobs and after the table
     assert "2 of 3 jobs finished" in stdout
     assert stdout.count("│ tiny-kvpruner") == 3
-    assert stderr.strip().splitlines()[-1].startswith("kvp: error: 1 of 3 jobs failed")
+    failed = "kvp: error: 1 of 3 jobs failed, 1 of them refused before they started"
+    assert stderr.strip().splitlines()[-1].startswith(failed)
     assert "Traceback" not in stdout + stderr
 
 
-def test_a_failed_job_records_why_and_a_log_holds_the_rest(swept):
+def test_a_refused_job_leaves_nothing_and_a_log_holds_what_the_others_printed(swept):
     tmp_path, *_ = swept
-    failed, good = (next(r for r in records(tmp_path) if r["status"] == s) for s in ("failed", "finished"))
-    assert failed["error"]["type"] == "ValueError"
-    assert "the nearest is" in failed["error"]["message"]
-    assert "Traceback" in failed["error"]["traceback"]
-    assert "ratio.value=0.9" in failed["overrides"]
-    assert "pruned · prune  computed (" in Path(good["directory"], "run.log").read_text()
+    assert [record["status"] for record in records(tmp_path)] == ["finished", "finished"]
+    for record in records(tmp_path):
+        assert "pruned · prune  computed (" in Path(record["directory"], "run.log").read_text()
 
 
 def test_the_same_command_finds_what_is_finished_and_tries_the_rest_again(swept, monkeypatch, capsys):
@@ -147,9 +146,9 @@ def test_the_same_command_finds_what_is_finished_and_tries_the_rest_again(swept,
     written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/**/manifest.json")}
     code, stdout, _ = kvp_here(monkeypatch, capsys, *words)
     assert code == 1
-    assert "3 jobs, 2 of them finished before" in stdout
-    assert "13 stages: 10 stand, 3 to compute (1 plan, 1 prune, 1 perplexity)" in stdout
-    assert "[2/3] failed   tiny-kvpruner-kv_cache0.9" in stdout
+    assert "2 jobs, 2 of them finished before" in stdout
+    assert "10 stages: 10 stand, 0 to compute" in stdout
+    assert "│ tiny-kvpruner-kv_cache0.9" in stdout
     assert stdout.count("7 found, 0 computed") == 4  # two lines, two rows
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("store/**/manifest.json")} == written
 
@@ -193,6 +192,19 @@ def test_force_computes_once_what_it_names_and_what_follows(swept, monkeypatch, 
         (["-m", "launcher=submitit_slrm"], "Did you mean submitit_slurm?"),
         (["rows=['seed=0']"], "lists 1 rows: sweep over them with python -m kvp -m"),
         (["-m", "rows='seed=0'"], "rows must be a list of options"),
+        (["-m", "rows=5"], "rows must be a list of options"),
+        (["-m", "rows=['trusted=[os]']"], "a file may not trust itself"),
+        (["-m", "ratio.value=1.5", "seed=0,1,2,3"], "all 4 jobs: ratio.value must be in [0, 1), got 1.5"),
+        (["-m", "ratio.value=0.2,1.5,2.5"], "1 of 3 jobs: ratio.value must be in [0, 1), got 2.5"),
+        (["-m", "device=cuda", "seed=0,1"], "all 2 jobs: device must be cpu or auto here"),
+        (
+            ["-m", "recovery.target_modules=[foo]", "seed=0,1,2,3,4"],
+            "all 5 jobs: recovery.target_modules must name",
+        ),
+        (
+            ["-m", "model=local", "model.path=/nowhere", "seed=0,1,2"],
+            "all 3 jobs: model local: /nowhere is neither",
+        ),
     ],
 )
 def test_a_sweep_of_bad_options_launches_nothing(tmp_path, monkeypatch, capsys, words, message):
@@ -200,7 +212,8 @@ def test_a_sweep_of_bad_options_launches_nothing(tmp_path, monkeypatch, capsys, 
     assert code == 1
     (error,) = [line for line in stderr.splitlines() if line.startswith("kvp: error:")]
     assert message in error
-    assert not records(tmp_path)
+    assert error.count(message.partition(": ")[2] or message) == 1  # once for all that fail alike
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_of_an_experiment_times_the_command_line(swept, tmp_path, monkeypatch, capsys):
@@ -258,6 +271,10 @@ def test_nan_in_one_job_leaves_the_other(swept, tmp_path, monkeypatch, capsys):
     assert "FloatingPointError" in stdout
     assert "1 of 2 jobs finished" in stdout
     assert {record["status"] for record in records(tmp_path)} == {"finished", "failed"}
+    failed = next(record for record in records(tmp_path) if record["status"] == "failed")
+    assert failed["error"]["type"] == "FloatingPointError"
+    assert "Traceback" in failed["error"]["traceback"]
+    assert f"model.path={tmp_path}/broken" in failed["overrides"]
 
 
 def stop_in_recovery(pid, how, tmp_path, finished):

@@ -38,6 +38,7 @@ from kvp.models.family import family_of
 from kvp.models.joined import joined_config
 from kvp.models.masks import edited, masked, masks_of
 from kvp.models.plans import edits_file, found_or_made
+from kvp.models.rope import require_fixed_rope
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
 from kvp.options import options
@@ -76,7 +77,7 @@ class KVPrunerPlus(ChannelStrategy):
     grouping: Literal["apart", "separate", "vo"] = "separate"
     context: int | None = Field(default=1024, ge=1, description="tokens; null folds no pair")
     angle: float = Field(default=0.2, gt=0, lt=1, description="radians")
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int | None = Field(default=None, ge=1, description="null: as many as the model has")
     importance: Worth = "output"
 
     @property
@@ -89,13 +90,16 @@ class KVPrunerPlus(ChannelStrategy):
         """Check the model as joined. Joining adds parameters, so no budget of parameters goes with it.
 
         Raises:
-            ValueError: As any strategy, or heads are joined under a budget of parameters or blocks.
+            ValueError: As any strategy, heads are joined under a budget of parameters or blocks, or pairs are folded
+                whose frequencies change with the length.
         """
         if self.joins and budget.of in ("params", "block_params", "blocks"):
             raise ValueError(
                 f"strategy.num_key_value_heads={self.joins} adds parameters, so it goes with ratio=kv_cache only; "
                 f"got ratio.of={budget.of}, for which leave it null"
             )
+        if self.context is not None and "qk" in self.kinds():
+            require_fixed_rope(config)
         super().check(joined_config(config, self.joins), budget)
 
     @property

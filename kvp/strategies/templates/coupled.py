@@ -48,6 +48,11 @@ class CoupledStrategy(ScoreStrategy):
                 "strategy.unit_ratio says how many units go in each layer, and so does the allocator: use "
                 "strategy/allocator=uniform, or strategy.unit_ratio=null"
             )
+        if self.unit_ratio is not None and self.unit_ratio > self.allocator.max_ratio:
+            raise ValueError(
+                f"strategy.unit_ratio must be <= strategy.allocator.max_ratio={self.allocator.max_ratio:g}, got "
+                f"{self.unit_ratio:g}: no layer loses more than that; raise max_ratio too"
+            )
 
     @override
     def kinds(self) -> tuple[Kind, ...]:

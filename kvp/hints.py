@@ -1,0 +1,168 @@
+"""Errors of the command line in words: the innermost message, and the nearest valid word for a mistaken one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
+
+HERE = Path(__file__).resolve().parent
+CONF = next(path for path in (HERE / "conf", HERE.parent / "conf") if path.is_dir())
+EXTRAS = {
+    "joblib": "joblib",
+    "ray": "ray",
+    "submitit_local": "slurm",
+    "submitit_slurm": "slurm",
+}  # of launchers
+DOORS = ("bench", "check", "export", "report", "status")  # commands of their own
+
+
+def words(error: BaseException) -> str:
+    """Return the innermost message, and the way out for a mistaken word."""
+    while error.__cause__ is not None and isinstance(error, HydraException | OmegaConfBaseException):
+        if isinstance(error.__cause__, OmegaConfBaseException) and "not in struct" in str(error.__cause__):
+            break
+        if str(error.__cause__) in ("", "None"):  # as of the parser's own errors
+            break
+        error = error.__cause__
+    message = str(error) or type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        return f"{message}. Lower batch sizes (calibration, evaluation, recovery), or device=cpu"
+    if isinstance(error, MissingMandatoryValue) and (missing := re.search(r"full_key: ([\w.]+)", message)):
+        return f"{missing[1]} is not set, and this configuration needs it: say {missing[1]}=VALUE"
+    if re.search(
+        r"no viable alternative|token recognition error|extraneous input|mismatched input|missing EQUAL",
+        message,
+    ):
+        return _unparsed()
+    if message.startswith("Config group override must be"):
+        return _no_choice_of_a_group()
+    if missing := re.search(r"Could not find '([\w/]+)/([^']+)'", message):
+        return _no_such_choice(*missing.groups())
+    if launcher := re.search(r"Key '(\w+)' not in '\w*Conf'\s+full_key: (hydra\.launcher\.\w+)", message):
+        return f"there is no option {launcher[2]!r} of this launcher: choose one with it, such as launcher=joblib"
+    misspelt = re.search(r"Could not override '([^']+)'|Key '([\w.]+)' is not in struct", message)
+    if misspelt is None:
+        return (
+            " ".join(message.split())
+            if isinstance(error, HydraException | OmegaConfBaseException)
+            else message
+        )
+    return f"there is no option {misspelt[1] or misspelt[2]!r}.{_nearest(misspelt[1] or misspelt[2])}"
+
+
+def _unparsed() -> str:
+    """Return which word of the command is no option, and how it would be one."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for word in sys.argv[1:]:
+        if word.startswith("-") or word in _config_dirs():
+            continue
+        try:
+            OverridesParser.create().parse_override(word)
+        except (HydraException, ValueError):
+            key, equals, value = word.partition("=")
+            if word in DOORS:
+                return f"{word} is a command of its own: python -m kvp.{word} --help"
+            if not equals:
+                return f"{word!r} is no option: options have the form option=value, see --help"
+            quoted = value.replace("'", r"\'")
+            return (
+                f"{key}={value} cannot be read: quote a value with special characters for the shell and for kvp, "
+                f"\"{key}='{quoted}'\""
+            )
+    return "an option cannot be read: quote a value with special characters twice, \"option='value'\""
+
+
+def _no_choice_of_a_group() -> str:
+    """Return which word gives a group a value that names no option."""
+    for word in sys.argv[1:]:
+        group, _, value = word.partition("=")
+        if (value == "null" or not re.search(r"[A-Za-z]", value)) and (choices := _choices(group)):
+            return f"{group} must be one of {', '.join(choices)}, got {value or 'nothing'}"
+    return "an option of a group must be a name, see --help"
+
+
+def _config_dirs() -> list[str]:
+    """Return the user's own folders of options: of --config-dir, which is on the command line."""
+    argv = sys.argv[1:]
+    given = [word.partition("=")[2] for word in argv if re.match(r"(--config-dir|-cd)=", word)]
+    return given + [argv[n + 1] for n, word in enumerate(argv[:-1]) if word in ("--config-dir", "-cd")]
+
+
+def _folders() -> list[Path]:
+    """Return the folders of options, the shipped one last."""
+    return [*map(Path, _config_dirs()), CONF]
+
+
+def _choices(group: str) -> list[str]:
+    """Return the options of a group, those of --config-dir too."""
+    return sorted({path.stem for folder in _folders() for path in (folder / group).glob("*.yaml")})
+
+
+def _no_such_choice(group: str, name: str) -> str:
+    if group == "hydra/launcher":
+        return f"launcher={name} needs another package: pip install 'kvp[{EXTRAS.get(name, '...')}]'"
+    choices = _choices(group)
+    if not choices:
+        return f"there is no group {group!r}. See --help for all groups."
+    close = difflib.get_close_matches(name, choices, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"there is no {group}={name}.{hint} There are: {', '.join(choices)}"
+
+
+def _nearest(name: str) -> str:
+    """Return where a misspelt option may be meant, or which choice of a group has it."""
+    known = [key for key in _known() if key != name]
+    group, _, rest = name.partition(".")
+    if having := [choice for choice in _choices(group) if rest in _keys(_read(group, choice), "")]:
+        return f" It is one of {group}={having[0]}: choose that first."
+    same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or same_leaf[:3]
+    return f" Did you mean {' or '.join(close)}?" if close else " See --cfg job for all options."
+
+
+def _file(group: str, choice: str) -> Path | None:
+    """Return the YAML of a choice, the user's own before the shipped one."""
+    paths = (folder / group / f"{choice}.yaml" for folder in _folders())
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _read(group: str, choice: str) -> Any:
+    """Return the plain keys of a choice; what its defaults add is not read."""
+    path = _file(group, choice)
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path)) if path else {}
+    except (OSError, ValueError, YAMLError):
+        return {}
+
+
+def _known() -> list[str]:
+    """Return every option of the configuration under the choices of the command; none if they do not compose."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    pairs = [(word, word.partition("=")) for word in sys.argv[1:] if re.fullmatch(r"[\w/]+=\w+", word)]
+    chosen = [word for word, (group, _, choice) in pairs if _file(group, choice) and group != "launcher"]
+    own = ",".join(f"'{folder.absolute()}'" for folder in _folders()[:-1])
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = compose("config", overrides=[*chosen, f"hydra.searchpath=[{own}]"])
+            return [*_keys(OmegaConf.to_container(config), "")]
+    except HydraException:
+        return []
+
+
+def _keys(node: Any, prefix: str) -> Iterator[str]:
+    for key, child in node.items() if isinstance(node, dict) else ():
+        yield f"{prefix}{key}"
+        yield from _keys(child, f"{prefix}{key}.")

@@ -1,0 +1,1 @@
+"""A checkpoint directory, checked before it is opened."""

@@ -1,0 +1,243 @@
+"""One gate before anything is computed: what options, configs and files can tell of a run is checked in seconds.
+
+    check_inputs(x)  # ValueError or OSError: what, value, bound, way out
+
+A run passes it before its first stage, a sweep with all of its jobs before any of them starts. Nothing is written, and
+no weights are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from kvp.data.corpora import find
+from kvp.measurement.memory import available_bytes
+from kvp.models.checkpoint.check import Checked, check_checkpoint
+from kvp.models.family import family_of
+from kvp.models.mustafar import Mustafar
+from kvp.models.shapes import layer_shapes, require_whole_stream, size
+from kvp.models.sources import ModelSource, RandomModel
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.foretell import foretell
+from kvp.pipeline.settings import LONGEST_NAME, check_device
+from kvp.pipeline.stages import check_force
+from kvp.pipeline.texts import check_texts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+GIB = 2**30
+COUNTS = (  # fields of a config that are whole numbers above 0
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+def check_inputs(x: Experiment, *, here: bool = True) -> None:
+    """Refuse a run that cannot end well, before anything is computed or written.
+
+    Args:
+        x: The run.
+        here: Whether this machine is the one that computes; false: device and memory are the other one's.
+
+    Raises:
+        ValueError: An option is out of its bounds, or does not go with the model or the text.
+        OSError: Model or text are missing, or a directory cannot be written.
+    """
+    check_force(x)
+    if len(x.name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"the run's name has {len(x.name)} characters, more than a directory may: shorten model.name"
+        )
+    if here:
+        check_device(x.device)
+    check_sources(x, here=here)
+    foretold, dense = foretell(x) if x.place.is_dir() and here else ([], x.source.locate())
+    if dense is not None and not (dense / "config.json").exists():
+        dense = None  # still to be written
+    if foretold and all(stage.stands for stage in foretold):
+        return
+    checked = _checked(dense, json.dumps(x.source.identity())) if dense else None
+    config = checked.config if checked else _expected(x.source)
+    if here:
+        _check_memory(x, config)
+    check_model(x, config)
+    _check_modules(x, checked.linears if checked else _linears(config))
+    check_texts(x, dense, config.max_position_embeddings)
+
+
+def refusal(x: Experiment, *, here: bool = True) -> str:
+    """Return why a run is refused; empty if it is not."""
+    try:
+        check_inputs(x, here=here)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def check_sources(x: Experiment, *, here: bool = True) -> None:
+    """Refuse missing data before anything expensive."""
+    if x.reads_calibration:
+        x.calibration.check(x.corpora)
+    if x.recovery is not None:
+        x.recovery.check(x.corpora, x.device if here else "cpu")
+    for name in x.perplexity.corpora if x.perplexity else ():
+        assert x.perplexity is not None
+        find(x.corpora, name).check(x.perplexity.part)
+    if x.zero_shot is not None:
+        x.zero_shot.check()
+
+
+def check_model(x: Experiment, config: PretrainedConfig) -> None:
+    """Refuse a budget, a space, a length or a protocol that this model cannot offer; read no weights."""
+    if not x.unpruned:
+        require_whole_stream(config)
+    x.strategy.check(config, x.budget)
+    if x.recovery is not None and x.strategy.sparsifies and not x.recovery.keep_zeros:
+        raise ValueError(
+            "LoRA's update is dense: merged into the weights, it leaves none of this strategy's zeros. Choose "
+            "recovery=none, or recovery.keep_zeros=true to drop the update where the weight is zero"
+        )
+    distillation = x.recovery and x.recovery.distillation
+    if x.unpruned and distillation and not distillation.text_weight:
+        raise ValueError(
+            "the dense model has nothing to learn from itself alone: set recovery.distillation.text_weight above "
+            "0, or choose recovery/distillation=none for the control"
+        )
+    for key, tokens in _lengths(x):
+        if tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"{key} must be <= {config.max_position_embeddings} (max_position_embeddings of {x.source.name}), got "
+                f"{tokens}: the model knows no further positions"
+            )
+    if x.protocol is not None:
+        x.protocol.check_positions(config.max_position_embeddings)
+    if cache := x.cache or Mustafar.of(config):
+        cache.check(config)
+        _check_decoding(x, cache)
+
+
+def _lengths(x: Experiment) -> Iterator[tuple[str, int]]:
+    """Yield the tokens that a model reads at a time, by option."""
+    if x.reads_calibration:
+        yield "calibration.length", x.calibration.length
+    for name in ("length", "cutoff") if x.recovery else ():
+        if tokens := getattr(x.recovery and x.recovery.data, name, None):
+            yield f"recovery.data.{name}", tokens
+
+
+def _check_decoding(x: Experiment, cache: Mustafar) -> None:
+    """Refuse numbers that a sparse cache would have no part in."""
+    if x.zero_shot is not None:
+        raise ValueError(
+            "zero-shot tasks are scored in one forward pass, which reads no cache: their accuracy would be "
+            "that of the dense cache. Choose evaluation.zero_shot=null, or cache=none"
+        )
+    decoded = {"evaluation.perplexity.window": x.perplexity.window} if x.perplexity else {}
+    if protocol := x.protocol:
+        decoded["measure.prompt_length + measure.new_tokens"] = protocol.prompt_length + protocol.new_tokens
+    for name, tokens in decoded.items():
+        if tokens < cache.window + 3:  # the first token out of the window is read two predictions later
+            raise ValueError(
+                f"{name} must be >= {cache.window + 3}, got {tokens}: cache.window={cache.window} would keep "
+                "all of these tokens whole"
+            )
+
+
+@cache
+def _checked(dense: Path, identity: str) -> Checked:
+    """Return what the files of a directory say, once for all jobs of a sweep; another identity is another model."""
+    return check_checkpoint(dense)
+
+
+def _expected(source: ModelSource) -> PretrainedConfig:
+    """Return the config of a model that is still to be written."""
+    if not isinstance(source, RandomModel):
+        return source.expected()
+    for key in COUNTS:
+        value = source.config.get(key, 1)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"model.config.{key} must be a whole number >= 1, got {value!r}")
+    try:
+        config = source.expected()
+    except OSError:
+        raise
+    except Exception as error:  # transformers has many kinds for one mistake
+        raise ValueError(f"model.config is no config of a model: {_one_line(error)}") from error
+    family_of(config)
+    _check_shape(config, len(source.expected_tokenizer()))
+    return config
+
+
+def _check_shape(config: PretrainedConfig, tokens: int) -> None:
+    """Refuse widths that do not go together; transformers notices some of them in the forward pass only."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if heads % groups:
+        raise ValueError(
+            f"model.config.num_attention_heads must be a multiple of model.config.num_key_value_heads={groups}, got "
+            f"{heads}"
+        )
+    if width % 2:
+        raise ValueError(
+            f"model.config.head_dim must be even, because RoPE turns channels in pairs; got {width}"
+        )
+    if config.vocab_size < tokens:
+        raise ValueError(
+            f"model.config.vocab_size must be >= {tokens} (the tokenizer's tokens), got {config.vocab_size}"
+        )
+
+
+def _linears(config: PretrainedConfig) -> Sequence[str]:
+    """Return the linear modules of a model that is still to be written; refuse shapes that make none."""
+    from transformers import AutoModelForCausalLM
+
+    import kvp.models.pruned  # noqa: F401  (registers the classes)
+
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"model.config makes no model: {_one_line(error)}") from error
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _check_modules(x: Experiment, linears: Sequence[str]) -> None:
+    """Refuse modules to tune that the model does not have, also beside others that it has."""
+    for target in x.recovery.target_modules if x.recovery else ():
+        if not any(name == target or name.endswith(f".{target}") for name in linears):
+            known = dict.fromkeys(name.rpartition(".")[2] for name in linears)
+            raise ValueError(
+                f"recovery.target_modules must name linear modules of {x.source.name}, which has {', '.join(known)}; "
+                f"got {target!r}"
+            )
+
+
+def _check_memory(x: Experiment, config: PretrainedConfig) -> None:
+    """Refuse weights that alone take more than is free."""
+    needed = size(config, layer_shapes(config)).params * x.dtype.itemsize
+    free = available_bytes(torch.device(x.device))
+    if needed > free:
+        smaller = "" if x.dtype.itemsize == 2 else " model.dtype=bfloat16 (half of it),"
+        raise ValueError(
+            f"the weights of {x.source.name} take {needed / GIB:.2f} GiB in {str(x.dtype).removeprefix('torch.')}, and "
+            f"{free / GIB:.2f} GiB are free on {x.device}: free some, or choose{smaller} another device or a smaller "
+            "model"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join([f"{type(error).__name__}:", *str(error).split()])
