@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -29,7 +30,7 @@ def provenance(device: str, overrides: Sequence[str] | None = None) -> dict[str,
     return {
         "kvp": kvp.__version__,
         **commit(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": dict(_versions()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device_kind(device),
@@ -37,6 +38,12 @@ def provenance(device: str, overrides: Sequence[str] | None = None) -> dict[str,
         "threads": torch.get_num_threads(),
         "command": command(overrides),
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Return the versions of packages; each is read from its metadata, and every stage asks."""
+    return {name: version(name) for name in PACKAGES}
 
 
 def command(overrides: Sequence[str] | None) -> str:

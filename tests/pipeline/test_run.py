@@ -21,6 +21,7 @@ from kvp.models.load import load_config, load_tokenizer
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import foretell
 from kvp.record import RunRecord
+from kvp.upgrade import SCHEMA
 from tests.helpers.runs import LIGHT, ROOT, compose_here, overrides, run_here
 from tests.helpers.tracking import records
 from tests.process import start_kvp
@@ -80,7 +81,7 @@ def test_record_holds_what_the_readme_promises(finished):
     _, record = finished
     written = json.loads(Path(record["directory"], "run.json").read_text())
     assert written == json.loads(json.dumps(record)) == RunRecord.read(written).data()
-    assert (written["schema"], written["status"]) == (3, "finished")
+    assert (written["schema"], written["status"]) == (SCHEMA, "finished")
     for name in ("dense", "pruned", "recovered"):
         model = written[name]
         assert Path(model["checkpoint"], "config.json").exists()
