@@ -45,5 +45,5 @@ bench: install ## seconds of the prefix-reusing sensitivity pass against the nai
 tables: install ## table.md, .csv, .tex and sources.json of every study in experiments/, from its results
 	$(PY) -m kvp.report --committed
 
-clean: ## remove what runs and tools wrote (not .venv)
-	rm -rf outputs/store outputs/runs .pytest_cache .mypy_cache .ruff_cache
+clean: ## remove caches of tools; stages and runs stay (python -m kvp.store gc removes what no run needs)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache

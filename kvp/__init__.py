@@ -9,7 +9,8 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-LIGHT_COMMANDS = ("kvp", "kvp.bench", "kvp.check", "kvp.export", "kvp.report", "kvp.schema", "kvp.status")
+DOORS = ("bench", "check", "export", "report", "schema", "status", "store")
+LIGHT_COMMANDS = ("kvp", *(f"kvp.{door}" for door in DOORS))
 
 
 def _is_light_command() -> bool:

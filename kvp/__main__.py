@@ -101,6 +101,9 @@ def worded() -> Iterator[None]:
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def job(config: DictConfig) -> str | None:
     """One run of a single command, or of a sweep."""
+    from kvp.bars import only_on_terminals
+
+    only_on_terminals()
     for chatty in ("httpx", "accelerate", "datasets", "filelock"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -120,9 +123,9 @@ def _single(config: DictConfig) -> None:
 
 
 def _swept(config: DictConfig) -> str:
-    from kvp.sweep.worker import attempt, claim_gpu
+    from kvp.sweep.worker import attempt, settle
 
-    claim_gpu()
+    settle()
     return attempt(_composed(config), HydraConfig.get().job.num)
 
 

@@ -247,8 +247,14 @@ class RunRecord(Part):
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(self.data(), indent=2, allow_nan=False))
-        os.replace(partial, path)
+        text = json.dumps(self.data(), indent=2, allow_nan=False)
+        try:
+            partial.write_text(text)
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            why = f"{error.strerror}: free space or get write access there, or choose another runs=DIR"
+            raise OSError(error.errno, why, str(path)) from error
 
     def data(self) -> dict[str, Any]:
         """Return the record as JSON data, without the fields that it lacks."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from hashlib import sha256
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 WIDEST = 10_000  # characters, more than any table has
+LABEL, NOTE = 160, 4000  # characters that a name and a note may have
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], *, labels: int = 1) -> str:
@@ -70,3 +72,20 @@ def print_table(table: Table) -> None:
         wide = Console(width=WIDEST)
         console.width = Measurement.get(wide, wide.options, table).maximum
     console.print(table)
+
+
+def plain(text: str, longest: int = LABEL) -> str:
+    """Return a text whose line breaks are blanks and whose control and bidi characters are written out: \\u202e.
+
+    A longer text ends in a hash of all of it, so two texts stay two.
+    """
+    shown = text if text.isprintable() else "".join(map(_visible, text))
+    if len(shown) <= longest:
+        return shown
+    return f"{shown[: longest - 9]}…{sha256(text.encode(errors='backslashreplace')).hexdigest()[:8]}"
+
+
+def _visible(character: str) -> str:
+    if character.isprintable():
+        return character
+    return " " if character.isspace() else character.encode("unicode_escape").decode()

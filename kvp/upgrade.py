@@ -24,20 +24,30 @@ def upgraded(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if record["schema"] == SCHEMA:
         return record
-    record = {**record, **_with_origin(record)}
-    if record["schema"] == 3:
-        return {**record, "schema": SCHEMA}
-    choices = dict(_guessed_options(record["config"]))
-    config = named(record["config"])
+    config, record = record["config"], {**record, **_with_origin(record)}
+    if record["schema"] == 3 or not isinstance(config, Mapping) or not _names_classes(config):
+        return {**record, "schema": SCHEMA}  # what is no configuration, readers of the record refuse
+    choices, config = dict(_guessed_options(config)), named(config)
     return {"status": "finished", **record, "schema": SCHEMA, "config": config, "choices": choices}
 
 
 def _with_origin(record: Mapping[str, Any]) -> dict[str, Any]:
-    old = record["provenance"]
+    """Return provenance and stages with the command's origin; nothing where they are damaged."""
+    old, stages = record.get("provenance"), record.get("stages")
+    if not isinstance(old, Mapping) or not isinstance(stages, list):
+        return {}
+    if not all(isinstance(stage, Mapping) for stage in stages):
+        return {}
     origin = {name: old[name] for name in ORIGIN if name in old}
-    stages = [{**stage, "origins": [] if stage["found"] else [0]} for stage in record["stages"]]
+    stages = [{**stage, "origins": [] if stage.get("found") else [0]} for stage in stages]
     kept = {name: value for name, value in old.items() if name not in ORIGIN or name in ("dtype", "command")}
     return {"provenance": {**kept, "origins": [origin]}, "stages": stages}
+
+
+def _names_classes(config: Mapping[str, Any]) -> bool:
+    """Whether every `_target_` of a configuration is a text."""
+    nodes = [value for value in config.values() if isinstance(value, Mapping)]
+    return isinstance(config.get("_target_", ""), str) and all(map(_names_classes, nodes))
 
 
 def _guessed_options(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

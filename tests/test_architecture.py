@@ -16,7 +16,7 @@ MODULES = sorted((ROOT / "kvp").rglob("*.py"))
 
 TABLE = yaml.safe_load((ROOT / "docs" / "imports.yaml").read_text())
 BEHIND = {
-    "wandb": {"tracking"},
+    "wandb": {"tracking.weights_and_biases"},
     "lm_eval": {"evaluation.zeroshot"},
     "jinja2": {"report.page.html"},
     "gguf": {"export.gguf_file", "export.gguf_tokens"},

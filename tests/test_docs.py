@@ -17,7 +17,7 @@ from kvp.__main__ import CONF
 
 ROOT = Path(__file__).parents[1]
 STUDIES = [ROOT / "experiments" / "README.md", *sorted(ROOT.glob("experiments/*/README.md"))]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 PAGES += [
     page for page in sorted(ROOT.glob("docs/**/*.md")) if page.name != "run-json.md"
 ]  # that one is generated

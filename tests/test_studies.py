@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from transformers import AutoConfig, PretrainedConfig
 
 from kvp.__main__ import CONF
-from kvp.models.pruned import pruned_config
+from kvp.models.configs import pruned_config
 from kvp.models.shapes import cut, layer_shapes
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.gate import check_model

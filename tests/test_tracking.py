@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvp.tracking import Jsonl, Null, Wandb
+from kvp.tracking import Jsonl, Null, Wandb, upload_command
 from tests.helpers.tracking import PNG, records
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +22,9 @@ def use(log):
     log.metrics({"loss": 2.5}, step=10)
     log.metrics({"loss": 1.5, "ppl/squad": float("inf")}, step=5)
     log.metrics({"tokens": 7})
+    log.metrics({"wide/ppl": 9.5}, step=0, axis="stage")
+    log.metrics({"wide/ppl": 8.5}, step=1, axis="stage")
+    log.config({"commit": "f00", "dirty": None})
     log.summary({"ppl": {"squad": 3.5, "drop": {"dense": 4}}, "ratio": 0.25})
     log.table("results", ["method", "ppl"], [["kvpruner", 3.5], ["none", None], ["depth", "-"]])
     log.bar("importance", ["block 0", "block 1"], [0.1, 0.9], "Importance of blocks")
@@ -81,11 +84,19 @@ def test_wandb_offline_run_reads_back(offline):
     assert [row["ppl/squad"] for row in history if "ppl/squad" in row] == [float("inf")]
     assert [row["tokens"] for row in history if "tokens" in row] == [7]
     assert any(row.get("results/nrows") == 3 for row in history)
+    assert [(row["stage"], row["wide/ppl"]) for row in history if "wide/ppl" in row] == [(0, 9.5), (1, 8.5)]
+    axes = {r.metric.name: r.metric.step_metric for r in found if r.HasField("metric")}
+    assert axes == {"loss": "step", "ppl/squad": "step", "wide/ppl": "stage", "step": "", "stage": ""}
+    hidden = {r.metric.name for r in found if r.HasField("metric") and r.metric.options.hidden}
+    assert hidden == {"step", "stage"}  # an x-axis is no chart
+    later = {u.key: json.loads(u.value_json) for r in found for u in r.config.update if u.key}
+    assert (later["commit"], later["dirty"]) == ("f00", None)
 
     summary: dict = {}
     for record in found:
         summary |= items(record.summary.update)
     assert (summary["ppl/squad"], summary["ppl/drop/dense"], summary["ratio"]) == (3.5, 4, 0.25)
+    assert not {"step", "stage"} & summary.keys()
     assert [r.exit.exit_code for r in found if r.HasField("exit")] == [0]
     assert (Path(printed[0]).parent, errors) == (directory / "good" / "wandb", "")
 
@@ -121,11 +132,54 @@ def test_wandb_refuses_an_unknown_mode():
         Wandb(mode="disabled")
 
 
+def test_wandb_cuts_tags_and_groups_at_its_own_limits(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    info = {"run_id": "long", "config": {}, "tags": ["t" * 200, "", "short"], "group": "g" * 200}
+    with Wandb().run(name="n", directory=tmp_path, **info):
+        pass
+    (run,) = (r.run for r in records(tmp_path) if r.HasField("run"))
+    assert ([*run.tags], run.run_group) == (["t" * 64, "short"], "g" * 128)
+
+
+@pytest.mark.parametrize(
+    ("location", "command"),
+    [
+        (
+            "/runs/a/wandb/offline-run-20260101_000000-abc",
+            "wandb sync /runs/a/wandb/offline-run-20260101_000000-abc",
+        ),
+        ("/my runs/offline-run-1", "wandb sync '/my runs/offline-run-1'"),
+        ("/runs/offline-run-1;rm x", "wandb sync '/runs/offline-run-1;rm x'"),
+        ("https://wandb.ai/me/kvp/runs/abc", None),
+        ("/runs/a/metrics.jsonl", None),
+        ("/offline-run-x/metrics.jsonl", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_only_what_waits_offline_has_a_command_to_upload_it(location, command):
+    assert upload_command(location) == command
+
+
+def test_wandb_online_without_a_login_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+    with (
+        pytest.raises(RuntimeError, match=r"tracker\.mode must be offline .* got 'online' .*wandb login"),
+        Wandb(mode="online").run(name="n", run_id="1", directory=tmp_path, config={}),
+    ):
+        pass
+    assert not list(tmp_path.glob("wandb/*run*"))
+
+
 def use(tracker, directory: Path, fail: bool = False) -> str:
     info = {"name": "n", "run_id": "1", "directory": directory, "config": {"a": {"b": [1]}}, "tags": ["t"]}
     with tracker.run(**info) as log:
         log.metrics({"loss": 2.5, "nan": float("nan")}, step=3)
         log.metrics({"loss": 1.5})
+        log.metrics({"ppl": 3.5}, step=1, axis="stage")
+        log.config({"commit": "f00"})
         if fail:
             raise KeyboardInterrupt
         log.summary({"ppl": {"squad": 3.5}})
@@ -143,7 +197,9 @@ def test_jsonl_round_trip(tmp_path):
     assert lines == [
         {"kind": "run", "name": "n", "run_id": "1", "config": {"a": {"b": [1]}}, "tags": ["t"]},
         {"kind": "metrics", "step": 3, "values": {"loss": 2.5, "nan": "NaN"}},
-        {"kind": "metrics", "step": None, "values": {"loss": 1.5}},
+        {"kind": "metrics", "values": {"loss": 1.5}},
+        {"kind": "metrics", "stage": 1, "values": {"ppl": 3.5}},
+        {"kind": "config", "values": {"commit": "f00"}},
         {"kind": "summary", "values": {"ppl/squad": 3.5}},
         {"kind": "table", "name": "t", "columns": ["a", "b"], "rows": [[1, "x"], [None, 2]]},
         {"kind": "bar", "name": "b", "title": "T", "labels": [0, 1], "values": [0.5, 1.0]},
@@ -157,10 +213,15 @@ def test_jsonl_keeps_the_lines_of_a_failed_run_and_appends_the_next(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         use(Jsonl(), tmp_path, fail=True)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["kind"] for line in lines] == ["run", "metrics", "metrics", "exit"]
+    assert [json.loads(line)["kind"] for line in lines] == [
+        "run",
+        *["metrics"] * 3,
+        "config",
+        "exit",
+    ]
     assert json.loads(lines[-1])["exit_code"] == 1
     use(Jsonl(), tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:4] == lines
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[: len(lines)] == lines
 
 
 def test_null_accepts_everything_and_writes_nothing(tmp_path):

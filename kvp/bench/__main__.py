@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvp.bars import only_on_terminals
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ ON_CPU = GIB  # bytes of cache that a CPU's limit leaves by default: trying the 
 def main() -> None:
     """Run the command; exit code 1 and one clear error for whatever a user can mend."""
     options = parser().parse_args()
+    only_on_terminals()
     try:
         run(options)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:

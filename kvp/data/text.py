@@ -43,8 +43,8 @@ class PackedText(Selection):
         share = None if self.max_tokens is None else self.max_tokens // len(self.corpora)
         examples = []
         for name in self.corpora:
-            ids = encode(find(corpora, name).documents(self.part), tokenizer, join=self.join)
-            packed = windows(ids[:share], self.length).tolist()
+            ids = encode(find(corpora, name).documents(self.part), tokenizer, join=self.join, limit=share)
+            packed = windows(ids, self.length).tolist()
             if not packed:
                 raise ValueError(
                     f"The {self.part} part of {name} has {len(ids)} tokens: lower length={self.length}"

@@ -14,21 +14,39 @@ if TYPE_CHECKING:
 
 
 IGNORE = -100  # the label that the cross-entropy skips
+WHOLE = 4_000_000  # characters; a text up to this length is tokenised whole
+MARGIN = 10_000  # tokens before the end of a part that the cut may change
 
 
 def encode(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, join: str = "\n\n", bos: bool = False
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    join: str = "\n\n",
+    bos: bool = False,
+    limit: int | None = None,
 ) -> Tensor:
     """Return the joined documents as one stream of ids, int64 of shape (tokens,), tokenised once as a whole.
 
-    The tokenizer adds no special tokens. With `bos` one BOS opens the stream.
+    The tokenizer adds no special tokens. With `bos` one BOS opens the stream. With `limit` only so many ids are
+    returned, and a text beyond `WHOLE` is tokenised only as far as they reach.
 
     Raises:
         ValueError: `bos` is set and the tokenizer has no BOS.
     """
+    opening = [bos_id(tokenizer)] if bos else []
+    text, part = join.join(documents), 16 * max(limit or 0, MARGIN)
+    while limit is not None and len(text) > max(part, WHOLE):
+        ids = _ids(text[: text.rfind("\n", part // 2, part) + 1 or part], tokenizer)
+        if len(ids) >= limit + MARGIN:
+            return torch.tensor([*opening, *ids][:limit], dtype=torch.int64)
+        part *= 4
+    return torch.tensor([*opening, *_ids(text, tokenizer)][:limit], dtype=torch.int64)
+
+
+def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     # verbose=False: the stream is longer than a model's window, and is cut before a model reads it.
-    ids = tokenizer(join.join(documents), add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor([bos_id(tokenizer), *ids] if bos else ids, dtype=torch.int64)
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -125,8 +125,8 @@ class Perplexity(Selection):
             raise ValueError(
                 f"evaluation.perplexity.bos={self.bos}, but the tokenizer has no BOS token: set bos=none"
             )
-        ids = encode(corpus.documents(self.part), tokenizer, join=self.join, bos=self.bos == "start")
-        ids = ids[: self.max_tokens]
+        documents, bos = corpus.documents(self.part), self.bos == "start"
+        ids = encode(documents, tokenizer, join=self.join, bos=bos, limit=self.max_tokens)
         if len(ids) < window:
             raise ValueError(
                 f"A window is {window} tokens, but {corpus.identity(self.part)['name']}/{self.part} gives "

@@ -175,10 +175,13 @@ def average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     metrics = {task: metric for task, metric in METRIC_MAP.items() if task in results}
     scores = [results[task][metric] for task, metric in metrics.items()]
-    errors = [results[task][f"{metric}_stderr"] for task, metric in metrics.items()]
+    errors = [
+        results[task].get(f"{metric}_stderr") for task, metric in metrics.items()
+    ]  # none of one document
+    known = [error for error in errors if error is not None]
     return {
         "value": sum(scores) / len(scores) if scores else None,
-        "stderr": math.hypot(*errors) / len(errors) if errors else None,
+        "stderr": math.hypot(*known) / len(known) if known and len(known) == len(errors) else None,
         "tasks": list(metrics),
         "metrics": metrics,
         "complete": len(metrics) == len(METRIC_MAP),

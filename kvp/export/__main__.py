@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from kvp.bars import only_on_terminals
 from kvp.export.write import Target, export
 
 FORMS = """
@@ -33,6 +34,7 @@ def main() -> None:
         "--to", choices=get_args(Target), default="stock", help="the form (default: %(default)s)"
     )
     arguments = parser.parse_args()
+    only_on_terminals()
     try:
         serving = export(arguments.checkpoint, arguments.out, arguments.to)
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:

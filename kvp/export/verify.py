@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 
+from kvp import children
 from kvp.export.sample import NEW_TOKENS, Sample, token_logprobs
 
 Engine = Literal["transformers", "llama_cpp", "vllm"]
@@ -60,7 +60,7 @@ def ask(
         Path(work, "ask.json").write_text(json.dumps(question))
         alone, environment = ("-I", None) if not imports else ("-P", _that_finds_kvp())
         command = [python, alone, str(script), str(directory.absolute()), work]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=work, env=environment)
+        done = children.run(command, capture_output=True, text=True, cwd=work, env=environment)
         if f"No module named '{engine}'" in done.stderr:
             raise ModuleNotFoundError(
                 f"{engine} is not installed in {python}: install it there, or name an interpreter that has it "

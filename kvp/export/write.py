@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,6 +14,7 @@ from kvp.export.rope import require_fixed_factors
 from kvp.export.sample import Sample, make_sample, require_positions
 from kvp.export.stock import to_stock
 from kvp.export.verify import Engine, ask, compare, has
+from kvp.export.whole import SERVING, whole
 from kvp.models.checkpoint.check import check_weights
 from kvp.models.checkpoint.tokens import check_tokenizer, open_tokenizer
 from kvp.models.family import PRUNED_PREFIX
@@ -48,9 +48,7 @@ def export(checkpoint: Path, out: Path, to: Target) -> dict[str, Any]:
         RuntimeError: The engine cannot open it; it was removed.
     """
     config = _checked(checkpoint, out, to)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole(out) as partial:
         model = load_model(checkpoint, dtype=_stored_dtype(config), device="cpu")
         exported = _write(model, checkpoint, partial, to)
         del model
@@ -63,11 +61,7 @@ def export(checkpoint: Path, out: Path, to: Target) -> dict[str, Any]:
             "check": check,
             "sample": sample.stored(),
         }
-        (partial / "serving.json").write_text(json.dumps(serving, indent=2))
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        (partial / SERVING).write_text(json.dumps(serving, indent=2))
     return serving
 
 
@@ -119,7 +113,6 @@ def _write(model: PreTrainedModel, checkpoint: Path, directory: Path, to: Target
         from kvp.export.gguf_file import write_gguf
 
         stock = to_stock(model, "stock")
-        directory.mkdir(parents=True)
         write_gguf(stock, checkpoint, directory)
         return stock.config
     stock = to_stock(model, to)

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import kvp  # noqa: F401  (registers the pruned classes)
+from kvp.bars import only_on_terminals
 from kvp.cost import device_name
 from kvp.measurement import memory
 from kvp.measurement.count import cache_bytes, cache_bytes_per_token, macs
@@ -64,6 +65,7 @@ def measure(checkpoint: str, device: torch.device, dtype: str, protocol: Measure
 
 def main() -> None:
     """Measure what the spec in argv[1] names, and print the result."""
+    only_on_terminals()
     spec = json.loads(sys.argv[1])
     protocol = Measure(**spec["protocol"])
     result = measure(spec["checkpoint"], torch.device(spec["device"]), spec["dtype"], protocol)

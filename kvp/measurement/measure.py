@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kvp import children
 from kvp.options import options
 from kvp.types import DTYPES
 
@@ -76,7 +77,7 @@ class Measure:
         check_hardware(device, dtype)
         spec = {"checkpoint": str(checkpoint), "device": device, "dtype": dtype, "protocol": asdict(self)}
         command = [sys.executable, "-m", "kvp.measurement.child", json.dumps(spec)]
-        child = subprocess.run(
+        child = children.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENVIRONMENT | os.environ
         )
         if child.returncode:

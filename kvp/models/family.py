@@ -78,9 +78,8 @@ class Family:
     @property
     def config_class(self) -> type[PretrainedConfig]:
         """Return the Hugging Face config class of the dense model."""
-        config_class = self.causal_lm.config_class
-        assert config_class is not None
-        return config_class
+        module = import_module(f"transformers.models.{self.name}.configuration_{self.name}")
+        return getattr(module, f"{self.prefix}Config")
 
 
 FAMILIES: dict[str, Family] = {

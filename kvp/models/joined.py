@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvp.models.configs import pruned_config
 from kvp.models.family import family_of
-from kvp.models.pruned import pruned_config
 from kvp.models.shapes import CHANNELS_PER_PAIR, layer_shapes
-from kvp.models.surgery import empty_twin, filled
 from kvp.types import LayerShape
 
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ def joined(model: PreTrainedModel, num_key_value_heads: int | None) -> PreTraine
         for name, widen in ((family.q, _queries), (family.k, _keys), (family.o, _outputs)):
             for parameter in _parameters(state, f"{attention}.{name}"):
                 state[parameter] = widen(state[parameter], before, heads)
+    from kvp.models.surgery import empty_twin, filled  # imports seconds of modelling code
+
     return filled(empty_twin(config, shapes, range(len(shapes))), state, model)
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from kvp.models.configs import pruned_config
 from kvp.models.family import family_of
 from kvp.models.masks import masks_of
-from kvp.models.pruned import pruned_class, pruned_config
+from kvp.models.pruned import pruned_class
 from kvp.models.rope import require_fixed_rope, switches
 from kvp.models.shapes import cut, layer_shapes, require_whole_stream, sliced
 from kvp.models.stream import rotated

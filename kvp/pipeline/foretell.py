@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.forecast import kind_of_work
 from kvp.pipeline.session import Forcing, beginning
-from kvp.pipeline.stages import chain
+from kvp.pipeline.stages import chain, models_of
 from kvp.store import fingerprint
 
 
@@ -18,13 +19,19 @@ class Foretold:
     Attributes:
         name: Its folder in the store.
         kind: Its name in `force`.
+        model: The model that it makes or looks at.
+        work: What it has in common with stages of about the same cost.
+        since: When it must have been done to count (seconds since 1970); None: at any time.
         stands: Whether it is done.
         writes_model: Whether it leaves a checkpoint.
     """
 
     name: str
     kind: str
+    model: str
+    work: str
     fingerprint: str
+    since: float | None
     stands: bool
     writes_model: bool
 
@@ -36,11 +43,15 @@ def foretell(x: Experiment) -> tuple[list[Foretold], Path]:
         OSError, ValueError: The model or a text is out of reach.
     """
     foretold, before, forcing = [], beginning(x.source), Forcing(x)
-    for stage in chain(x):
+    for stage, model in zip(chain(x), models_of(x), strict=True):
         inputs = stage.decides(x, before)
         digest = fingerprint(stage.place, stage.version, inputs)
-        stands = x.store.stands(stage.place, digest, forcing.since(stage, inputs))
-        foretold.append(Foretold(stage.place, stage.name, digest, stands, stage.writes_model))
+        work = kind_of_work(stage.place, stage.version, inputs, before.get("model", digest))
+        since = forcing.since(stage, inputs)
+        stands = x.store.stands(stage.place, digest, since)
+        foretold.append(
+            Foretold(stage.place, stage.name, model, work, digest, since, stands, stage.writes_model)
+        )
         if stage.precedes:
             before[stage.name] = digest
     return foretold, x.source.locate() or x.store.place("model", before["model"]) / "model"

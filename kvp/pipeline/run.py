@@ -10,10 +10,12 @@ import time
 from kvp.pipeline.announce import announce
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.gate import check_inputs
+from kvp.pipeline.progress import Progress
 from kvp.pipeline.recording import make_record, model_record
 from kvp.pipeline.runfile import RUN, finished_before, recorded
 from kvp.pipeline.session import Session
 from kvp.pipeline.stages import examine, make
+from kvp.pipeline.tracked import show_later, shown
 from kvp.record import RunRecord
 from kvp.tracking import Null
 
@@ -33,12 +35,10 @@ def run(x: Experiment) -> RunRecord:
     check_inputs(x)
     started, session = time.time(), Session(x)
     earlier = None if x.force else finished_before(x.directory)
-    tracker = Null() if earlier else x.tracker
     with recorded(session, started):
+        Progress(x).follow(session)
         dense = make(session, "dense")
-        with tracker.run(
-            name=x.name, run_id=x.hash, directory=x.directory, config=x.node, group=x.group, job_type="run"
-        ) as tracked:
+        with shown(x, Null() if earlier else x.tracker) as log:
             models = {"dense": model_record(x, dense, examine(session, "dense"))}
             pruned = make(session, "pruned")
             models["pruned"] = models["dense"]
@@ -48,8 +48,8 @@ def run(x: Experiment) -> RunRecord:
                 recovered = make(session, "recovered")
                 models["recovered"] = model_record(x, recovered, examine(session, "recovered"))
 
-            location = tracked.location or (earlier.tracker if earlier else None)
+            location = log.location or (earlier.tracker if earlier else None)
             record = make_record(session, models, location, started)
             record.write(x.directory / RUN)
-            announce(record, session, tracked)
-    return record
+            announce(record, log)
+    return show_later(x, record) if earlier else record

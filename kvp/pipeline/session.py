@@ -166,6 +166,11 @@ class Values(Mapping[str, Any]):
         return len(self._readers)
 
 
+def say(done: Finished) -> None:
+    """Print how a stage came to be."""
+    log.info("%s %s (%.1f s)", done.name, "found" if done.found else "computed", done.seconds)
+
+
 class Session:
     """Does the stages of an experiment, or finds them done.
 
@@ -175,6 +180,7 @@ class Session:
         done: Those that later stages build on, by name.
         values: What the steps of planning gave, by name (`kvp.strategies.steps`).
         watch: Called with the place of each stage before it is done or found.
+        after: Called with each stage once it is done or found; prints a line by default.
         earlier: The record that an earlier run of this configuration left, to tell what changed since.
         others: Kinds of found stages that other code made, by how that code differs.
     """
@@ -185,6 +191,7 @@ class Session:
         self.done: dict[str, Finished] = {}
         self.values = Values()
         self.watch: Callable[[str], None] = lambda place: None
+        self.after: Callable[[Finished], None] = say
         self.earlier: RunRecord | None = None
         self.others: dict[str, list[str]] = {}
         self._before = beginning(x.source)
@@ -204,7 +211,7 @@ class Session:
             since=self._forcing.since(stage, inputs),
             origin=lambda: self.origin(stage),
         )
-        log.info("%s %s (%.1f s)", done.name, "found" if done.found else "computed", done.seconds)
+        self.after(done)
         self._tell_of_code(stage, model, done)
         self.finished.append((model, done))
         if stage.precedes:

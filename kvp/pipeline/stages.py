@@ -19,7 +19,6 @@ from typing_extensions import override
 from kvp.models.joined import joined
 from kvp.models.load import load_tokenizer, save
 from kvp.models.plans import write_plan
-from kvp.models.surgery import apply
 from kvp.pipeline.examination import EXAMINING, examination
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.session import Before, Checkpoint, Inputs, Session, Stage, maker
@@ -136,6 +135,8 @@ class Prune(Stage):
 
     @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
+        from kvp.models.surgery import apply  # imports seconds of modelling code
+
         x, dense, plan = session.x, session.checkpoint("joined"), final_plan(session.values)
         cut = apply(dense.stored(), plan)
         if x.cache is not None:
@@ -209,6 +210,11 @@ def chain(x: Experiment) -> Iterator[Stage]:
     for model in MODELS:
         yield from making(x, model)
         yield from examination(x, model)
+
+
+def models_of(x: Experiment) -> list[str]:
+    """Return for every stage of a run, in its order, the model that it makes or looks at."""
+    return [model for model in MODELS for _ in (*making(x, model), *examination(x, model))]
 
 
 def make(session: Session, model: str) -> Checkpoint:

@@ -8,6 +8,7 @@ from functools import partial
 from kvp.record import RunRecord
 from kvp.results import MeasureRecord, ModelRecord, Storage, TimingRecord
 from kvp.tables import console_table, print_table
+from kvp.tracking import upload_command
 
 STORAGES: tuple[Storage, ...] = ("dense", "2:4", "bitmap")
 CONTROL_NOTE = (
@@ -20,11 +21,16 @@ Row = tuple[str, Callable[[ModelRecord], str]]  # a label, and what the table sh
 
 def print_summary(record: RunRecord) -> None:
     """Print the table of a finished run, what was achieved of what was asked, and where everything lies."""
-    models = record.models()
-    rows = [[label, *map(read, models.values())] for label, read in _rows(record)]
-    print_table(console_table(["", *models], rows, title=record.name))
+    heads, rows = results(record)
+    print_table(console_table(heads, rows, title=record.name))
     for line in [*_notes(record), *_places(record)]:
         print(line)
+
+
+def results(record: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and rows of the table: a column per model, a row per kind of number."""
+    models = record.models()
+    return ["", *models], [[label, *map(read, models.values())] for label, read in _rows(record)]
 
 
 def _rows(record: RunRecord) -> Iterator[Row]:
@@ -80,18 +86,18 @@ def _perplexity(corpus: str, model: ModelRecord) -> str:
 
 def _task(task: str, metric: str, model: ModelRecord) -> str:
     metrics = model.evaluation.zero_shot.tasks[task].metrics
-    return _percent(metrics[metric], metrics[f"{metric}_stderr"])
+    return _percent(metrics[metric], metrics.get(f"{metric}_stderr"))
 
 
 def _average(model: ModelRecord) -> str:
     average = model.evaluation.zero_shot.average
-    if average is None or average.value is None or average.stderr is None:
+    if average is None or average.value is None:
         return "-"
     return _percent(average.value, average.stderr)
 
 
-def _percent(value: float, error: float) -> str:
-    return f"{100 * value:.1f} ± {100 * error:.1f}"
+def _percent(value: float, error: float | None) -> str:
+    return f"{100 * value:.1f}" if error is None else f"{100 * value:.1f} ± {100 * error:.1f}"
 
 
 def _rate(timing: TimingRecord) -> str:
@@ -124,9 +130,10 @@ def _notes(record: RunRecord) -> Iterator[str]:
 def _places(record: RunRecord) -> list[str]:
     last = [*record.models().values()][-1]
     found = sum(stage.found for stage in record.stages)
+    upload = upload_command(record.tracker)
     return [
         f"stages: {len(record.stages)}, {found} found finished, {record.provenance.seconds:.1f} s in all",
         f"record: {record.directory}/run.json",
         f"checkpoint: {last.checkpoint}",
-        f"tracker: {record.tracker or 'none'}",
+        f"tracker: {record.tracker or 'none'}{f'; to upload it: {upload}' if upload else ''}",
     ]

@@ -1,29 +1,29 @@
 """Training in several processes, one per GPU: torchrun starts them, the first of them writes.
 
-Recipe, job and examples reach them as a pickle in the Trainer's directory. They die with the process that started
-them, so a killed run leaves no process that would write into the next run's files.
+Recipe, job and examples reach them as a pickle. It lies in a directory that only this user can write, never in the
+store. They die with the process that started them, so none writes into the next run's files.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvp import children
+from kvp.bars import only_on_terminals
 from kvp.recovery.examples import Example
 from kvp.recovery.fit import Job, fit
 from kvp.recovery.lora import Lora
 
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 STDERR_LINES = 20
-ERROR = "error-of-rank-"
+SPEC, RESULT, ERROR = "spec.pkl", "result.json", "error-of-rank-"
 
 
 def fit_in_processes(
@@ -34,51 +34,43 @@ def fit_in_processes(
     Raises:
         RuntimeError: A process failed; the message holds the errors, or the last lines of stderr.
     """
-    work = Path(job.directory) / "trainer"
-    work.mkdir(exist_ok=True)
-    spec, result = work / "spec.pkl", work / "result.json"
-    for stale in work.glob(f"{ERROR}*"):
-        stale.unlink()
-    spec.write_bytes(pickle.dumps((recipe, job, examples, held_out)))
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={recipe.num_processes}"]
-    command = [sys.executable, "-m", *torchrun, "-m", "kvp.recovery.processes", str(spec), str(result)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // recipe.num_processes))}
-    child = subprocess.Popen(
-        command, env=threads | os.environ, stderr=subprocess.PIPE, text=True, preexec_fn=_die_with_parent
-    )
-    lines = _relay(child)
-    if child.wait():
-        reasons = [path.read_text() for path in work.glob(f"{ERROR}*")] or lines[-STDERR_LINES:]
-        raise RuntimeError("\n".join(["training in several processes failed:", *reasons]))
-    return json.loads(result.read_text())
+    with tempfile.TemporaryDirectory() as private:
+        work = Path(private)
+        (work / SPEC).write_bytes(pickle.dumps((recipe, job, examples, held_out)))
+        each = children.bound([sys.executable, "-m", "kvp.recovery.processes", private])
+        command = [*torchrun, f"--nproc_per_node={recipe.num_processes}", *each]
+        stderr = None if sys.stderr.isatty() else subprocess.PIPE  # bars belong on the terminal itself
+        child = children.start(command, env=threads | os.environ, stderr=stderr, text=True)
+        lines = _relay(child)
+        if child.wait():
+            reasons = [path.read_text() for path in work.glob(f"{ERROR}*")] or lines[-STDERR_LINES:]
+            raise RuntimeError("\n".join(["training in several processes failed:", *reasons]))
+        return json.loads((work / RESULT).read_text())
 
 
 def _relay(child: subprocess.Popen[str]) -> list[str]:
-    """Copy the processes' stderr, with the progress bar, to this one's as it comes; return the lines."""
-    assert child.stderr is not None
+    """Copy the processes' stderr to this one's as it comes; return the lines, none of a terminal."""
     lines = []
-    for line in child.stderr:
+    for line in child.stderr or ():
         sys.stderr.write(line)
         lines.append(line.rstrip())
     return lines
 
 
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main() -> None:
-    """Train as one of the processes: `spec.pkl result.json` are the arguments."""
-    _die_with_parent()
-    recipe, job, examples, held_out = pickle.loads(Path(sys.argv[1]).read_bytes())
+    """Train as one of the processes: the private directory is the argument."""
+    only_on_terminals()
+    work = Path(sys.argv[1])
+    recipe, job, examples, held_out = pickle.loads((work / SPEC).read_bytes())
     try:
         figures = fit(recipe, job, examples, held_out)
     except Exception as error:
-        Path(job.directory, "trainer", ERROR + os.environ["RANK"]).write_text(str(error))
+        (work / f"{ERROR}{os.environ['RANK']}").write_text(str(error))
         raise
     if figures:
-        Path(sys.argv[2]).write_text(json.dumps(figures))
+        (work / RESULT).write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -62,7 +63,13 @@ def train(
         resume=newest_checkpoint(directory / "trainer"),
         teacher=str(teacher) if recipe.distillation else None,
     )
-    result = (fit if recipe.num_processes == 1 else fit_in_processes)(recipe, job, examples, held_out)
+    try:
+        result = (fit if recipe.num_processes == 1 else fit_in_processes)(recipe, job, examples, held_out)
+    except UnpicklingError as error:  # torch loads nothing but tensors and numbers
+        raise RuntimeError(
+            f"{job.resume} is damaged, or no checkpoint that kvp wrote: delete {directory}, then the same command "
+            "trains from the beginning"
+        ) from error
     merged, agreement = merge(
         checkpoint, directory / "adapter", probe_of(examples), keep_zeros=recipe.keep_zeros
     )

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvp.report.records.keys import where
-from kvp.report.records.runs import collect, read_runs
+from kvp.report.records.runs import collect, collected, read_runs
 from kvp.report.studies import write_studies
 from kvp.report.table.build import build
 from kvp.report.table.references import load_published
 from kvp.report.table.render import write_table
 from kvp.report.table.show import show
 from kvp.report.table.spec import SPECS, load_spec
+from kvp.report.whole import whole
+from kvp.tables import NOTE, plain
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for path in report(_parser().parse_args(arguments)):
             print(path)
     except (ValueError, OSError) as error:
-        sys.exit(f"kvp.report: error: {' '.join(str(error).split())}")
+        sys.exit(f"kvp.report: error: {plain(' '.join(str(error).split()), NOTE)}")
 
 
 def report(options: argparse.Namespace) -> list[Path | str]:
@@ -33,30 +35,30 @@ def report(options: argparse.Namespace) -> list[Path | str]:
     out: Path = options.out
     specs = [load_spec(name) for name in options.spec or ["main"]]
     runs = where(read_runs(options.paths), options.where)
-    files: list[Path | str] = []
     if options.collect:
-        collect(runs, out / "results.jsonl")
-        runs = read_runs([out / "results.jsonl"])
-        files.append(out / "results.jsonl")
+        runs = collected(runs, out / "results.jsonl")
     published = load_published(run.model for run in runs)
     tables = [build(spec, runs, published=published, allow_mixed=options.allow_mixed) for spec in specs]
+    with whole(out) as partial:
+        files = [collect(runs, partial / "results.jsonl")] if options.collect else []
+        for table in tables:
+            files += write_table(table, partial if len(tables) == 1 else partial / table.name)
+        plots: list[Path] = []
+        if not options.no_plots:
+            from kvp.report.plots.write import write_plots
+
+            plots = write_plots(runs, partial)
+        from kvp.report.page.html import write_html
+
+        files += [*plots, write_html(runs, tables, plots, partial, home=out)]
+        plots, files = ([out / path.relative_to(partial) for path in paths] for paths in (plots, files))
     for table in tables:
         show(table)
-        files += write_table(table, out if len(tables) == 1 else out / table.name)
-    plots: list[Path] = []
-    if not options.no_plots:
-        from kvp.report.plots.write import write_plots
-
-        plots = write_plots(runs, out)
-    from kvp.report.page.html import write_html
-
-    page = write_html(runs, tables, plots, out)
-    files += [*plots, page]
     if options.wandb:
         from kvp.report.track import track
 
-        files.append(track(runs, tables, plots, out, mode=options.wandb, group=options.group))
-    return files
+        return [*files, track(runs, tables, plots, out, mode=options.wandb, group=options.group)]
+    return [*files]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from kvp.report.table.references import load_published
 from kvp.report.table.render import write_table
 from kvp.report.table.spec import load_spec
 from kvp.report.table.table import Table
+from kvp.report.whole import whole
 
 
 def find_studies() -> dict[Path, str]:
@@ -35,8 +36,9 @@ def study_table(study: Path, spec: str) -> Table:
 
 def write_studies() -> list[Path]:
     """Write table.md, table.csv, table.tex and sources.json beside the results of each study."""
-    return [
-        path
-        for study, spec in find_studies().items()
-        for path in write_table(study_table(study, spec), study)
-    ]
+    written = []
+    for study, spec in find_studies().items():
+        table = study_table(study, spec)
+        with whole(study) as partial:
+            written += [study / path.name for path in write_table(table, partial)]
+    return written

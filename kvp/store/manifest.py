@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -14,15 +15,23 @@ from pathlib import Path
 from typing import Any
 
 RESULT, MANIFEST = "result.json", "manifest.json"
-DISK_FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+DISK_FULL = tuple(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+TORCH_FULL = ("PytorchStreamWriter failed writing", "inline_container.cc:")  # torch.save never says why
+WAY_OUT = "Free space or get write access there, or choose another place with store=DIR."
 
 
 class StageError(OSError):
     """The store cannot be written; the message names the place and the way out."""
 
-    def __init__(self, path: Path, cause: BaseException) -> None:
-        way_out = "Free space or get write access there, or choose another place with store=DIR."
+    def __init__(self, path: Path, cause: BaseException | str, way_out: str = WAY_OUT) -> None:
         super().__init__(f"cannot write {path}: {cause}. {way_out}")
+
+
+def why_full(error: BaseException) -> BaseException | str | None:
+    """Return the cause, if an error says that a disk is full; libraries have their own classes for that."""
+    if any(text in str(error) for text in DISK_FULL):
+        return error
+    return "torch could not write a whole file" if any(text in str(error) for text in TORCH_FULL) else None
 
 
 def fingerprint(stage: str, version: int, inputs: Mapping[str, Any]) -> str:
@@ -42,28 +51,46 @@ def read_manifest(directory: Path, digest: str | None = None) -> dict[str, Any]:
         ValueError: It cannot be read or was changed; the message names the file.
     """
     try:
-        manifest = dict(json.loads((directory / MANIFEST).read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
+        manifest = dict(json.loads(_bytes_of(directory / MANIFEST)))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
     sealed = manifest.pop("seal", None) == _sha256(manifest)
-    if not sealed or digest not in (None, manifest.get("fingerprint")):
+    typed = {name: manifest.get(name) for name in ("files", "seconds", "fingerprint")}
+    if not sealed or digest not in (None, manifest.get("fingerprint")) or not _are_typed(**typed):
         raise ValueError(f"{MANIFEST} was changed")
     return manifest
 
 
-def check_files(directory: Path, files: Mapping[str, Any]) -> None:
-    """Refuse a directory whose files are not those of its manifest.
+def check_files(directory: Path, files: Mapping[str, Any], *, whole: bool = True) -> None:
+    """Refuse a directory whose files are not those of its manifest, or that holds one more.
+
+    Names that begin with a dot are no files of a stage: file managers and NFS leave them, and nothing reads them.
+
+    Args:
+        directory: Directory of the stage.
+        files: Files as the manifest describes them.
+        whole: Whether to read them; otherwise names and sizes are compared.
 
     Raises:
         ValueError: Names the file and what is wrong with it.
     """
+    for name in sorted(files_in(directory) - {MANIFEST, *files}):
+        if not any(part.startswith(".") for part in name.split("/")):
+            raise ValueError(f"{name} was added")
     for name, written in files.items():
         try:
-            present = _describe(directory / name)
+            present = _describe(directory / name, whole)
         except OSError as error:
             raise ValueError(f"{name} cannot be read ({error})") from error
+        written = written if whole else {"size": written["size"]}
         if present != written:
             raise ValueError(f"{name} was changed: it is {present}, {written} was written")
+
+
+def files_in(directory: Path) -> set[str]:
+    """Return the names of everything below a directory that is no directory; links are not followed."""
+    found = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(directory).as_posix() for path in found}
 
 
 def add_attempt(file: Path, origin: Mapping[str, Any], *, goes_on: bool) -> list[dict[str, Any]]:
@@ -87,7 +114,15 @@ def seal(partial: Path, result: Mapping[str, Any], manifest: dict[str, Any]) -> 
     manifest["files"] = {p.relative_to(partial).as_posix(): _describe(p) for p in inside if p.is_file()}
     manifest["created"] = datetime.now(UTC).isoformat(timespec="seconds")
     (partial / MANIFEST).write_text(json.dumps(manifest | {"seal": _sha256(manifest)}, indent=2))
-    for path in [*inside, partial / MANIFEST, partial]:
+    publish(partial, partial / RESULT)
+
+
+def publish(directory: Path, usual: Path) -> None:
+    """Wait until a directory is on the disk, its files as readable as one that the umask decided (weights are 0600)."""
+    mode = stat.S_IMODE(usual.stat().st_mode)
+    for path in [*sorted(directory.rglob("*")), directory]:
+        if path.is_file():
+            path.chmod(mode)
         sync(path)
 
 
@@ -124,7 +159,26 @@ def _sha256(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _describe(file: Path) -> dict[str, Any]:
+def _are_typed(files: Any, seconds: Any, fingerprint: Any) -> bool:
+    """Return whether a manifest holds what its readers use; anyone can seal anything."""
+    described = isinstance(files, dict) and all(
+        isinstance(each, dict) and each.keys() == {"sha256", "size"} for each in files.values()
+    )
+    return described and isinstance(seconds, int | float) and isinstance(fingerprint, str)
+
+
+def _bytes_of(file: Path) -> bytes:
+    """Return the bytes of a regular file; a pipe or a device would block or never end."""
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(file))
+    return file.read_bytes()
+
+
+def _describe(file: Path, whole: bool = True) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(file))
+    if not whole:
+        return {"size": file.stat().st_size}
     with file.open("rb") as stream:
         return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "size": stream.tell()}
 
@@ -134,5 +188,7 @@ def on_disk(path: Path) -> Iterator[None]:
     """Turn the errors of a disk into StageError."""
     try:
         yield
+    except StageError:
+        raise
     except OSError as error:
         raise StageError(path, error) from error

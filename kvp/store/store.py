@@ -14,20 +14,18 @@ import json
 import logging
 import os
 import shutil
-import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from kvp.cost import measured
+from kvp.store.locks import beside, check_alone, locked, share
 from kvp.store.manifest import (
-    DISK_FULL,
     MANIFEST,
     RESULT,
     StageError,
@@ -39,6 +37,7 @@ from kvp.store.manifest import (
     read_manifest,
     seal,
     sync,
+    why_full,
 )
 
 log = logging.getLogger(__name__)
@@ -46,6 +45,7 @@ log = logging.getLogger(__name__)
 Work = Callable[[Path], Mapping[str, Any] | None]
 
 AGAIN = "it is to be computed again"
+CLOCKS_DIFFER = 60  # seconds, of hosts that share a store
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Store:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root) as probe:
                 probe.write(b"kvp")
+            weakref.finalize(self, os.close, share(self.root))
 
     def once(
         self,
@@ -117,7 +118,7 @@ class Store:
         final = self.place(stage, digest)
         found = self._unfit(final, digest, since) is None
         if not found:
-            with _locked(final):
+            with locked(final):
                 unfit = self._unfit(final, digest, since)  # none if another process has just finished it
                 found = unfit is None
                 if unfit:
@@ -162,40 +163,28 @@ class Store:
 
 
 def _older(final: Path, since: float | None) -> bool:
-    return since is not None and (final / MANIFEST).stat().st_mtime < since
+    return since is not None and _written_before(final / MANIFEST, since)
 
 
-@contextmanager
-def _locked(final: Path) -> Iterator[None]:
-    """Holds the lock of a stage, after waiting for another holder; one that dies lets go of it."""
-    lock, holder = FileLock(final.with_name(f".{final.name}.lock")), final.with_name(f".{final.name}.holder")
-    with on_disk(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            who = holder.read_text() if holder.exists() else "another process"
-            log.info("waiting for %s, which %s is computing", final, who)
-            lock.acquire(poll_interval=0.2)
-    try:
-        with on_disk(final):
-            holder.write_text(f"{socket.gethostname()} pid {os.getpid()}")
-        yield
-    finally:
-        lock.release()
+def _written_before(path: Path, since: float) -> bool:
+    """Return whether a path is older than a moment; one from the future is, too: a clock was wrong when it came."""
+    return not since <= path.stat().st_mtime <= time.time() + CLOCKS_DIFFER
 
 
 def _make_way(final: Path, unfit: str, resumable: bool, since: float | None) -> Path:
     """Moves an unfit directory aside and returns the one to write in, empty unless resumable."""
-    partial = final.with_name(f".{final.name}.partial")
+    partial = beside(final, "partial")
     with on_disk(final):
-        if final.exists():
+        if os.path.lexists(final):
             kind = "replaced" if unfit == AGAIN else "corrupt"
-            names = (final.with_name(f".{final.name}.{kind}-{n}") for n in count(1))
-            aside = next(path for path in names if not path.exists())
+            names = (beside(final, f"{kind}-{n}") for n in count(1))
+            aside = next(path for path in names if not os.path.lexists(path))
             log.warning("%s: %s; moved to %s, computing it now", final, unfit, aside.name)
             final.rename(aside)
-        stale = since is not None and partial.exists() and partial.stat().st_mtime < since
+        foreign = partial.is_symlink() or (partial.exists() and not partial.is_dir())
+        if foreign:
+            partial.unlink()
+        stale = since is not None and partial.exists() and _written_before(partial, since)
         if partial.exists() and (stale or not resumable):
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=True)
@@ -210,6 +199,8 @@ def _attempts(partial: Path, origin: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return who works on a stage; before the last those whose files it goes on with."""
     with on_disk(partial):
         goes_on = any(partial.iterdir())
+        if _attempts_of(partial).is_symlink():
+            _attempts_of(partial).unlink()
         return add_attempt(_attempts_of(partial), plain(origin, "origin"), goes_on=goes_on)
 
 
@@ -220,13 +211,13 @@ def _finish(partial: Path, final: Path, work: Work, head: dict[str, Any], resuma
             result = work(partial)
         with on_disk(partial):
             seal(partial, result or {}, head | cost)
+            check_alone(final)
             partial.rename(final)
             _attempts_of(partial).unlink(missing_ok=True)
             sync(final.parent)
     except BaseException as error:
         if not resumable:
             shutil.rmtree(partial, ignore_errors=True)
-        full = any(text in str(error) for text in DISK_FULL)  # safetensors has its own class of error
-        if full and not isinstance(error, StageError):
-            raise StageError(partial, error) from error
+        if not isinstance(error, StageError) and (why := why_full(error)):
+            raise StageError(partial, why) from error
         raise

@@ -17,13 +17,14 @@ from kvp.pipeline.foretell import Foretold, foretell
 from kvp.pipeline.runfile import finished_before
 from kvp.pipeline.stages import KINDS
 from kvp.strategies.signals.estimate import scoring_bytes
+from kvp.sweep.ahead import time_left
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def census(experiments: Sequence[Experiment]) -> Iterator[str]:
-    """Line by line; a stage that several jobs share is counted once."""
+def census(experiments: Sequence[Experiment], chains: list[list[Foretold]]) -> Iterator[str]:
+    """Line by line; a stage that several jobs share is counted once. `chains` gets the stages of each job."""
     before = sum(finished_before(x.directory) is not None for x in experiments)
     yield f"{len(experiments)} jobs, {before} of them finished before"
     for runs, store in sorted({(str(x.runs), str(x.store.root)) for x in experiments}):
@@ -53,7 +54,9 @@ def census(experiments: Sequence[Experiment]) -> Iterator[str]:
             AssertionError,
         ):  # the latter of a GPU that only the nodes have
             unknown += 1
+            chains.append([])
         else:
+            chains.append(chain)
             stages |= {stage.fingerprint: stage for stage in chain}
     yield from _stages(list(stages.values()), unknown)
     if memory:
@@ -63,6 +66,8 @@ def census(experiments: Sequence[Experiment]) -> Iterator[str]:
             f"their batches. Disk: at most {_bytes(sum(checkpoints.values()))} for {len(checkpoints)} "
             f"checkpoints, {_bytes(free)} are free"
         )
+    if left := time_left(stages.values(), experiments[0]):
+        yield f"time: {left}"
 
 
 def _stages(stages: Sequence[Foretold], unknown: int) -> Iterator[str]:

@@ -6,24 +6,23 @@ python -m kvp.status [outputs/runs] [--store outputs/store]
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
-import socket
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
 from rich.table import Table
 
 from kvp.record import RunRecord
+from kvp.store.contents import Entry, entries, is_alive
 from kvp.sweep.words import reason, removed, stages
-from kvp.tables import console_table, print_table
+from kvp.tables import NOTE, WIDEST, console_table, plain, print_table
 
-STAGE_COLUMNS = ("finished", "being computed", "left unfinished", "set aside", "MiB")
+STAGE_COLUMNS = ("finished", "being computed", "left unfinished", "damaged", "set aside", "MiB")
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,11 @@ class Look:
 def look(path: Path) -> Look:
     """Return how the run of a run.json stands."""
     name = path.parent.name
+    if not path.is_file():  # a pipe would be waited for
+        return Look(name, "unreadable", f"{path} is no file")
     try:
-        record = RunRecord.read(path)
-    except (OSError, ValueError) as error:
+        record, written = RunRecord.read(path), path.stat().st_mtime
+    except (OSError, ValueError, RecursionError) as error:
         return Look(name, "unreadable", str(error))
     if record.status == "finished":
         return Look(name, record.status, f"{removed(record)} removed; {stages(record)}")
@@ -56,23 +57,29 @@ def look(path: Path) -> Look:
         where = f"{record.stage}: " if record.stage else ""
         why = reason(record.error.type, record.error.message) if record.error else "no error is recorded"
         return Look(name, record.status, where + why, _command(record))
-    started = datetime.fromisoformat(record.provenance.started)
-    stage = record.stage or "between stages"
-    who = f"{stage}, {record.host} pid {record.pid}, since {started:%Y-%m-%d %H:%M} UTC"
-    if record.pid and is_alive(record.host, record.pid, started.timestamp()) is False:
+    started = _moment(record.provenance.started)
+    since = f"since {started:%Y-%m-%d %H:%M} UTC" if started else f"since {record.provenance.started}"
+    who = f"{record.stage or 'between stages'}, {record.host} pid {record.pid}, {since}"
+    alive = record.pid and started and is_alive(record.host, record.pid, started.timestamp())
+    if alive is False:
         return Look(name, "died", who, _command(record))
-    return Look(name, record.status, who)
+    return Look(name, record.status, who if alive else f"{who}; {_silence(written)}")
 
 
-def is_alive(host: str | None, pid: int, since: float) -> bool | None:
-    """Return whether a process that ran at a time (seconds since 1970) still runs; None if it is another machine's."""
-    if host != socket.gethostname():
-        return None
+def _moment(text: str) -> datetime | None:
+    """Return a time of a record in UTC; None if the text is no time."""
     try:
-        process = psutil.Process(pid)
-        return process.create_time() <= since + 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _silence(written: float) -> str:
+    """Return since when nothing was written, and how long that is; a clock that was set back gives no length."""
+    hours = (time.time() - written) / 3600
+    long = f" ({hours / 24:.1f} days)" if hours >= 48 else f" ({hours:.1f} hours)" if hours >= 0 else ""
+    last = datetime.fromtimestamp(written, UTC)
+    return f"not of this machine, nothing written since {last:%Y-%m-%d %H:%M} UTC{long}"
 
 
 def _command(record: RunRecord) -> str:
@@ -84,30 +91,24 @@ def _command(record: RunRecord) -> str:
 
 
 def stage_counts(store: Path) -> dict[str, Counter[str]]:
-    """Return, per kind of stage, how many there are in each state of `STAGE_COLUMNS`, and MiB of the finished ones."""
+    """Return, per kind of stage, how many there are in each state of `STAGE_COLUMNS`, and MiB of the finished ones.
+
+    The store may be in use: what is gone by the time it is looked at does not count.
+    """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for manifest in store.rglob("manifest.json"):
-        stage = manifest.parent
-        if not stage.name.startswith("."):
-            sizes = (file["size"] for file in json.loads(manifest.read_bytes())["files"].values())
-            counts[_kind(stage, store)] += Counter({"finished": 1, "MiB": sum(sizes) / 2**20})
-    for partial in store.rglob(".*.partial"):
-        counts[_kind(partial, store)]["being computed" if _is_held(partial) else "left unfinished"] += 1
-    for aside in [*store.rglob(".*.corrupt-*"), *store.rglob(".*.replaced-*")]:
-        counts[_kind(aside, store)]["set aside"] += 1
+    for entry in entries(store):
+        counts[entry.kind][_column(entry)] += 1
+        if entry.state == "finished":
+            counts[entry.kind]["MiB"] += entry.bytes / 2**20  # type: ignore[assignment]
     return counts
 
 
-def _kind(stage: Path, store: Path) -> str:
-    return stage.parent.relative_to(store).as_posix()
-
-
-def _is_held(partial: Path) -> bool:
-    holder = partial.with_suffix(".holder")
-    if not holder.exists():
-        return False
-    host, _, pid = holder.read_text().split()
-    return is_alive(host, int(pid), holder.stat().st_mtime) is not False
+def _column(entry: Entry) -> str:
+    if entry.state == "unfinished":
+        return "left unfinished"
+    if entry.state in STAGE_COLUMNS:
+        return entry.state
+    return "damaged" if entry.in_place else "set aside"
 
 
 def main() -> None:
@@ -119,6 +120,8 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="tell of the stages in a store, too")
     args = parser.parse_args()
     looks = [look(file) for file in sorted(args.runs.glob("*/run.json"))]
+    if args.store and not args.store.is_dir():
+        sys.exit(f"kvp: error: there is no store at {args.store}: name the directory that store=DIR named")
     if not looks:
         sys.exit(f"kvp: error: there is no run below {args.runs}: name the directory that runs=DIR named")
     print_table(_runs(looks))
@@ -128,7 +131,7 @@ def main() -> None:
     if retries:
         print("The command of a sweep, repeated, goes on with all of its jobs; one alone:")
     for each in retries:
-        print(f"  {each.retry}")
+        print(f"  {plain(each.retry, WIDEST)}")
 
 
 def _runs(looks: Sequence[Look]) -> Table:
@@ -136,7 +139,7 @@ def _runs(looks: Sequence[Look]) -> Table:
     title = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     return console_table(
         ("run", "status", ""),
-        [(each.name, each.status, each.detail) for each in looks],
+        [(plain(each.name), each.status, plain(each.detail, NOTE)) for each in looks],
         title=title,
         labels=3,
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.utils import JobReturn, JobStatus
 
@@ -15,7 +17,10 @@ from kvp.pipeline.experiment import Experiment
 from kvp.record import RunRecord
 from kvp.sweep.words import JOBS, apart, corpora, gathered, perplexities, read, reason, removed, stages
 from kvp.tables import console_table, print_table
-from kvp.tracking import Wandb
+from kvp.tracking import Wandb, upload_command
+
+if TYPE_CHECKING:
+    from kvp.pipeline.foretell import Foretold
 
 HEADS = ("run", "status", "removed", "pruned", "recovered", "stages", "s")
 
@@ -68,6 +73,7 @@ def sweep(
         SweepFailed: A job failed, or was refused.
     """
     from kvp.pipeline.gate import refusal  # modelling code, which a wrong option need not wait for
+    from kvp.sweep.ahead import listed
     from kvp.sweep.census import census
 
     began = time.time()
@@ -85,14 +91,16 @@ def sweep(
             job.append(f"tracker.group={group}")
         if x.force and not any(word.startswith("since=") for word in job):
             job.append(f"since={began}")  # what one job has made again, the others find
-    for words in census([experiments[n] for n in fine]):
+    chains: list[list[Foretold]] = []
+    for words in census([experiments[n] for n in fine], chains):
         print(words, flush=True)  # before the jobs of other processes
     os.environ[JOBS] = str(len(fine))
     outcomes = {
         n: Outcome(x.name, "refused", None, reasons[n]) for n, x in enumerate(experiments) if reasons[n]
     }
     try:
-        returns = _launched([jobs[n] for n in fine], [experiments[n] for n in fine], launch)
+        with listed(chains):
+            returns = _launched([jobs[n] for n in fine], [experiments[n] for n in fine], launch)
     except BaseException:
         returns = [None] * len(fine)
         raise
@@ -156,6 +164,9 @@ def _print(outcomes: Sequence[Outcome], seconds: float) -> None:
     for outcome in outcomes:
         if outcome.why:
             print(f"{outcome.name}: {outcome.why}")
+    offline = [record.tracker for record in finished if record.tracker and upload_command(record.tracker)]
+    if offline:
+        print(f"to upload: wandb sync {shlex.join(offline)}")
 
 
 def _cells(outcome: Outcome) -> list[str]:

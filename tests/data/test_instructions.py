@@ -92,8 +92,12 @@ def test_max_examples_takes_the_first_rows_of_json_lines(tmp_path, tokenizer):
 def test_a_row_without_output_is_named(tmp_path, tokenizer):
     path = tmp_path / "alpaca.jsonl"
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps({"instruction": "x", "text": "y"}))
-    with pytest.raises(ValueError, match=r"row 1 of alpaca\.jsonl has no output"):
-        Instructions(path=str(path)).examples(tokenizer, {})
+    data = Instructions(path=str(path))
+    for read in (data.check, lambda corpora: data.examples(tokenizer, corpora)):
+        with pytest.raises(
+            ValueError, match=r"alpaca\.jsonl, line 2 has no column 'output'; it has .*, text"
+        ):
+            read({})
 
 
 def test_the_identity_says_which_bytes(path):

@@ -110,6 +110,8 @@ def test_average_of_some_tasks_is_not_complete():
         "complete": False,
     }
     assert average({})["value"] is average({})["stderr"] is None
+    one_document = average({"piqa": piqa, "hellaswag": {"acc": 1.0, "acc_norm": 1.0}})
+    assert (one_document["value"], one_document["stderr"]) == ((piqa["acc"] + 1) / 2, None)
 
 
 def test_all_seven_are_packaged():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from kvp.store import Store
-from kvp.sweep.status import look, stage_counts
+from kvp.sweep.status import look, main, stage_counts
 from tests.report.sample_records import make_record
 
 ROOT = Path(__file__).parents[2]
@@ -145,3 +149,134 @@ def test_a_directory_without_runs_is_one_clear_error(tmp_path):
         done.stderr.strip()
         == f"kvp: error: there is no run below {tmp_path}: name the directory that runs=DIR named"
     )
+
+
+def test_a_run_of_another_machine_says_since_when_nothing_was_written(tmp_path):
+    path = write(tmp_path, "a", host="elsewhere", pid=1)
+    os.utime(path, (time.time(), time.time() - 90 * 3600))
+    run = look(path)
+    assert run.status == "running"
+    assert re.search(r"nothing written since \d{4}-\d\d-\d\d \d\d:\d\d UTC \(3\.8 days\)$", run.detail)
+
+
+@pytest.mark.parametrize("host", [HERE, "elsewhere"])
+def test_a_clock_that_jumped_does_not_stop_the_status(tmp_path, host):
+    path = write(tmp_path, "a", host=host, started=datetime.now(UTC) + timedelta(days=400))
+    os.utime(path, (time.time(), time.time() + 9e6))
+    run = look(path)
+    assert run.status == "running" and "days)" not in run.detail
+
+
+ODD = {  # what stands in a record that is running -> the status
+    "started": ({"provenance": {"started": "yesterday"}}, "running"),
+    "far": ({"provenance": {"started": "9999-12-31T23:59:59-23:00"}}, "running"),
+    "pid": ({"pid": 2**40}, "died"),
+    "negative": ({"pid": -5}, "died"),
+    "none": ({"pid": None}, "running"),
+    "host": ({"host": "\x1b[31m\u202e[red]|`x`"}, "running"),
+    "stage": ({"stage": "a\nb" * 9999}, "running"),
+    "failed": ({"status": "failed", "error": None}, "failed"),
+    "message": ({"status": "failed", "error": {"type": "[red]", "message": "\x1b[2J\n"}}, "failed"),
+    "ratio": (
+        {"status": "finished", "ratio": {"asked": {"value": 0.5, "of": "blocks"}, "achieved": {}}},
+        "finished",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_values_in_a_record_are_shown_and_do_no_harm(tmp_path, capsys, monkeypatch, case):
+    changes, status = ODD[case]
+    path = write(tmp_path, "a")
+    record = json.loads(path.read_text())
+    record["provenance"] |= changes.get("provenance", {})
+    path.write_text(json.dumps({**record, **{k: v for k, v in changes.items() if k != "provenance"}}))
+    assert look(path).status == status
+    monkeypatch.setattr(sys, "argv", ["status", str(tmp_path)])
+    main()
+    shown = capsys.readouterr().out
+    assert f"1 {status}" in shown and not re.search("[\x1b\u202e]|.{9000}", shown)
+
+
+@pytest.mark.parametrize("kind", ["directory", "pipe", "deep", "link", "binary"])
+def test_a_run_json_that_is_none_is_one_row(tmp_path, kind):
+    path = write(tmp_path, "a")
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(path)
+    else:
+        path.write_bytes(b"[" * 100_000 if kind == "deep" else b"\xff\xfe\0")
+    run = look(path)
+    assert run.status == "unreadable" and run.detail
+
+
+HARM = {  # a file of a finished stage or beside one left unfinished, and what it holds then
+    "cut manifest": ("manifest.json", '{"files": {"a": {"si'),
+    "empty manifest": ("manifest.json", ""),
+    "list": ("manifest.json", "[]"),
+    "no files": ("manifest.json", "{}"),
+    "odd files": ("manifest.json", '{"files": {"a": 3}}'),
+    "odd size": ("manifest.json", '{"files": {"a": {"size": null}}}'),
+    "empty holder": (".holder", ""),
+    "odd holder": (".holder", "box pid"),
+    "long holder": (".holder", f"{HERE} pid {2**70}"),
+}
+
+
+@pytest.mark.parametrize("case", HARM)
+def test_a_damaged_store_is_counted(tmp_path, case):
+    store = Store(tmp_path)
+
+    def write(directory):
+        (directory / "a").write_bytes(bytes(2**20))
+
+    def die(directory):
+        raise RuntimeError
+
+    stages = [store.once("score", {"seed": seed}, write) for seed in (1, 2)]
+    with pytest.raises(RuntimeError):
+        store.once("score", {"seed": 3}, die, resumable=True)
+    name, text = HARM[case]
+    left = next((tmp_path / "score").glob(".*.partial"))
+    (left.with_suffix(name) if name == ".holder" else stages[0].path / name).write_text(text)
+    damaged = int(name == "manifest.json")
+    counts = stage_counts(tmp_path)["score"]
+    assert counts.pop("MiB") == pytest.approx(2 - damaged, rel=0.01)
+    assert counts == {"finished": 2 - damaged, "left unfinished": 1} | ({"damaged": 1} if damaged else {})
+
+
+def test_a_store_in_use_is_counted(tmp_path):
+    """Stages come and go while they are counted."""
+    stop = threading.Event()
+
+    def work():
+        for i in itertools.count():
+            if stop.is_set():
+                return
+            place = tmp_path / "score" / f".{i % 7:016x}.partial"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / "manifest.json").write_text('{"files": {}}')
+            place.with_suffix(".holder").write_text(f"{HERE} pid {os.getpid()}")
+            final = place.with_name(f"{i % 7:016x}")
+            shutil.rmtree(final, ignore_errors=True)
+            place.rename(final)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for _ in range(150):
+            assert set(stage_counts(tmp_path)) <= {"score"}
+    finally:
+        stop.set()
+        worker.join()
+
+
+def test_a_store_that_is_not_there_is_one_clear_error(tmp_path, monkeypatch):
+    write(tmp_path, "a")
+    monkeypatch.setattr(sys, "argv", ["status", str(tmp_path), "--store", str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"there is no store at .*none: name the directory"):
+        main()

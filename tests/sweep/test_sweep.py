@@ -115,8 +115,14 @@ def test_a_sweep_has_a_header_lines_a_table_and_an_exit_code(swept):
         "10 stages: 0 stand, 10 to compute (1 model, 1 score, 1 sensitivity, 2 plan, 2 prune, 3 perplexity)"
     )
     assert lines[4].startswith("memory: about ")  # the model is not written yet
+    assert lines[5] == "time: 10 stages of unknown time left"
     told = [line for line in lines if line.startswith("[")]
-    assert [line.split()[:2] for line in told] == [["[1/2]", "finished"], ["[2/2]", "finished"]]
+    assert [line.split()[:2] for line in told] == [
+        [f"[{job}/2]", word] for job in (1, 2) for word in ("started", "finished")
+    ]
+    (left,) = [line.rpartition("; ")[2] for line in told if "left of the sweep" in line]
+    assert re.fullmatch(r"about \d+ s left of the sweep", left)
+    told = told[1::2]
     assert "25.0 % of kv_cache; perplexity squad" in told[0]
     assert "4 found, 3 computed" in told[1]  # scores, profile and the dense baseline are shared
     assert stdout.count("the nearest is") == 2  # before the jobs and after the table
@@ -131,7 +137,7 @@ def test_a_refused_job_leaves_nothing_and_a_log_holds_what_the_others_printed(sw
     tmp_path, *_ = swept
     assert [record["status"] for record in records(tmp_path)] == ["finished", "finished"]
     for record in records(tmp_path):
-        assert "prune computed" in Path(record["directory"], "run.log").read_text()
+        assert "pruned · prune  computed (" in Path(record["directory"], "run.log").read_text()
 
 
 def test_the_same_command_finds_what_is_finished_and_tries_the_rest_again(swept, monkeypatch, capsys):
@@ -261,11 +267,11 @@ def test_nan_in_one_job_leaves_the_other(swept, tmp_path, monkeypatch, capsys):
     words = [f"model.path={tmp_path}/broken,{tmp_path}/good", "model=local", "recovery=none", "seed=0"]
     code, stdout, _ = kvp_here(monkeypatch, capsys, "-m", *places(tmp_path), *words)
     assert code == 1
-    assert "FloatingPointError" in stdout
+    assert "values that are not finite" in stdout
     assert "1 of 2 jobs finished" in stdout
     assert {record["status"] for record in records(tmp_path)} == {"finished", "failed"}
     failed = next(record for record in records(tmp_path) if record["status"] == "failed")
-    assert failed["error"]["type"] == "FloatingPointError"
+    assert failed["error"]["type"] == "ValueError"
     assert "Traceback" in failed["error"]["traceback"]
     assert f"model.path={tmp_path}/broken" in failed["overrides"]
 

@@ -14,6 +14,7 @@ from kvp.report.plots.points import Point, find_points
 from kvp.report.records.keys import MISSING, label
 from kvp.report.records.runs import Run
 from kvp.report.table.cells import reason
+from kvp.tables import plain
 
 Numbers = Mapping[str, tuple[str, float]]
 
@@ -66,9 +67,9 @@ def _entry(
     stages = record.stages if point is None else record.behind(point.part, "evaluate")
     known = record.origins(stages) or makers
     made_by = {
-        "device": ", ".join(dict.fromkeys(maker.device for maker in known)),
-        "dtype": record.provenance.dtype.removeprefix("torch."),
-        "commit": ", ".join(dict.fromkeys(_commit(maker) for maker in known)),
+        "device": plain(", ".join(dict.fromkeys(maker.device for maker in known))),
+        "dtype": plain(record.provenance.dtype.removeprefix("torch.")),
+        "commit": plain(", ".join(dict.fromkeys(_commit(maker) for maker in known))),
     }
     return Entry(run=run, texts=texts, origin=made_by, numbers=numbers, point=point)
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from kvp.report.page.entries import find_entries
 from kvp.report.records.runs import Run
 from kvp.report.table.table import Table, letter
+from kvp.tables import plain
 
 HERE = Path(__file__).parent
 CAPTIONS = {  # by the beginning of a plot's name
@@ -29,11 +30,19 @@ CAPTIONS = {  # by the beginning of a plot's name
 }
 
 
-def write_html(runs: Sequence[Run], tables: Sequence[Table], plots: Sequence[Path], out: Path) -> Path:
-    """Write `report.html`; links to run.json are relative to `out`, so both can be moved together.
+def write_html(
+    runs: Sequence[Run],
+    tables: Sequence[Table],
+    plots: Sequence[Path],
+    out: Path,
+    *,
+    home: Path | None = None,
+) -> Path:
+    """Write `report.html`; links to run.json are relative to its home, so both can be moved together.
 
     Args:
         plots: What `write_plots` wrote; the SVG files are put into the page.
+        home: Directory that the page will stand in; `out` by default.
     """
     script, style = ((HERE / f"report.{kind}").read_text(encoding="utf-8") for kind in ("js", "css"))
     pictures = [path for path in plots if path.suffix == ".svg"]
@@ -44,7 +53,7 @@ def write_html(runs: Sequence[Run], tables: Sequence[Table], plots: Sequence[Pat
         runs=runs,
         tables=tables,
         pictures=[(_caption(path.stem), _embedded(path)) for path in pictures],
-        href=partial(_href, out=out),
+        href=partial(_href, out=home or out),
         script=Markup(script),  # ours, not data
         style=Markup(style),
         allowed={"script": _digest(script), "style": _digest(style)},
@@ -63,7 +72,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["letter"] = letter
+    environment.filters |= {"letter": letter, "plain": plain}
     return environment.get_template("report.html.jinja")
 
 

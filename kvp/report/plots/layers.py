@@ -32,15 +32,15 @@ def sensitivity(points: Sequence[Point]) -> Figure | None:
             owners.setdefault((point.base, point.run.record.sensitivity), point.strategy)
     if not owners:
         return None
-    profiles: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+    profiles: dict[tuple[str, str, int], list[tuple[float, ...]]] = {}
     for (base, profile), strategy in owners.items():
-        profiles.setdefault((base, strategy), []).append(profile)
-    bases = list(dict.fromkeys(base for base, _ in profiles))
-    series = looks(strategy for _, strategy in profiles)
+        profiles.setdefault((base, strategy, len(profile)), []).append(profile)
+    bases = list(dict.fromkeys(base for base, _, _ in profiles))
+    series = looks(strategy for _, strategy, _ in profiles)
     figure, axes = make_panels(len(bases))
     for ax, base in zip(axes, bases, strict=True):
-        shown = {strategy: alike for (of, strategy), alike in profiles.items() if of == base}
-        for strategy, alike in shown.items():
+        shown = [(strategy, alike) for (of, strategy, _), alike in profiles.items() if of == base]
+        for strategy, alike in shown:
             layers = range(len(alike[0]))
             mean, low, high = (
                 [f(values) for values in zip(*alike, strict=True)] for f in (statistics.fmean, min, max)
@@ -49,7 +49,7 @@ def sensitivity(points: Sequence[Point]) -> Figure | None:
             ax.fill_between(layers, low, high, color=look.color, alpha=0.2, linewidth=0)
             ax.plot(layers, mean, color=look.color, marker=look.marker, markersize=3)
         ax.set(title=base, xlabel="layer", ylabel="NLL rise without it (nats/token)")
-        set_scale(ax, [value for alike in shown.values() for profile in alike for value in profile])
+        set_scale(ax, [value for _, alike in shown for profile in alike for value in profile])
     legend(figure, [Line2D([], [], label=name, color=x.color, marker=x.marker) for name, x in series.items()])
     return figure
 
@@ -99,5 +99,6 @@ def _kept(point: Point, axis: str) -> list[float]:
     if len(dense) != len(pruned):
         return []
     return [
-        100 * getattr(left, axis) / getattr(whole, axis) for whole, left in zip(dense, pruned, strict=True)
+        100 * getattr(left, axis) / max(1, getattr(whole, axis))
+        for whole, left in zip(dense, pruned, strict=True)
     ]

@@ -38,8 +38,8 @@ def recovery_losses(points: Sequence[Point]) -> Figure | None:
                 ax.plot(steps, raw, color=look.color, linewidth=0.6, alpha=0.25)
                 every = max(1, len(steps) // 6)
                 ax.plot(steps, smoothed(raw), color=look.color, marker=look.marker, markevery=every)
-                for part, curve in _parts(point).items():
-                    ax.plot(steps, smoothed(curve), color=look.color, linestyle=PARTS[part], linewidth=0.8)
+                for part, (at, curve) in _parts(point).items():
+                    ax.plot(at, smoothed(curve), color=look.color, linestyle=PARTS[part], linewidth=0.8)
         ax.set(xlabel="step", ylabel="training loss (nats/token)")
         words = (base, recovery, f"{amount} removed")
         ax.set_title(", ".join(word for word, differs in zip(words, varied, strict=True) if differs))
@@ -70,8 +70,9 @@ def _losses(point: Point) -> list[tuple[int, float]]:
     return [(step, loss) for step, loss in (recovery.losses if recovery else ()) if loss is not None]
 
 
-def _parts(point: Point) -> dict[str, list[float]]:
-    """Return the curves of the loss's parts, step by step; none without a teacher."""
+def _parts(point: Point) -> dict[str, tuple[list[int], list[float]]]:
+    """Return steps and values of the loss's parts; none without a teacher."""
     recovery = point.run.record.recovery
     curves = recovery.loss_parts if recovery else {}
-    return {part: [loss for _, loss in curves[part] if loss is not None] for part in PARTS if part in curves}
+    known = {part: {step: loss for step, loss in curves.get(part, ()) if loss is not None} for part in PARTS}
+    return {part: ([*curve], [*curve.values()]) for part, curve in known.items() if curve}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from kvp.report.plots.points import Point
 from kvp.report.records.facts import facts, phrase
+from kvp.tables import plain
 
 BATCH = frozenset({"batch_size"})
 
@@ -96,5 +97,5 @@ def titles(panels: Iterable[Panel]) -> dict[Panel, str]:
             for name, value in panel.facts
             if panel.title in crowds and any(other.get(name) != value for other in rivals)
         ]
-        named[panel] = ", ".join(filter(None, [panel.title, *apart]))
+        named[panel] = plain(", ".join(filter(None, [panel.title, *apart])))
     return named

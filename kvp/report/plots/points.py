@@ -11,6 +11,7 @@ from kvp.report.records.keys import unpruned, untouched
 from kvp.report.records.labels import recovery_labels, strategy_labels
 from kvp.report.records.runs import Run
 from kvp.results import ModelRecord
+from kvp.tables import plain
 
 State = Literal["dense", "dense, tuned alike", "pruned", "recovered"]
 STATES: tuple[State, ...] = get_args(State)
@@ -84,8 +85,8 @@ def find_points(runs: Sequence[Run]) -> list[Point]:
                         part=part,
                         model=models[part],
                         base=run.model,
-                        strategy=strategies[run.hash] if pruned else "dense",
-                        recovery=recoveries[run.hash] if part == "recovered" else "none",
+                        strategy=plain(strategies[run.hash]) if pruned else "dense",
+                        recovery=plain(recoveries[run.hash]) if part == "recovered" else "none",
                         ratio=(value, asked["of"]) if pruned else None,
                         amount=amount if pruned else "",
                         achieved=achieved if pruned else dict.fromkeys(achieved, 0.0),

@@ -50,6 +50,7 @@ RC: Any = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4.5,
     "errorbar.capsize": 2,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "svg.hashsalt": "kvp",
     "svg.fonttype": "path",
     "savefig.dpi": 200,

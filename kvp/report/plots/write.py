@@ -5,6 +5,7 @@ write_plots(read_runs(["outputs/runs"]), Path("report"))
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -47,6 +48,6 @@ def figures(runs: Sequence[Run]) -> Iterator[tuple[str, Figure | None]]:
     yield "sensitivity", layers.sensitivity(points)
     bases = sorted({point.base for point in points})
     for base in bases:
-        name = "kept_widths" if len(bases) == 1 else f"kept_widths_{base}"
+        name = "kept_widths" if len(bases) == 1 else "kept_widths_" + re.sub(r"[^\w.-]", "_", base)
         yield name, layers.kept_widths([point for point in points if point.base == base])
     yield "recovery_losses", losses.recovery_losses(points)

@@ -7,6 +7,7 @@ from typing import Any
 
 from kvp.record import OriginRecord, RunRecord, StageRecord
 from kvp.results import MeasureRecord, PerplexityRecord, TaskRecord, ZeroShotRecord
+from kvp.tables import plain
 
 Facts = dict[str, Any]
 
@@ -132,7 +133,7 @@ def _of_measure(result: MeasureRecord) -> Facts:
 
 def _corpus(identity: Mapping[str, Any]) -> str:
     version = identity.get("distribution") or (identity.get("revision") or identity.get("sha256") or "")[:8]
-    return f"{identity['name']} ({version})" if version else identity["name"]
+    return plain(f"{identity['name']} ({version})" if version else identity["name"])
 
 
 def _dtype(name: str) -> str:
@@ -161,4 +162,8 @@ def phrase(name: str, value: Any) -> str:
     """Return one fact in words: "window 128", "all documents"."""
     if value is None:
         return WITHOUT.get(name, f"no {name}")
-    return WORDS.get(name, f"{name} {{}}").format(f"{value:g}" if isinstance(value, float) else value)
+    if isinstance(value, float):
+        value = f"{value:g}"
+    elif isinstance(value, str) and name != "join":  # which is shown quoted
+        value = plain(value)
+    return WORDS.get(name, f"{name} {{}}").format(value)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 from kvp.report.records.runs import Run
+from kvp.tables import plain
 
 MISSING = "—"  # in place of a value that is not there or has no effect
 PRUNING = ("strategy", "ratio", "calibration")  # of no effect where nothing is pruned
@@ -40,7 +41,8 @@ def label(run: Run, key: str) -> str:
     if _idle(run, key):
         return MISSING
     value = find(run, key)
-    return f"{100 * value:.4g} %" if key == "ratio.value" else _label(run, key, value)
+    is_share = key == "ratio.value" and isinstance(value, int | float)
+    return f"{100 * value:.4g} %" if is_share else _label(run, key, value)
 
 
 def order(run: Run, key: str) -> Order:
@@ -169,7 +171,9 @@ def _idle(run: Run, key: str) -> bool:
 
 
 def _is_budget(value: Any) -> TypeGuard[Mapping[str, Any]]:
-    return isinstance(value, Mapping) and {"value", "of"} <= value.keys()
+    if not isinstance(value, Mapping) or not isinstance(value.get("of"), str):
+        return False
+    return isinstance(value.get("value"), int | float)
 
 
 def _label(run: Run, key: str, value: Any) -> str:
@@ -178,10 +182,10 @@ def _label(run: Run, key: str, value: Any) -> str:
     if _is_budget(value):
         return f"{100 * value['value']:.4g} % of {value['of']}"
     if isinstance(value, Mapping):
-        return str(value.get("name") or run.record.choices.get(key) or value.get("class", "?"))
+        return plain(str(value.get("name") or run.record.choices.get(key) or value.get("class", "?")))
     if isinstance(value, list):
-        return "+".join(_label(run, key, item) for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return plain("+".join(_label(run, key, item) for item in value))
+    return f"{value:g}" if isinstance(value, float) else plain(str(value))
 
 
 def _paths(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

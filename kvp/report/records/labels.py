@@ -31,7 +31,7 @@ def _cache(run: Run) -> list[str]:
     options = run.record.config.get("cache")
     if not options:
         return []
-    settings = (f"{key}={value:g}" for key, value in options.items() if key != "class")
+    settings = (f"{key}={label(run, f'cache.{key}')}" for key in options if key != "class")
     return [" ".join([label(run, "cache"), *settings])]
 
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvp.record import RunRecord
+from kvp.record import WAY_OUT, RunRecord
+from kvp.report.records.sound import require_sound
+from kvp.tables import plain
 
 ROOT = Path(__file__).resolve().parents[3]
 EXPERIMENTS = (Path("experiments"), ROOT / "experiments")  # not part of an installed wheel
@@ -30,12 +32,12 @@ class Run:
     @property
     def name(self) -> str:
         """Readable and unique: model-strategy-ratio-recovery-seed-hash."""
-        return self.record.name
+        return plain(self.record.name)
 
     @property
     def hash(self) -> str:
         """One per configuration."""
-        return self.record.hash
+        return plain(self.record.hash)
 
     @property
     def status(self) -> str:
@@ -45,7 +47,7 @@ class Run:
     @property
     def model(self) -> str:
         """Name of the dense model."""
-        return str(self.record.config["model"]["name"])
+        return plain(str(self.record.config["model"]["name"]))
 
     @property
     def seed(self) -> int:
@@ -77,15 +79,21 @@ def read_runs(paths: Sequence[Path | str]) -> list[Run]:
     return sorted(newest.values(), key=lambda run: (run.name, run.hash))
 
 
-def collect(runs: Sequence[Run], out: Path) -> None:
-    """Write the finished and failed runs as results.jsonl, without what only their machine knows."""
+def collected(runs: Sequence[Run], out: Path) -> list[Run]:
+    """Return the finished and failed runs as the lines of a results.jsonl, without what only their machine knows."""
+    ended = [run.record.data() for run in runs if run.status != "running"]
+    return [Run(out, i, RunRecord.read(_portable(data))) for i, data in enumerate(ended, start=1)]
+
+
+def collect(runs: Sequence[Run], out: Path) -> Path:
+    """Write a results.jsonl of the runs that ended, and return its path."""
     lines = [
-        json.dumps(_portable(run.record.data()), ensure_ascii=False, separators=(",", ":"))
-        for run in runs
-        if run.status != "running"
+        json.dumps(run.record.data(), ensure_ascii=False, separators=(",", ":"))
+        for run in collected(runs, out)
     ]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return out
 
 
 def _age(run: Run) -> tuple[bool, str, str]:
@@ -110,16 +118,28 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Iterator[Run]:
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: remove it, or name the records one by one")
     if path.suffix != ".jsonl":
-        yield Run(path, None, RunRecord.read(path))
+        yield Run(path, None, _sound(path.read_bytes(), str(path)))
         return
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        yield Run(path, number, RunRecord.read(line, f"{path}:{number}"))
+        yield Run(path, number, _sound(line, f"{path}:{number}"))
+
+
+def _sound(text: bytes, place: str) -> RunRecord:
+    try:
+        record = RunRecord.read(text, place)
+    except RecursionError:
+        raise ValueError(f"{place} is corrupt (too deep): {WAY_OUT}") from None
+    require_sound(record, place)
+    return record
 
 
 def _portable(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record without host and traceback; paths become names: prune/<fingerprint>/model."""
-    stages = [(stage["path"], f"{stage['name']}/{stage['fingerprint'][:16]}") for stage in record["stages"]]
+    named_stages = [stage for stage in record["stages"] if stage["path"].strip("/")]
+    stages = [(stage["path"], f"{stage['name']}/{stage['fingerprint'][:16]}") for stage in named_stages]
 
     def named(text: str) -> str:
         for path, name in stages:

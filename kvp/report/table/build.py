@@ -14,6 +14,7 @@ from kvp.report.table.notes import make_notes
 from kvp.report.table.references import Published, published_cell
 from kvp.report.table.spec import ColumnSpec, Spec, expand
 from kvp.report.table.table import Cell, Row, Table
+from kvp.tables import NOTE, plain
 
 
 def build(
@@ -42,6 +43,7 @@ def build(
         failed = "".join(f"; {run.name} failed: {reason(run)}" for run in used if run.status == "failed")
         raise ValueError(f"table {spec.name} has no number to show{failed}")
     shown = [key for key in headings if any(line.labels[key] not in (MISSING, "none") for line in lines)]
+    shown = shown or ["strategy" if "strategy" in headings else next(iter(headings))]  # dense models alone
     of_all = _remarks_on_all(drafts)
     footnotes: list[str] = []
     rows = _rows(lines, drafts, shown, of_all, footnotes)
@@ -52,12 +54,12 @@ def build(
         notes.append(f"running or killed, left out: {running}")
     return Table(
         name=spec.name,
-        title=f"{spec.title}, {', '.join(sorted({label(run, 'model') for run in used}))}",
-        keys=tuple(headings[key] for key in shown),
+        title=plain(f"{spec.title}, {', '.join(sorted({label(run, 'model') for run in used}))}", NOTE),
+        keys=tuple(plain(headings[key]) for key in shown),
         columns=tuple(draft.column for draft in drafts),
         rows=tuple(rows),
-        footnotes=tuple(footnotes),
-        notes=tuple(notes),
+        footnotes=tuple(plain(text, NOTE) for text in footnotes),
+        notes=tuple(plain(text, NOTE) for text in notes),
     )
 
 

@@ -15,6 +15,7 @@ from kvp.report.table.compare import Comparison, Number, compare
 from kvp.report.table.lines import Line
 from kvp.report.table.spec import UNITS, ColumnSpec, as_model, read
 from kvp.report.table.table import Cell, Column
+from kvp.tables import plain
 
 
 @dataclass
@@ -227,4 +228,4 @@ def reason(run: Run) -> str:
     kind, message = (error.type.rpartition(".")[2], error.message) if error else ("failed", "")
     if kind in ("MemoryError", "OutOfMemoryError") or "out of memory" in message.lower():
         return "OOM"
-    return {"FloatingPointError": "NaN", "KeyboardInterrupt": "interrupted"}.get(kind, kind)
+    return {"FloatingPointError": "NaN", "KeyboardInterrupt": "interrupted"}.get(kind, plain(kind))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def load_published(models: Iterable[str]) -> list[Published]:
         ValueError: A file is no list of published numbers.
     """
     found = []
-    for model in sorted(set(models)):
+    for model in sorted(name for name in {*models} if re.fullmatch(r"[\w-][\w.-]*", name)):  # no path
         places = [*(root / "references" for root in EXPERIMENTS), PACKAGED]
         path = next((p for place in places if (p := place / f"{model}.yaml").exists()), None)
         try:

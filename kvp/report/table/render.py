@@ -15,6 +15,7 @@ from kvp.report.table.table import Cell, Row, Table, letter
 TEX = {
     "\\": r"\textbackslash{}",
     **{character: f"\\{character}" for character in "&%$#_{}"},
+    **{character: f"{{{character}}}" for character in "[]"},  # after a line's end they would be an option
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
@@ -44,11 +45,16 @@ def write_table(table: Table, out: Path) -> list[Path]:
 
 def markdown(table: Table) -> str:
     """Return the table as GitHub Markdown: the best is bold, the second best underlined, footnotes stand below."""
-    heads = [*table.keys, *(column.heading for column in table.columns)]
-    rows = [[*row.labels, *map(_markdown, row.cells)] for row in table.rows]
-    below = "\n".join(f"<sup>{letter(i)}</sup> {text}  " for i, text in enumerate(table.footnotes))
-    notes = "\n".join(f"- {note}" for note in table.notes)
-    parts = (f"**{table.title}**", tables.markdown(heads, rows, labels=len(table.keys)), below, notes)
+    heads = [escaped(head) for head in (*table.keys, *(column.heading for column in table.columns))]
+    rows = [[*map(escaped, row.labels), *map(_markdown, row.cells)] for row in table.rows]
+    below = "\n".join(f"<sup>{letter(i)}</sup> {escaped(text)}  " for i, text in enumerate(table.footnotes))
+    notes = "\n".join(f"- {escaped(note)}" for note in table.notes)
+    parts = (
+        f"**{escaped(table.title)}**",
+        tables.markdown(heads, rows, labels=len(table.keys)),
+        below,
+        notes,
+    )
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -57,9 +63,10 @@ def comma_separated(table: Table) -> str:
     stream = io.StringIO()
     write = csv.writer(stream, lineterminator="\n")
     heads = [(c.title, f"{c.title}: std", f"{c.title}: runs") for c in table.columns]
-    write.writerow(["row", *table.keys, *(head for three in heads for head in three)])
+    write.writerow(["row", *map(_no_formula, (*table.keys, *(head for three in heads for head in three)))])
     for row in table.rows:
-        write.writerow([row.kind, *row.labels, *(value for cell in row.cells for value in _values(cell))])
+        labels = map(_no_formula, row.labels)
+        write.writerow([row.kind, *labels, *(value for cell in row.cells for value in _values(cell))])
     return stream.getvalue()
 
 
@@ -109,7 +116,7 @@ def sources(table: Table) -> dict[str, Any]:
 
 
 def _markdown(cell: Cell) -> str:
-    text = {0: "{}", 1: "**{}**", 2: "<u>{}</u>"}[cell.best].format(cell.text)
+    text = {0: "{}", 1: "**{}**", 2: "<u>{}</u>"}[cell.best].format(escaped(cell.text))
     marks = ",".join(map(letter, cell.footnotes))
     return text + (f"<sup>{marks}</sup>" if marks else "")
 
@@ -117,8 +124,20 @@ def _markdown(cell: Cell) -> str:
 def _values(cell: Cell) -> tuple[Any, Any, Any]:
     """Return mean, deviation and number of runs; of a failure the reason, of what is missing nothing."""
     if cell.value is None:
-        return (cell.text if cell.runs else ""), "", ""
+        return (_no_formula(cell.text) if cell.runs else ""), "", ""
     return cell.value, "" if cell.std is None else cell.std, len(cell.runs) or ""
+
+
+def escaped(text: str) -> str:
+    """Return a text that Markdown shows as it is: no tag, link, emphasis, code or formula; tables escape pipes."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text).replace("<", "&lt;")
+    text = text.replace("\\", "&#92;")  # a backslash would free the pipe after it
+    return re.sub(r"[`*\[\]$~]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
+
+
+def _no_formula(text: str) -> str:
+    """Return a text that a spreadsheet does not compute: an apostrophe goes before =, +, - and @."""
+    return f"'{text}" if re.match(r"[=+@\t\r]|-(?![\d.]+( %)?$)", text) else text
 
 
 def _tex_row(row: Row) -> str:

@@ -15,6 +15,7 @@ from kvp.report.records.keys import near, recovers
 from kvp.report.records.runs import Run
 from kvp.report.table.table import Better
 from kvp.results import Part
+from kvp.tables import plain
 
 SPECS = Path(__file__).parent / "specs"
 _NOWHERE = object()
@@ -155,7 +156,7 @@ def _expand(column: ColumnSpec, runs: Sequence[Run]) -> Iterator[ColumnSpec]:
     for name in names if parts[at] == "*" else parts[at].split("|"):
         metric = ".".join([*parts[:at], name, *parts[at + 1 :]])
         if any(_has(run, metric) for run in runs):
-            yield replace(column, title=column.title.replace("{}", name), metric=metric)
+            yield replace(column, title=column.title.replace("{}", plain(name)), metric=metric)
 
 
 def _has(run: Run, metric: str) -> bool:

@@ -1,0 +1,60 @@
+"""The configs of pruned twins, registered with transformers; no modelling code, which takes seconds to import.
+
+A twin's config is the family's config and two more fields:
+
+| field        | holds                                                         |
+| ------------ | ------------------------------------------------------------- |
+| `kvp_layers` | the widths of every layer                                     |
+| `kvp_cache`  | the options of a sparse cache (`kvp.models.mustafar`), if any |
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from kvp.models.family import FAMILIES, PRUNED_PREFIX, Family, family_of
+from kvp.types import LayerShape
+
+
+def _twin(family: Family) -> type[PretrainedConfig]:
+    """Make the config class of a family's pruned twin, and register it with the Auto class."""
+
+    class Config(family.config_class):  # type: ignore[name-defined]
+        model_type = PRUNED_PREFIX + family.name
+        kvp_layers: list[dict[str, Any]] | None = None
+        kvp_cache: dict[str, Any] | None = None
+
+    Config.__name__ = Config.__qualname__ = f"Kvp{family.prefix}Config"
+    AutoConfig.register(Config.model_type, Config)
+    return Config
+
+
+PRUNED_CONFIGS: dict[str, type[PretrainedConfig]] = {name: _twin(family) for name, family in FAMILIES.items()}
+
+
+def pruned_config(
+    config: PretrainedConfig, shapes: Sequence[LayerShape], blocks: Sequence[int]
+) -> PretrainedConfig:
+    """Return the config of the twin of widths `shapes`, whose layers are the `blocks` of the given model.
+
+    Raises:
+        ValueError: No layer keeps an attention, so nothing would carry the position. Or single attentions are removed
+            from a model that mixes sliding and full attention, whose cache could not tell the layers apart.
+    """
+    with_attention = [shape.num_key_value_heads > 0 for shape in shapes]
+    fields = config.to_dict()
+    if not any(with_attention):
+        raise ValueError("the plan removes every attention; at least one layer must keep its attention")
+    if fields.get("layer_types"):
+        fields["layer_types"] = [fields["layer_types"][block] for block in blocks]
+        if not all(with_attention) and len(set(fields["layer_types"])) > 1:
+            raise ValueError(
+                "attention cannot be removed from single layers of a model that mixes sliding and full "
+                "attention; remove whole blocks instead"
+            )
+    fields.update(num_hidden_layers=len(shapes), kvp_layers=[dataclasses.asdict(shape) for shape in shapes])
+    for name in ("model_type", "architectures", "transformers_version"):
+        fields.pop(name, None)
+    return PRUNED_CONFIGS[family_of(config).name](**fields)
