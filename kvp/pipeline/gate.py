@@ -19,7 +19,6 @@ from torch import nn
 
 from kvp.data.corpora import find
 from kvp.measurement.memory import available_bytes
-from kvp.models.checkpoint.check import Checked, check_checkpoint
 from kvp.models.family import family_of
 from kvp.models.mustafar import Mustafar
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
@@ -32,6 +31,8 @@ from kvp.pipeline.texts import check_texts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from kvp.models.checkpoint.check import Checked
 
 GIB = 2**30
 COUNTS = (  # fields of a config that are whole numbers above 0
@@ -160,6 +161,10 @@ def _check_decoding(x: Experiment, cache: Mustafar) -> None:
 @cache
 def _checked(dense: Path, identity: str) -> Checked:
     """Return what the files of a directory say, once for all jobs of a sweep; another identity is another model."""
+    from kvp.models.checkpoint.check import (
+        check_checkpoint,  # modelling code, which a finished run need not wait for
+    )
+
     return check_checkpoint(dense)
 
 

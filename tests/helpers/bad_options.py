@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 TINY = ("debug=smoke", "tracker=none", "measure=none")
-ALPACA = "recovery=lora_alpaca"
 
 HARDWARE = [
     (["device=cuda"], "device must be cpu or auto here, got 'cuda'"),
@@ -39,10 +38,6 @@ LENGTHS = [
     (["calibration.batch_size=1.5"], "calibration.batch_size must be a whole number, got 1.5"),
     (["recovery.data.length=2500"], "recovery.data.length must be <= 2048"),
     (["recovery.data.length=100000"], "recovery.data.length must be <= 2048"),
-    (
-        [ALPACA, f"recovery.data.path={__file__}", "recovery.data.cutoff=4096"],
-        "recovery.data.cutoff must be <= 2048",
-    ),
     (
         ["measure=cpu_quick", "measure.prompt_length=2048"],
         "measure.prompt_length + measure.new_tokens must be <= 2048",

@@ -303,8 +303,7 @@ def larger(path):
         (lambda p: edit_config(p, GENERATION, eos_token_id=VOCABULARY), "generation_config.json: eos_token_id"),
         (lambda p: edit_config(p, GENERATION, temperature=0.9), "generation_config.json: .*temperature"),
         (lambda p: (p / "adapter_config.json").write_text("{}"), "adapter that is not merged: merge it"),
-        (lambda p: (p / "pytorch_model.bin").write_bytes(b"PK"), "two sets of weights.*pytorch_model.bin"),
-        (lambda p: shutil.copy(p / WEIGHTS, p / "consolidated.00.safetensors"), "two sets.*consolidated"),
+        (lambda p: shutil.copy(p / WEIGHTS, p / "model-00003-of-00003.safetensors"), "two sets.*model-00003"),
         (lambda p: (p / WEIGHTS).rename(p / "model.gguf"), "only a GGUF"),
         (lambda p: (p / WEIGHTS).rename(p / "pytorch_model.bin"), "kvp opens no pickles"),
     ],
@@ -314,11 +313,19 @@ def test_tokenizer_and_neighbours_that_do_not_fit_are_refused(damage, message, p
     refused(path, message, (ValueError, OSError))
 
 
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.safetensors"]
+)
+def test_other_forms_of_published_weights_are_not_opened(path, name):
+    (path / name).write_bytes(b"PK")
+    assert check_checkpoint(path).params
+
+
 def test_a_published_snapshot_may_hold_its_weights_twice(path, tmp_path):
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
     (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
     shutil.copytree(path, snapshot)
-    (snapshot / "pytorch_model.bin").write_bytes(b"PK")
+    shutil.copy(snapshot / WEIGHTS, snapshot / "model-00003-of-00003.safetensors")
     assert check_checkpoint(snapshot).params
 
 

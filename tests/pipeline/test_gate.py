@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -109,3 +110,18 @@ def test_a_folder_of_a_group_is_no_folder_of_runs(smoke):
     nested = replace(x, choices={**x.choices, "strategy": "my/own"})
     assert nested.directory.parent == x.runs
     assert "-my-own-" in nested.name
+
+
+def test_examples_must_fit_the_positions_too(smoke, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.json").write_text(
+        json.dumps([{"instruction": "Add.", "input": "1 1", "output": "2"}] * 4)
+    )
+    words = ["recovery=lora_alpaca", "recovery.data.path=rows.json", "recovery.validation=0"]
+    with pytest.raises(ValueError, match=r"recovery\.data\.cutoff must be <= 2048 .* got 4096"):
+        check_inputs(Experiment.compose(configured([*words, "recovery.data.cutoff=4096"], smoke)))
+    more = ["recovery.data.max_examples=3", "recovery.validation=3"]
+    with pytest.raises(
+        ValueError, match=r"recovery\.validation must be < recovery\.data\.max_examples=3, got 3"
+    ):
+        check_inputs(Experiment.compose(configured([*words, *more], smoke)))

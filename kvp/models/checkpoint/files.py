@@ -95,8 +95,7 @@ def weight_files(directory: Path) -> list[Path]:
         )
     for file in used:
         require_file(file)
-    if not _published(directory):
-        _check_single(directory, found, used)
+    _check_single(directory, found, used)
     return used
 
 
@@ -123,12 +122,15 @@ def _indexed(directory: Path) -> list[Path]:
 
 
 def _check_single(directory: Path, found: list[Path], used: list[Path]) -> None:
-    """Refuse a second set of weights, because nobody can say which of the two is meant."""
-    others = [file for file in found if file not in used]
+    """Refuse a second set of weights that transformers could open, because nobody can say which of the two is meant.
+
+    Publishers put other forms of the same weights beside them (pytorch_model.bin, consolidated.safetensors). Nothing
+    opens those here.
+    """
+    others = [file for file in found if file not in used and not file.name.startswith("consolidated")]
     if used == [directory / WEIGHTS] and (directory / INDEX).exists():
         others.append(directory / INDEX)
-    others += sorted(directory.glob("pytorch_model*.bin"))
-    if others:
+    if others and not _published(directory):
         raise ValueError(
             f"{directory} holds two sets of weights: {_some(used)}, and {_some(others)}. kvp opens only the first: "
             "move the others away, or link the files that you mean into a directory of their own"
