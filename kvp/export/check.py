@@ -17,9 +17,14 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import TypeAdapter, ValidationError
+
 from kvp.export.sample import Sample
 from kvp.export.verify import Engine, ask, compare
+from kvp.export.write import Target
 from kvp.models.checkpoint.check import check_checkpoint
+from kvp.models.checkpoint.files import read_json
+from kvp.types import DTYPES
 
 
 def check(directory: Path, engine: Engine | None = None, python: str = sys.executable) -> dict[str, Any]:
@@ -40,10 +45,12 @@ def check(directory: Path, engine: Engine | None = None, python: str = sys.execu
             f"{directory} has no serving.json: export the checkpoint first, python -m kvp.export CHECKPOINT --out "
             "DIR (--to custom, if only kvp opens it)"
         )
-    serving = json.loads(file.read_text())
+    serving = read_json(file)
     if "sample" not in serving:
         raise ValueError(f"{file} has no sample: it was written by an older kvp, export the checkpoint again")
-    form = serving["form"]
+    form, sample = str(serving.get("form")), _sample(file, serving["sample"])
+    if form not in get_args(Target) or serving.get("dtype") not in DTYPES:
+        raise ValueError(f"{file} names no form and dtype of an export: export the checkpoint again")
     able: tuple[Engine, ...] = {
         "gguf": ("llama_cpp",),
         "custom": ("transformers",),
@@ -53,9 +60,16 @@ def check(directory: Path, engine: Engine | None = None, python: str = sys.execu
         raise ValueError(f"an export of form {form} opens in {' and '.join(able)}, not in {engine}")
     if form != "gguf":
         check_checkpoint(directory)
-    sample = Sample(**serving["sample"])
     answer = ask(directory, sample, engine, imports=("kvp",) if form == "custom" else (), python=python)
     return {"engine": engine, **compare(sample, answer, exact=engine != "vllm" and _is_float32(serving))}
+
+
+def _sample(file: Path, stored: Any) -> Sample:
+    try:
+        return TypeAdapter(Sample).validate_python(stored)
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ValueError(f"{file}: its sample is damaged at {where or 'the top'}: export it again") from None
 
 
 def _is_float32(serving: dict[str, Any]) -> bool:

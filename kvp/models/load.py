@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from kvp.models.checkpoint.check import check_weights
+from kvp.models.checkpoint.check import check_weights, read_config
 from kvp.models.checkpoint.tokens import open_tokenizer
 from kvp.types import DTYPES
 
@@ -46,9 +46,9 @@ def load_config(path: Path) -> PretrainedConfig:
 
     Raises:
         FileNotFoundError: It is no checkpoint.
-        ValueError: Config and weights disagree, as `check_weights` says.
+        ValueError: A file cannot be read.
     """
-    return check_weights(path).config
+    return read_config(path)[0]
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedModel:

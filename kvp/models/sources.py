@@ -19,6 +19,7 @@ from pydantic import Field
 from typing_extensions import override
 
 from kvp.models.checkpoint.files import require_directory, weight_files
+from kvp.models.contents import contents
 from kvp.models.load import byte_tokenizer, save
 from kvp.options import options
 from kvp.types import Dtype
@@ -134,7 +135,7 @@ class PackagedModel(ModelSource):
 class HubModel(ModelSource):
     """A model of the hub at a revision, or a local Hugging Face directory.
 
-    The identity of a local directory is the names, sizes and modification times of its files.
+    The identity of a local directory is the names and contents of its files.
     """
 
     path: str = Field(description="owner/name on the hub, or a local directory")
@@ -145,7 +146,7 @@ class HubModel(ModelSource):
         directory = self.locate()
         if Path(self.path).is_dir():
             files = sorted(file for pattern in FILES for file in directory.glob(pattern))
-            return {"files": {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}}
+            return {"files": contents(files)}
         return {"repo": self.path, "commit": directory.name}
 
     @override
@@ -155,6 +156,10 @@ class HubModel(ModelSource):
         local = Path(self.path)
         if local.is_dir():
             return _checkpoint(local.absolute())
+        if local.is_absolute() or self.path.startswith((".", "~")) or len(local.parts) > 2:
+            raise FileNotFoundError(
+                f"model.path={self.path} is no directory here, and a name on the hub is owner/name: correct the path"
+            )
         try:
             found = Path(snapshot_download(self.path, revision=self.revision, allow_patterns=list(FILES)))
         except Exception as error:

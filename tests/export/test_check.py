@@ -69,6 +69,19 @@ def test_what_cannot_be_checked_is_said(exported, original):
     with pytest.raises(ValueError, match="opens in transformers and vllm, not in llama_cpp"):
         check(exported, "llama_cpp")
     serving = json.loads((exported / "serving.json").read_text())
+    for damage, message in (
+        ({"sample": {**serving["sample"], "ids": "abc"}}, "sample is damaged at ids"),
+        ({"sample": [1]}, "sample is damaged"),
+        ({"sample": {"text": "x"}}, "sample is damaged at ids"),
+        ({"form": "onnx"}, "names no form and dtype"),
+        ({"dtype": 8}, "names no form and dtype"),
+    ):
+        (exported / "serving.json").write_text(json.dumps(serving | damage))
+        with pytest.raises(ValueError, match=rf"serving\.json.*{message}"):
+            check(exported)
+    (exported / "serving.json").write_text('{"form": "sto')
+    with pytest.raises(ValueError, match=r"serving\.json cannot be read as JSON"):
+        check(exported)
     del serving["sample"]
     (exported / "serving.json").write_text(json.dumps(serving))
     with pytest.raises(ValueError, match="export the checkpoint again"):

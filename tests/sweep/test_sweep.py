@@ -120,8 +120,9 @@ def test_a_sweep_has_a_header_lines_a_table_and_an_exit_code(swept):
     assert [line.split()[:2] for line in told] == [
         [f"[{job}/2]", word] for job in (1, 2) for word in ("started", "finished")
     ]
-    (left,) = [line.rpartition("; ")[2] for line in told if "left of the sweep" in line]
-    assert re.fullmatch(r"about \d+ s left of the sweep", left)
+    left = [line.rpartition("; ")[2] for line in told if "left of the sweep" in line]
+    assert len(left) == 1  # nothing is left after the last job
+    assert all(re.fullmatch(r"about \d+ s left of the sweep", words) for words in left)
     told = told[1::2]
     assert "25.0 % of kv_cache; perplexity squad" in told[0]
     assert "4 found, 3 computed" in told[1]  # scores, profile and the dense baseline are shared

@@ -12,6 +12,7 @@ from torch import nn
 from kvp.models.checkpoint.fields import check_fields
 from kvp.models.checkpoint.files import CONFIG, read_json, require_directory, weight_files
 from kvp.models.checkpoint.tensors import (
+    Header,
     check_layers,
     check_tensors,
     parameters,
@@ -73,8 +74,8 @@ def check_checkpoint(path: Path) -> Checked:
         ValueError: Two of them disagree, or one cannot be read; the message names the file, both values, the way out.
     """
     weights = check_weights(path)
-    vocab_size = weights.config.vocab_size
-    vocabulary = check_tokenizer(path, open_tokenizer(path), vocab_size)
+    tokenizer = open_tokenizer(weights.path)
+    vocabulary = check_tokenizer(weights.path, tokenizer, weights.config.vocab_size)
     return Checked(**vars(weights), vocabulary=vocabulary)
 
 
@@ -86,27 +87,41 @@ def check_weights(path: Path) -> Weights:
         ValueError: Two of them disagree, or one cannot be read.
     """
     path = Path(path)
-    require_directory(path)
-    given = check_fields(path / CONFIG, read_json(path / CONFIG))
-    headers = read_headers(weight_files(path))
-    config = _config(path)
+    config, headers = read_config(path)
+    dtype = stored_dtype(path, headers)
     family = family_of(config)
-    check_layers(path, headers, family.layers, given.num_hidden_layers)
+    check_layers(path, headers, family.layers, config.num_hidden_layers)
     model = _without_weights(path, config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = config.tie_word_embeddings
     check_tensors(path, headers, expected, f"{family.embedding}.weight" if tied else None)
-    config.dtype = dtype = stored_dtype(path, headers)
     _check_size(path, config, count := parameters(expected, tied))
     check_generation(path, config.vocab_size)
     linears = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return Weights(path=path, config=config, dtype=dtype, linears=linears, params=count)
 
 
+def read_config(path: Path) -> tuple[PretrainedConfig, dict[str, Header]]:
+    """Return the config of a directory, in the dtype of its tensors, and the headers of these.
+
+    It imports no modelling code, and so cannot compare the two: `check_weights` does.
+
+    Raises:
+        FileNotFoundError: A file is missing; the message names it.
+        ValueError: One of them cannot be read; the message names the file and the field.
+    """
+    require_directory(path)
+    check_fields(path / CONFIG, read_json(path / CONFIG))
+    headers = read_headers(weight_files(path))
+    config = _config(path)
+    config.dtype = stored_dtype(path, headers)
+    return config, headers
+
+
 def _config(path: Path) -> PretrainedConfig:
     import transformers
 
-    import kvp.models.pruned  # noqa: F401  (registers the pruned classes)
+    import kvp.models.configs  # noqa: F401  (registers those of pruned models)
 
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
@@ -119,6 +134,8 @@ def _config(path: Path) -> PretrainedConfig:
 
 def _without_weights(path: Path, config: PretrainedConfig) -> nn.Module:
     import transformers
+
+    import kvp.models.pruned  # noqa: F401  (registers the pruned classes)
 
     try:
         with torch.device("meta"):
