@@ -38,6 +38,15 @@ def reachable(roots: Iterable[str], alone: Iterable[str] = ()) -> dict[str, Path
         roots: Names of modules, or of classes and functions in them.
         alone: Names of modules whose imports are not followed.
     """
+    roots, alone = tuple(roots), tuple(alone)
+    known = _reached.get((roots, alone))
+    if known is None or digest(known[0]) != known[1]:  # an import may have come or gone
+        found = _search(roots, alone)
+        known = _reached[roots, alone] = found, digest(found)
+    return known[0]
+
+
+def _search(roots: Iterable[str], alone: Iterable[str]) -> dict[str, Path]:
     waiting, found = [each for name in roots for each in _with_packages(_module(name))], {}
     tops = {name.partition(".")[0] for name in waiting}
     for name in map(_module, alone):
@@ -150,6 +159,7 @@ def _import_nodes(file: Path, sha256: str) -> list[ast.Import | ast.ImportFrom]:
     return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
+_reached: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[dict[str, Path], str]] = {}
 _seen: dict[str, tuple[Any, str]] = {}  # the spec that a module was loaded by, and its source then
 
 

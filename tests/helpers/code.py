@@ -13,5 +13,6 @@ def forget(*packages: str) -> None:
         if hasattr(remembered, "cache_clear"):
             remembered.cache_clear()
     code._seen.clear()
+    code._reached.clear()
     for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
         del sys.modules[name]
