@@ -74,7 +74,7 @@ def edits(modules: Modules) -> dict[str, str]:
     return {
         name: _sha256(name, file)
         for name, file in modules.items()
-        if name.partition(".")[0] not in OWN or not _is_released(file)
+        if name.partition(".")[0] not in OWN or not _is_released(name, file)
     }
 
 
@@ -155,7 +155,10 @@ def _with_packages(name: str) -> Iterator[str]:
 
 @cache
 def _import_nodes(file: Path, sha256: str) -> list[ast.Import | ast.ImportFrom]:
-    nodes = ast.walk(ast.parse(file.read_bytes()))
+    try:
+        nodes = ast.walk(ast.parse(file.read_bytes()))
+    except (SyntaxError, ValueError):  # a module that nobody can import imports nothing
+        return []
     return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
@@ -175,14 +178,13 @@ def _hashed(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _is_released(file: Path) -> bool:
+def _is_released(name: str, file: Path) -> bool:
     """Return whether a file of kvp is as it was committed, or as its wheel brought it."""
     path = file.relative_to(TREE).as_posix()
     changed = _changed_since_commit()
     if changed is not None:
         return path not in changed
-    written = base64.urlsafe_b64encode(hashlib.sha256(file.read_bytes()).digest()).decode().rstrip("=")
-    return _wheel().get(path) == written
+    return _wheel().get(path) == _sha256(name, file)
 
 
 def _git(*words: str) -> str:
@@ -209,9 +211,10 @@ def _changed_since_commit() -> frozenset[str] | None:
 
 @cache
 def _wheel() -> dict[str, str]:
-    """Return the sha256 (base64) of the files that a wheel of kvp brought, by path; none if it is not installed."""
+    """Return the sha256 (hex) of the files that a wheel of kvp brought, by path; none if it is not installed."""
     try:
         files = distribution("kvp").files or []
     except PackageNotFoundError:
         return {}
-    return {file.as_posix(): file.hash.value for file in files if file.hash}
+    hashes = {file.as_posix(): file.hash.value for file in files if file.hash and file.hash.mode == "sha256"}
+    return {path: base64.urlsafe_b64decode(value + "=").hex() for path, value in hashes.items()}

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import subprocess
 import sys
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
@@ -131,12 +132,19 @@ def test_without_a_checkout_a_file_is_compared_with_its_wheel(checkout, monkeypa
     subprocess.run(["rm", "-rf", str(checkout / ".git")], check=True)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(checkout.parent))
 
-    def written(name: str) -> str:
-        digest = hashlib.sha256((checkout / name).read_bytes()).digest()
-        return base64.urlsafe_b64encode(digest).decode().rstrip("=")
-
-    brought = {f"kvp/{name}.py": written(f"kvp/{name}.py") for name in ("__init__", "rule", "parts")}
-    monkeypatch.setattr(code, "_wheel", lambda: brought)
+    lines = []
+    for name in ("kvp/__init__.py", "kvp/rule.py", "kvp/parts.py"):
+        hashed = base64.urlsafe_b64encode(hashlib.sha256((checkout / name).read_bytes()).digest()).decode()
+        lines.append(f"{name},sha256={hashed.rstrip('=')},1")
+    write(checkout / "kvp-9.dist-info" / "METADATA", "Metadata-Version: 2.1\nName: kvp\nVersion: 9\n")
+    write(checkout / "kvp-9.dist-info" / "RECORD", "\n".join(lines))
+    monkeypatch.setattr(code, "distribution", lambda name: Distribution.at(checkout / "kvp-9.dist-info"))
     assert edits(reachable(["kvp.rule"])) == {} and commit()["commit"] is None
     write(checkout / "kvp" / "parts.py", "half = 0.25\n")
+    forget()
     assert list(edits(reachable(["kvp.rule"]))) == ["kvp.parts"]
+
+
+def test_a_module_that_nobody_can_import_imports_nothing(user):
+    write(user / "mine" / "parts.py", "print 'python 2'\nimport beside_mine\n")
+    assert "mine.parts" in reachable(["mine.rule"]) and "beside_mine" not in reachable(["mine.rule"])
