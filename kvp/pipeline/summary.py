@@ -37,7 +37,9 @@ def _rows(record: RunRecord) -> Iterator[Row]:
     """Yield the rows that the record has numbers for."""
     dense = record.models()["dense"]
     yield "parameters", lambda m: f"{m.size.params / 1e6:,.2f} M"
-    yield "KV cache per token", lambda m: f"{m.size.kv_bytes_per_token:,} B"
+    values = sum(layer.kv_width for layer in dense.size.layers)
+    width = f" ({dense.size.kv_bytes_per_token // values} bytes a value)" if values else ""
+    yield f"KV cache per token{width}", lambda m: f"{m.size.kv_bytes_per_token:,} B"
     if dense.size.sparsity:
         yield "zeros in linear weights", _zeros
         for how in STORAGES:
@@ -61,8 +63,8 @@ def _measured_rows(dense: MeasureRecord, *, stored: bool) -> Iterator[Row]:
         yield "KV cache per token, stored", lambda m: f"{_measure(m).kv_bytes_per_token:,} B"
     yield f"prefill tokens/s ({shape})", lambda m: _rate(_measure(m).prefill)
     yield f"decode tokens/s ({shape})", lambda m: _rate(_measure(m).decode)
-    yield "memory: weights", lambda m: _mebibytes(_measure(m).memory.weights_bytes)
-    yield "memory: KV cache", lambda m: _mebibytes(_measure(m).memory.cache_bytes)
+    yield f"memory: weights ({dense.dtype})", lambda m: _mebibytes(_measure(m).memory.weights_bytes)
+    yield f"memory: KV cache ({dense.dtype})", lambda m: _mebibytes(_measure(m).memory.cache_bytes)
     yield "memory: peak over an empty process", lambda m: _mebibytes(_measure(m).memory.above_baseline)
 
 
