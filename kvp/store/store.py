@@ -218,6 +218,8 @@ def _finish(partial: Path, final: Path, work: Work, head: dict[str, Any], resuma
     except BaseException as error:
         if not resumable:
             shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                _attempts_of(partial).unlink(missing_ok=True)
         if not isinstance(error, StageError) and (why := why_full(error)):
             raise StageError(partial, why) from error
         raise

@@ -444,8 +444,10 @@ def neighbours(rng, d, library):
         (d / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     elif case == "pickle":
         (d / "pytorch_model.bin").write_bytes(b"other weights")
+        return SAME, "a pickle that nothing opens"
     elif case == "consolidated":
         shutil.copy(files(d, "*.safetensors")[0], d / "consolidated.safetensors")
+        return SAME, "another form of the weights, which nothing opens"
     elif case in ("gguf only", "pickle only"):
         for file in files(d, "*.safetensors", "*.index.json"):
             file.unlink()

@@ -74,7 +74,7 @@ def own(tmp_path, monkeypatch):
 
 def once(tmp_path, **targets):
     """Run with nodes of the configuration replaced by the user's classes."""
-    config = compose_here(tmp_path, "strategy=magnitude", *QUICK)
+    config = compose_here(tmp_path, "strategy=magnitude", "trusted=[own]", *QUICK)
     OmegaConf.set_struct(config, False)
     for node, target in targets.items():
         OmegaConf.update(config, f"{node.replace('__', '.')}._target_", target)

@@ -266,7 +266,7 @@ def test_an_edited_stage_is_not_trusted(finished):
         (["ratio=params", "ratio.value=0.9"], "the nearest is"),
         (["model.dtype=float8"], "model.dtype must be one of auto"),
         (["store=/dev/null/store"], "store=DIR"),
-        (["model=local", "model.path=/nowhere"], "neither a directory nor"),
+        (["model=local", "model.path=/nowhere"], "is no directory here"),
         (["evaluation.perplexity.corpora=[text]"], "KVP_TEXT"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -114,9 +114,13 @@ def test_a_further_stage_is_run_foretold_forced_and_recorded(tmp_path, monkeypat
 
 def test_an_experiment_does_not_change(tmp_path):
     x = experiment(tmp_path, "recovery=none")
-    before = {name: repr(value) for name, value in vars(x).items()}
+
+    def now():
+        return {field.name: repr(getattr(x, field.name)) for field in fields(x)}
+
+    before = now()
     run(x)
-    assert {name: repr(value) for name, value in vars(x).items()} == before
+    assert now() == before
     with pytest.raises(AttributeError):
         x.seed = 1
 

@@ -188,7 +188,12 @@ def test_a_diverging_run_stops_and_says_why(checkpoint, corpora, tmp_path):
 
 def test_an_adapter_that_did_not_move_is_an_error(checkpoint, corpora, tmp_path):
     with pytest.raises(ArithmeticError, match="did not move from 0"):
-        recover(make(max_steps=1, warmup_steps=1), checkpoint, tmp_path / "recovered", corpora)
+        recover(
+            make(max_steps=1, warmup_steps=0, learning_rate=1e-60),
+            checkpoint,
+            tmp_path / "recovered",
+            corpora,
+        )
 
 
 def test_holding_everything_out_is_an_error(checkpoint, corpora, tmp_path):

@@ -202,7 +202,7 @@ def test_force_computes_once_what_it_names_and_what_follows(swept, monkeypatch, 
         ),
         (
             ["-m", "model=local", "model.path=/nowhere", "seed=0,1,2"],
-            "all 3 jobs: model local: /nowhere is neither",
+            "all 3 jobs: model.path=/nowhere is no directory here",
         ),
     ],
 )
@@ -321,7 +321,7 @@ def test_two_sweeps_over_one_store_at_once_compute_every_stage_once(tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0], (tmp_path / "printed").read_text()
     logs = "".join(path.read_text() for path in tmp_path.glob("runs/*/run.log"))
-    done = Counter(re.findall(r"^([\w/]+) computed", logs, re.MULTILINE))
+    done = Counter(re.findall(r"^\[ *\d+/\d+\] \w+ · ([\w/]+)  computed", logs, re.MULTILINE))
     there = Counter(
         path.parents[1].relative_to(tmp_path / "store").as_posix()
         for path in tmp_path.glob("store/**/manifest.json")
