@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 
 IGNORE = -100  # the label that the cross-entropy skips
-WHOLE = 4_000_000  # characters; a text up to this length is tokenised whole
-MARGIN = 10_000  # tokens before the end of a part that the cut may change
+MARGIN = 1_000  # tokens before the end of a part that the cut may change
 
 
 def encode(
@@ -29,14 +28,14 @@ def encode(
     """Return the joined documents as one stream of ids, int64 of shape (tokens,), tokenised once as a whole.
 
     The tokenizer adds no special tokens. With `bos` one BOS opens the stream. With `limit` only so many ids are
-    returned, and a text beyond `WHOLE` is tokenised only as far as they reach.
+    returned, and a longer text is tokenised only as far as they reach.
 
     Raises:
         ValueError: `bos` is set and the tokenizer has no BOS.
     """
     opening = [bos_id(tokenizer)] if bos else []
     text, part = join.join(documents), 16 * max(limit or 0, MARGIN)
-    while limit is not None and len(text) > max(part, WHOLE):
+    while limit is not None and len(text) > part:
         ids = _ids(text[: text.rfind("\n", part // 2, part) + 1 or part], tokenizer)
         if len(ids) >= limit + MARGIN:
             return torch.tensor([*opening, *ids][:limit], dtype=torch.int64)

@@ -16,7 +16,7 @@ from kvp.data.corpora import FileCorpus, HubCorpus
 from kvp.data.instructions import Instructions
 from kvp.data.rows import LONGEST_LINE
 from kvp.data.text import PackedText
-from kvp.data.tokens import WHOLE, encode
+from kvp.data.tokens import encode
 from tests.data.test_corpora import COMMIT, hub_cache  # noqa: F401
 
 TEXTS = ["eins, zwei", 'drei "vier"\nfünf', "", "語 sechs"]
@@ -283,7 +283,7 @@ def test_instructions_that_are_no_examples_are_refused_in_check(tmp_path, data, 
 def test_a_long_text_is_tokenised_as_far_as_it_is_read(tokenizer, drop):
     passages = "\n\n".join(drop.documents("train"))
     short = (passages * (1 + 200_000 // len(passages)))[:200_000]
-    long = short + "\n" + short * (WHOLE // len(short) + 1)
+    long = short + "\n" + short * (4_000_000 // len(short) + 1)
     started = time.process_time()
     limited = encode([long], tokenizer, limit=3000, bos=True)
     assert time.process_time() - started < 3
@@ -292,7 +292,7 @@ def test_a_long_text_is_tokenised_as_far_as_it_is_read(tokenizer, drop):
 
 
 def test_training_text_of_a_limit_reads_so_many_tokens(tmp_path, tokenizer):
-    source = corpus(tmp_path / "mine.txt", b"one two three four\n" * (WHOLE // 18))
+    source = corpus(tmp_path / "mine.txt", b"one two three four\n" * (4_000_000 // 18))
     started = time.process_time()
     examples = PackedText(corpora=["mine"], length=64, max_tokens=640).examples(tokenizer, {"mine": source})
     assert len(examples) == 10 and time.process_time() - started < 3
