@@ -216,6 +216,7 @@ def test_joined_heads_are_a_stage_and_an_ordinary_checkpoint(tmp_path):
     assert all(stage.stands for stage in foretell(Experiment.compose(compose_here(tmp_path, *words)))[0])
 
 
+@pytest.mark.slow
 def test_kill_in_every_stage_then_rerun_gives_the_same(finished, tmp_path):
     undisturbed = run_here(finished[0], *LIGHT)
     for stage in ("score", "prune", "recover", "evaluate/perplexity/lambada"):

@@ -289,6 +289,7 @@ def looks(tmp_path):
     return Counter(look(path).status for path in tmp_path.glob("runs/*/run.json"))
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_twice_and_interrupted_once_ends_with_the_same_table(
     swept, tmp_path, monkeypatch, capsys
 ):

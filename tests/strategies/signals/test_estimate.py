@@ -36,8 +36,15 @@ print(json.dumps([memory("VmHWM") - before, estimate["total"] - estimate["weight
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
-@pytest.mark.parametrize("importance", ["taylor_gate", "taylor_element"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("importance", "checkpointing"),
+    [
+        ("taylor_gate", True),
+        ("taylor_element", False),
+        pytest.param("taylor_gate", False, marks=pytest.mark.slow),
+        pytest.param("taylor_element", True, marks=pytest.mark.slow),
+    ],
+)
 def test_scoring_stays_within_its_estimate(importance, checkpointing):
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, importance, str(checkpointing)],

@@ -142,6 +142,7 @@ def test_only_one_layer_is_on_the_gpu(tmp_path):
     assert {edit.device.type for edit in plan.edits.values()} == {"cpu"}
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_resumes_at_the_layer_with_the_same_weights(tmp_path):
     options = [
         "experiment=sparse_llama2_7b",  # the published protocol, on a tiny model
