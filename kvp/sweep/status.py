@@ -19,7 +19,7 @@ from rich.table import Table
 
 from kvp.record import RunRecord
 from kvp.store.contents import Entry, entries, is_alive
-from kvp.sweep.words import reason, removed, stages
+from kvp.sweep.words import makers, reason, removed, stages
 from kvp.tables import NOTE, WIDEST, console_table, plain, print_table
 
 STAGE_COLUMNS = ("finished", "being computed", "left unfinished", "damaged", "set aside", "MiB")
@@ -52,7 +52,7 @@ def look(path: Path) -> Look:
     except (OSError, ValueError, RecursionError) as error:
         return Look(name, "unreadable", str(error))
     if record.status == "finished":
-        return Look(name, record.status, f"{removed(record)} removed; {stages(record)}")
+        return Look(name, record.status, f"{removed(record)} removed; {stages(record)}; {makers(record)}")
     if record.status == "failed":
         where = f"{record.stage}: " if record.stage else ""
         why = reason(record.error.type, record.error.message) if record.error else "no error is recorded"

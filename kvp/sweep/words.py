@@ -92,3 +92,13 @@ def _alike(why: str, names: Sequence[str], jobs: int) -> str:
         return f"all {jobs} jobs: {why}"
     more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
     return f"{len(names)} of {jobs} jobs: {why} ({'; '.join(names[:FEW])}{more})"
+
+
+def makers(record: RunRecord) -> str:
+    """Return the code behind a run's stages: "code 033dd9bc, cee8cf82 with edits, mypkg"."""
+    commits = (
+        f"{(o.commit or o.kvp)[:8]}{' with edits' if o.dirty else ''}" for o in record.provenance.origins
+    )
+    own = {name.partition(".")[0] for stage in record.stages for name in stage.edits} - {"kvp"}
+    unknown = ["of unknown origin"] if any(not stage.origins for stage in record.stages) else []
+    return f"code {', '.join([*dict.fromkeys(commits), *sorted(own), *unknown])}"

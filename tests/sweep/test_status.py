@@ -49,6 +49,18 @@ def failed(kind, message, **more):
     return {"status": "failed", "error": {"type": kind, "message": message, "traceback": ""}, **more}
 
 
+def test_a_finished_run_names_the_code_behind_its_stages(tmp_path):
+    record = make_record()
+    (origin,), (stage,) = record["provenance"]["origins"], record["stages"]
+    edited = {**origin, "commit": "cee8cf822000", "dirty": True}
+    made = {**stage, "name": "score", "edits": {"mine.rule": "0" * 64}, "origins": [1, 0]}
+    provenance = {**record["provenance"], "origins": [origin, edited]}
+    known = write(tmp_path, "a", status="finished", stages=[stage, made], provenance=provenance)
+    assert look(known).detail.endswith("2 computed; code f574f8d, cee8cf82 with edits, mine")
+    old = write(tmp_path, "b", status="finished", stages=[{**stage, "origins": []}])
+    assert look(old).detail.endswith("code f574f8d, of unknown origin")
+
+
 def test_a_running_run_names_its_stage_host_and_process(tmp_path):
     run = look(write(tmp_path, "a"))
     assert run.status == "running"
