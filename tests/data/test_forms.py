@@ -24,6 +24,13 @@ LINES = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text i
 ARRAY = json.dumps([{"text": text, "id": 3} for text in TEXTS], indent=1)
 CSV = 'id,text\n1,"eins, zwei"\n2,"drei ""vier""\nfünf"\n3,""\n4,語 sechs\n'
 TSV = 'text\tid\neins, zwei\t1\n"drei ""vier""\nfünf"\t2\n\t3\n語 sechs\t4\n'
+
+
+def gzipped(data: bytes, level: int = 9) -> bytes:
+    """Pack bytes without the time of day, so that the names of tests are the same in all processes."""
+    return gzip.compress(data, level, mtime=0)
+
+
 PLAIN = "eins\nzwei, fünf, 語\n"
 
 
@@ -44,17 +51,17 @@ READ = {  # name -> bytes, documents, what the identity says of the reading
     "big-endian.txt": (b"\xfe\xff" + PLAIN.encode("utf-16-be"), [PLAIN], {"encoding": "utf-16"}),
     "widest.txt": (PLAIN.encode("utf-32"), [PLAIN], {"encoding": "utf-32"}),
     "windows.txt": (PLAIN.replace("\n", "\r\n").encode(), [PLAIN], {}),
-    "packed.txt.gz": (gzip.compress(PLAIN.encode()), [PLAIN], {}),
+    "packed.txt.gz": (gzipped(PLAIN.encode()), [PLAIN], {}),
     "LOUD.TXT": (PLAIN.encode(), [PLAIN], {}),
-    "LOUD.Txt.GZ": (gzip.compress(PLAIN.encode()), [PLAIN], {}),
+    "LOUD.Txt.GZ": (gzipped(PLAIN.encode()), [PLAIN], {}),
     "lies.txt": (
-        gzip.compress(PLAIN.encode("utf-16")),
+        gzipped(PLAIN.encode("utf-16")),
         [PLAIN],
         {"compression": "gzip", "encoding": "utf-16"},
     ),
     "unpacked.txt.gz": (PLAIN.encode(), [PLAIN], {"compression": "none"}),
     "rows.jsonl": (LINES.encode(), TEXTS, {}),
-    "rows.JSONL.GZ": (gzip.compress(LINES.encode()), TEXTS, {}),
+    "rows.JSONL.GZ": (gzipped(LINES.encode()), TEXTS, {}),
     "mark.jsonl": (LINES.encode("utf-8-sig"), TEXTS, {"encoding": "utf-8-sig"}),
     "mark.json": (ARRAY.encode("utf-8-sig"), TEXTS, {"encoding": "utf-8-sig"}),
     "wide.json": (ARRAY.encode("utf-16"), TEXTS, {"encoding": "utf-16"}),
@@ -66,7 +73,7 @@ READ = {  # name -> bytes, documents, what the identity says of the reading
     "rows.csv": (CSV.encode(), TEXTS, {"format": "csv"}),
     "windows.csv": (CSV.replace("\n", "\r\n").encode(), TEXTS, {"format": "csv"}),
     "excel.CSV": (CSV.encode("utf-8-sig"), TEXTS, {"format": "csv", "encoding": "utf-8-sig"}),
-    "excel.txt.csv.gz": (gzip.compress(CSV.encode()), TEXTS, {"format": "csv"}),
+    "excel.txt.csv.gz": (gzipped(CSV.encode()), TEXTS, {"format": "csv"}),
     "rows.tsv": (TSV.encode(), TEXTS, {"format": "tsv"}),
     "rows.parquet": (packed({"text": TEXTS, "id": [1, 2, 3, 4]}), TEXTS, {}),
     "dictionary.parquet": (packed({"text": pyarrow.array(TEXTS).dictionary_encode()}), TEXTS, {}),
@@ -91,10 +98,10 @@ REFUSED = {  # name -> bytes, and what the message says beside the file
     "empty.txt": (b"", "is empty"),
     "mark-alone.txt": (b"\xef\xbb\xbf", "holds no text"),
     "blank.txt": (b"\n \n", "holds no text: blank"),
-    "empty.json.gz": (gzip.compress(b""), "no text"),
+    "empty.json.gz": (gzipped(b""), "no text"),
     "latin.txt": ("eins\nfünf".encode("latin-1"), r"line 2 \(byte 0xfc after 1 bytes\) is not UTF-8.*iconv"),
     "cp1252.jsonl": ('{"text": "a"}\n{"text": "“a”"}'.encode("cp1252"), "line 2.*0x93.*not UTF-8"),
-    "latin.csv.gz": (gzip.compress("text\nfünf".encode("latin-1")), "line 2.*not UTF-8"),
+    "latin.csv.gz": (gzipped("text\nfünf".encode("latin-1")), "line 2.*not UTF-8"),
     "odd.txt": (PLAIN.encode("utf-16")[:-1], "is not UTF-16"),
     "nul.txt": (b"one\ntwo\0three", "line 2 holds a NUL"),
     "no-mark.txt": (PLAIN[:5].encode("utf-16-le"), "line 1 holds a NUL.*UTF-16"),
@@ -128,17 +135,17 @@ REFUSED = {  # name -> bytes, and what the message says beside the file
     "semicolon.csv": (b"id;text\n1;a\n", "line 2 has no column 'text'; it has id;text"),
     "twice.csv": (b"text,text\na,b\n", "line 1 names a column twice"),
     "header.csv": (b"id,text\n", "holds no text"),
-    "cut.txt.gz": (gzip.compress(random.Random(0).randbytes(9999).hex().encode())[:-99], "truncated gzip"),
-    "crc.jsonl.gz": (gzip.compress(LINES.encode())[:-8] + bytes(8), "damaged or truncated gzip"),
+    "cut.txt.gz": (gzipped(random.Random(0).randbytes(9999).hex().encode())[:-99], "truncated gzip"),
+    "crc.jsonl.gz": (gzipped(LINES.encode())[:-8] + bytes(8), "damaged or truncated gzip"),
     "cut-head.txt": (b"\x1f\x8b\x08", "damaged or truncated gzip"),
-    "twice.txt.gz": (gzip.compress(gzip.compress(b"a")), "gzip within gzip"),
+    "twice.txt.gz": (gzipped(gzipped(b"a")), "gzip within gzip"),
     "packed.txt": (b"PK\x03\x04rest", "is a zip archive: unpack it"),
     "paper.txt": (b"%PDF-1.7 ", "is a PDF"),
     "table.arrow": (b"ARROW1\0\0", "is an Arrow file"),
     "notes.docm": (b"some words", r"no known suffix: rename it to one of \.txt"),
     "line.txt": (b"a" * (LONGEST_LINE + 1) + b"\nb", r"one line holds 10,000,001 characters, the bound is"),
     "line.jsonl.gz": (
-        gzip.compress(b'{"text": "' + b"a " * LONGEST_LINE + b'"}', 1),
+        gzipped(b'{"text": "' + b"a " * LONGEST_LINE + b'"}', 1),
         "line 1: one line holds",
     ),
 }
@@ -180,7 +187,7 @@ def test_two_readings_of_one_content_are_two_corpora(tmp_path):
     one = corpus(tmp_path / "a.jsonl", LINES.encode()).identity("test")
     again = corpus(tmp_path / "a.json", LINES.encode()).identity("test")
     marked = corpus(tmp_path / "a.ndjson", LINES.encode("utf-8-sig")).identity("test")
-    packed_up = corpus(tmp_path / "a.jsonl", gzip.compress(LINES.encode(), mtime=0)).identity("test")
+    packed_up = corpus(tmp_path / "a.jsonl", gzipped(LINES.encode())).identity("test")
     assert one == again
     assert marked["sha256"] != one["sha256"] and marked["read"] != packed_up["read"]
 
@@ -210,11 +217,11 @@ def test_halves_that_share_a_text_or_have_none_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (gzip.compress(b'{"sentence": "a"}\n{"sentence": null}'), "not plain .null_rows 1 left out"),
-        (gzip.compress(b'{"sentence": "a"}\n{"sentence":'), "line 2, column 13 is no JSON"),
-        (gzip.compress('{"sentence": "ä"}'.encode("utf-16")), "not plain .encoding utf-16"),
+        (gzipped(b'{"sentence": "a"}\n{"sentence": null}'), "not plain .null_rows 1 left out"),
+        (gzipped(b'{"sentence": "a"}\n{"sentence":'), "line 2, column 13 is no JSON"),
+        (gzipped('{"sentence": "ä"}'.encode("utf-16")), "not plain .encoding utf-16"),
         (b'{"sentence": "a"}', "not plain .compression none"),
-        (gzip.compress(b'{"sentence": "a"}')[:-4], "truncated gzip"),
+        (gzipped(b'{"sentence": "a"}')[:-4], "truncated gzip"),
     ],
 )
 def test_a_hub_file_is_read_in_check_and_is_plain_or_refused(tmp_path, data, message):
@@ -240,7 +247,7 @@ def test_instructions_are_read_in_every_form(tmp_path, tokenizer, name):
     data = {
         "a.CSV": b"instruction,input,output\nName a colour.,,Blue.\nName a colour.,red,Blue.\n",
         "a.parquet": packed({key: [row[key] for row in rows] for key in EXAMPLE}),
-        "a.JSON.GZ": gzip.compress(json.dumps(rows).encode()),
+        "a.JSON.GZ": gzipped(json.dumps(rows).encode()),
         "mark.json": json.dumps(rows).encode("utf-8-sig"),
         "a.json": json.dumps(rows).encode(),
     }.get(name, "\n".join(map(json.dumps, rows)).encode())
