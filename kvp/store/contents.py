@@ -114,10 +114,17 @@ def runs_in(directories: Iterable[Path]) -> list[Run]:
     files = {
         file.resolve(): file
         for directory in directories
-        for file in directory.rglob("run.json")
-        if not any(part.startswith(".") for part in file.relative_to(directory).parts)
+        for file in below(directory)
+        if file.name == "run.json"
+        and not any(part.startswith(".") for part in file.relative_to(directory).parts)
     }
     return sorted(map(_run, files.values()), key=lambda run: run.name)
+
+
+def below(directory: Path) -> Iterator[Path]:
+    """Yield the files and directories below one; what goes while it is walked is left out, links are not followed."""
+    for folder, directories, files in os.walk(directory):
+        yield from (Path(folder, name) for name in (*directories, *files))
 
 
 def users(runs: Iterable[Run]) -> Mapping[Key, list[str]]:
@@ -171,8 +178,7 @@ def _look(path: Path, kind: str, whole: bool) -> Entry | None:
             fault = _fault(path, kind, whole)
             return _entry(path, kind, path.name, "corrupt" if fault else "finished", fault)
     except FileNotFoundError:
-        if os.path.lexists(path):
-            raise
+        pass
     return None
 
 
@@ -185,7 +191,7 @@ def _entry(path: Path, kind: str, digest: str, state: State, fault: str = "") ->
         fault = fault or f"a link to {os.readlink(path)}"
     sizes, times = [0], [0.0]
     manifest = path / MANIFEST
-    for file in [path] if path.is_symlink() else [path, *path.rglob("*")]:
+    for file in [path] if path.is_symlink() else [path, *below(path)]:
         try:
             stat = file.lstat()
         except OSError:  # a process is at work there
