@@ -18,7 +18,7 @@ import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from typing import Any
 OWN = ("kvp", "hydra_plugins")
 HERE = Path(__file__).resolve().parent
 TREE = HERE.parent  # the checkout, or site-packages
-INSTALLED = tuple({Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")})
+STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
+INSTALLED = {"site-packages", "dist-packages"}  # folders that installers write to
 
 Modules = Mapping[str, Path]
 
@@ -129,15 +130,25 @@ def _places(top: str) -> tuple[Path, ...]:
 
 @cache
 def _is_installed(top: str) -> bool:
+    """Return whether a package is the standard library's, or an installed one; what has no source counts as one."""
     places = _places(top)
-    return not places or any(place.is_relative_to(known) for place in places for known in INSTALLED)
+    ours = [place for place in places if not (place.is_relative_to(STDLIB) or INSTALLED & {*place.parts})]
+    return not ours or top in _distributed()
+
+
+@cache
+def _distributed() -> frozenset[str]:
+    """Return the top-level packages that installed distributions name, wherever they lie."""
+    return frozenset(packages_distributions())
 
 
 def _imports(name: str, file: Path) -> Iterator[str]:
     """Yield the modules that a file imports, anywhere in it, and the packages that they are in."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     for node in _import_nodes(file, _sha256(name, file)):
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Constant):
+            names = [str(node.value)] if _file(str(node.value)) else []
+        elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
@@ -154,12 +165,20 @@ def _with_packages(name: str) -> Iterator[str]:
 
 
 @cache
-def _import_nodes(file: Path, sha256: str) -> list[ast.Import | ast.ImportFrom]:
+def _import_nodes(file: Path, sha256: str) -> list[Any]:
+    """Return the imports of a file, and the strings that may name a module: import_module("mypkg.rule")."""
     try:
-        nodes = ast.walk(ast.parse(file.read_bytes()))
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
     except (SyntaxError, ValueError):  # a module that nobody can import imports nothing
         return []
-    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) or _may_name(node, file)]
+
+
+def _may_name(node: ast.AST, file: Path) -> bool:
+    """Return whether a node is a dotted name in a user's own code; kvp itself imports nothing by such names."""
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or file.is_relative_to(HERE):
+        return False
+    return "." in node.value and all(part.isidentifier() for part in node.value.split("."))
 
 
 _reached: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[dict[str, Path], str]] = {}
@@ -194,19 +213,29 @@ def _git(*words: str) -> str:
 
 @cache
 def _changed_since_commit() -> frozenset[str] | None:
-    """Return the files of kvp that differ from HEAD or are new, as paths below `TREE`; None outside a checkout."""
+    """Return the modules of kvp that differ from HEAD, are new or gone, as paths below `TREE`; None outside a checkout.
+
+    Files are compared with HEAD's themselves: what git was told to ignore is code, too.
+    """
     try:
-        if not _git("ls-files", "--", "kvp/__init__.py"):
-            return None
-        _git("rev-parse", "HEAD")
-        top = Path(_git("rev-parse", "--show-toplevel").strip())
-        listed = _git(
-            "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", *OWN, "conf"
-        )
+        lines = _git("ls-tree", "-r", "-z", "HEAD", "--", *OWN).split("\0")
     except (OSError, subprocess.CalledProcessError):
         return None
-    paths = (top / entry[3:] for entry in listed.split("\0") if entry)
-    return frozenset(path.relative_to(TREE).as_posix() for path in paths if path.suffix in (".py", ".yaml"))
+    committed = {
+        path: facts.split()[2] for facts, _, path in (line.partition("\t") for line in lines if line)
+    }
+    if "kvp/__init__.py" not in committed:
+        return None
+    present = {file.relative_to(TREE).as_posix() for own in OWN for file in (TREE / own).rglob("*.py")}
+    modules = {path for path in committed if path.endswith(".py")}
+    changed = {path for path in present & modules if _blob(TREE / path, committed[path]) != committed[path]}
+    return frozenset(changed | (present ^ modules))
+
+
+def _blob(file: Path, like: str) -> str:
+    """Return the id that git gives a file's content, by the hash of another id: sha1 or sha256."""
+    data = file.read_bytes()
+    return hashlib.new("sha1" if len(like) == 40 else "sha256", b"blob %d\0" % len(data) + data).hexdigest()
 
 
 @cache

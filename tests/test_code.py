@@ -148,3 +148,39 @@ def test_without_a_checkout_a_file_is_compared_with_its_wheel(checkout, monkeypa
 def test_a_module_that_nobody_can_import_imports_nothing(user):
     write(user / "mine" / "parts.py", "print 'python 2'\nimport beside_mine\n")
     assert "mine.parts" in reachable(["mine.rule"]) and "beside_mine" not in reachable(["mine.rule"])
+
+
+def test_code_that_git_ignores_is_an_edit(checkout):
+    write(checkout / ".git" / "info" / "exclude", "scratch_*\n")
+    write(checkout / "kvp" / "scratch_mine.py", "half = 0.1\n")
+    assert list(edits(reachable(["kvp.scratch_mine"]))) == ["kvp.scratch_mine"] and commit()["dirty"]
+    git(checkout, "update-index", "--assume-unchanged", "kvp/parts.py")
+    write(checkout / "kvp" / "parts.py", "half = 0.25\n")
+    forget()
+    assert list(edits(reachable(["kvp.rule"]))) == ["kvp.parts"]
+
+
+def test_a_module_imported_by_its_name_in_a_string_is_followed(user):
+    write(
+        user / "mine" / "parts.py",
+        "import importlib\nhalf = importlib.import_module('mine.spaces.inner').x\n",
+    )
+    write(user / "beside_mine.py", "")
+    assert "mine.spaces.inner" in reachable(["mine.rule"])
+
+
+@pytest.mark.parametrize("folder", ["lib/python3/dist-packages", ".local/lib/python3.11/site-packages"])
+def test_packages_installed_elsewhere_are_not_followed(user, monkeypatch, folder):
+    write(user / folder / "big_library" / "__init__.py", "import big_library.more\n")
+    write(user / folder / "big_library" / "more.py", "")
+    monkeypatch.syspath_prepend(user / folder)
+    write(user / "mine" / "parts.py", "import big_library\n")
+    assert not [name for name in reachable(["mine.rule"]) if name.startswith("big_library")]
+
+
+def test_a_named_package_is_followed_even_if_it_is_installed(user, monkeypatch):
+    place = user / "site-packages"
+    write(place / "plugin" / "__init__.py", "from .rule import Rule\n")
+    write(place / "plugin" / "rule.py", "class Rule: ...\n")
+    monkeypatch.syspath_prepend(place)
+    assert {"plugin", "plugin.rule"} <= edits(reachable(["plugin.Rule"])).keys()

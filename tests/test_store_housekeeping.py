@@ -367,3 +367,14 @@ def test_the_command_imports_nothing_heavy():
     assert done.returncode == 1 and "kvp.store: error: there is no store /nowhere" in done.stderr
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "kvp.store.contents" in imported and not {"torch", "transformers", "hydra", "pydantic"} & imported
+
+
+def test_runs_of_the_usual_place_count_beside_those_that_are_named(house, monkeypatch, tmp_path):
+    """`gc --runs OTHER` must not take what outputs/runs needs."""
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert __main__._directories([other]) == [other]
+    (tmp_path / "outputs" / "runs").mkdir(parents=True)
+    assert __main__._directories([other]) == [other, Path("outputs/runs")]
+    assert __main__._directories(None) == [Path("outputs/runs")]

@@ -76,7 +76,9 @@ class Selection:
         return {**asdict(self), "corpora": sources}
 
     def check(self, corpora: Mapping[str, Corpus]) -> None:
-        """Raise at once if a corpus is unknown or out of reach."""
+        """Raise at once if a corpus is unknown, named twice or out of reach."""
+        if twice := next((name for name in self.corpora if list(self.corpora).count(name) > 1), None):
+            raise ValueError(f"{self.node}.corpora names {twice} twice: it would be read twice, name it once")
         for name in self.corpora:
             find(corpora, name).check(self.part)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kvp.store.locks import IN_USE
 from kvp.store.manifest import StageError, publish, sync, why_full
 
 SERVING = "serving.json"
@@ -20,6 +21,10 @@ def whole(out: Path) -> Iterator[Path]:
 
     Its own lock keeps other processes away. A kill leaves it hidden and unlocked, for the next attempt to empty.
     """
+    if store := next((place for place in out.absolute().parents if (place / IN_USE).exists()), None):
+        raise ValueError(
+            f"{out} lies inside the store {store}, whose stages must not change: choose another --out"
+        )
     partial, way_out = out.with_name(f".{out.name}.partial"), "Free space there, or choose another --out."
     busy = FileExistsError(f"another process writes {out} now: wait for it, or choose another --out")
     try:

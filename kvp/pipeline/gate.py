@@ -19,6 +19,7 @@ from torch import nn
 
 from kvp.data.corpora import find
 from kvp.measurement.memory import available_bytes
+from kvp.models.checkpoint.fields import check_fields
 from kvp.models.family import family_of
 from kvp.models.mustafar import Mustafar
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
@@ -183,27 +184,13 @@ def _expected(source: ModelSource) -> PretrainedConfig:
     except Exception as error:  # transformers has many kinds for one mistake
         raise ValueError(f"model.config is no config of a model: {_one_line(error)}") from error
     family_of(config)
-    _check_shape(config, len(source.expected_tokenizer()))
-    return config
-
-
-def _check_shape(config: PretrainedConfig, tokens: int) -> None:
-    """Refuse widths that do not go together; transformers notices some of them in the forward pass only."""
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if heads % groups:
-        raise ValueError(
-            f"model.config.num_attention_heads must be a multiple of model.config.num_key_value_heads={groups}, got "
-            f"{heads}"
-        )
-    if width % 2:
-        raise ValueError(
-            f"model.config.head_dim must be even, because RoPE turns channels in pairs; got {width}"
-        )
+    check_fields(Path("model.config"), config.to_dict())
+    tokens = len(source.expected_tokenizer())
     if config.vocab_size < tokens:
         raise ValueError(
             f"model.config.vocab_size must be >= {tokens} (the tokenizer's tokens), got {config.vocab_size}"
         )
+    return config
 
 
 def _linears(config: PretrainedConfig) -> Sequence[str]:

@@ -93,7 +93,8 @@ def _age(text: str) -> float:
 def _directories(named: list[Path] | None) -> list[Path]:
     if missing := [path for path in named or () if not path.is_dir()]:
         raise ValueError(f"there is no directory {missing[0]}: --runs names what runs=DIR named")
-    return named or [Path("outputs/runs")]
+    usual = Path("outputs/runs")
+    return [*(named or ()), *([usual] if usual.is_dir() or not named else [])]
 
 
 def _found(store: Path, *, whole: bool) -> list[Entry]:

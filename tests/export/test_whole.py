@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvp.export.whole import SERVING, whole
-from kvp.store import StageError
+from kvp.store import StageError, Store
 from tests.process import ROOT
 
 
@@ -109,3 +109,15 @@ with whole(out) as partial:
         assert not names(partial)
         fill(partial)
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("place", ["export", "prune/0123456789abcdef/model/export"])
+def test_a_place_inside_a_store_is_refused(tmp_path, place):
+    """An export there would be a file added to a stage, which is damage."""
+    Store(tmp_path).once("prune", {}, lambda directory: (directory / "model").mkdir())
+    with (
+        pytest.raises(ValueError, match=r"lies inside the store .*: choose another --out"),
+        whole(tmp_path / place),
+    ):
+        pass
+    assert not (tmp_path / place).parent.joinpath(".export.partial").exists()

@@ -106,6 +106,17 @@ TYPES = [
 ]
 MODELS = [
     (
+        ["+model.config.rope_theta=0"],
+        "model.config: rope_parameters.rope_theta must be greater than 1, got 0",
+    ),
+    (["+model.config.sliding_window=4"], "model.config: sliding_window=4, and llama models have no sliding"),
+    (["+model.config.rope_scaling={rope_type: linear, factor: 0}"], "factor must be greater than 0, got 0"),
+    (
+        ["+model.config.quantization_config={bits: 4}"],
+        "model.config: quantization_config: these weights are quant",
+    ),
+    (["model.config.eos_token_id=9999"], "eos_token_id must be below vocab_size=259, got 9999"),
+    (
         ["model.config.num_hidden_layers=0"],
         "model.config.num_hidden_layers must be a whole number >= 1, got 0",
     ),
@@ -113,7 +124,10 @@ MODELS = [
     (["model.config.vocab_size=big"], "model.config.vocab_size must be a whole number >= 1, got 'big'"),
     (["model.config.vocab_size=100"], "model.config.vocab_size must be >= 259"),
     (["model.config.hidden_size=97", "~model.config.head_dim"], "model.config"),
-    (["model.config.num_key_value_heads=4"], "model.config.num_attention_heads must be a multiple"),
+    (
+        ["model.config.num_key_value_heads=4"],
+        "model.config: num_key_value_heads must divide num_attention_heads=6, got 4",
+    ),
     (["model.config.head_dim=31"], "model.config is no config of a model"),
     (["model.config.model_type=gpt2"], "known families"),
     (["model.config.model_type=nonsense"], "nonsense"),
@@ -151,6 +165,7 @@ TARGETS = [
     (["trusted=os"], "trusted must be a list of top-level packages"),
 ]
 SOURCES = [
+    (["calibration.corpora=[drop,drop]"], "calibration.corpora names drop twice"),
     (["calibration.corpora=[squat]"], "Did you mean 'squad'?"),
     (["evaluation.perplexity.corpora=[text]"], "KVP_TEXT"),
     (["evaluation.zero_shot.tasks=[piqua]"], "piqua"),
