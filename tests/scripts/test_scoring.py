@@ -48,6 +48,7 @@ def test_cost_of_a_method_step_by_step(words, steps, tmp_path):
     assert line["dtype"] == "float32" and {"commit", "versions", "threads"} <= line["provenance"].keys()
 
 
+@pytest.mark.slow
 def test_a_method_that_fails_does_not_stop_the_others(tmp_path):
     out, common = tmp_path / "out", [*SMOKE, f"store={tmp_path / 'store'}"]
     earlier = {"strategy": "random", "model": "other", "failed": "killed by signal 9, see above"}

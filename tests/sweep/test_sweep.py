@@ -315,6 +315,7 @@ def test_a_sweep_killed_twice_and_interrupted_once_ends_with_the_same_table(
     assert perplexities(tmp_path) == perplexities(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_two_sweeps_over_one_store_at_once_compute_every_stage_once(tmp_path):
     words = ["-m", "ratio.value=0.25,0.5,0.75", *places(tmp_path), "tracker=wandb", "recovery=none"]
     processes = [start_kvp(*words, log=tmp_path / "printed") for _ in range(2)]
@@ -335,7 +336,7 @@ def test_two_sweeps_over_one_store_at_once_compute_every_stage_once(tmp_path):
     ("launcher", "package"),
     [
         ("joblib", "hydra_plugins.hydra_joblib_launcher"),
-        ("submitit_local", "submitit"),
+        pytest.param("submitit_local", "submitit", marks=pytest.mark.slow),
         pytest.param("ray", "ray", marks=pytest.mark.slow),
     ],
 )
@@ -376,15 +377,31 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes(experiment, tmp_path):
-    """Each word of its rows at least once; all rows run in the test below."""
+    """Its first and its last row; every word of its rows is composed in the slow test below."""
+    jobs = jobs_of(experiment, tmp_path)
+    for job in {tuple(job): job for job in (jobs[0], jobs[-1])}.values():
+        compose_job(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_word_of_every_experiment_composes(experiment, tmp_path):
     seen: set[str] = set()
+    for job in jobs_of(experiment, tmp_path):
+        if not seen.issuperset(job):
+            seen.update(job)
+            compose_job(job)
+
+
+def jobs_of(experiment, tmp_path):
+    given = [f"experiment={experiment}", *places(tmp_path)[1:3], "device=cpu"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        given = [f"experiment={experiment}", *places(tmp_path)[1:3], "device=cpu"]
-        config = compose("config", overrides=given)
-        for job in expand(config.rows, given):
-            if not seen.issuperset(job):
-                seen.update(job)
-                Experiment.compose(compose("config", overrides=job))
+        return expand(compose("config", overrides=given).rows, given)
+
+
+def compose_job(job):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        Experiment.compose(compose("config", overrides=job))
 
 
 @pytest.mark.slow

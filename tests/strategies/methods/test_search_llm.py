@@ -199,6 +199,7 @@ def test_trials_are_measured_once_and_a_torn_line_again(tmp_path):
         trial(again, "nan", math.nan)
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_of_the_search_gives_the_same_plan(tmp_path):
     options = [
         "tracker=none",

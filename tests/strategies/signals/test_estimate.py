@@ -40,7 +40,7 @@ print(json.dumps([memory("VmHWM") - before, estimate["total"] - estimate["weight
     ("importance", "checkpointing"),
     [
         ("taylor_gate", True),
-        ("taylor_element", False),
+        pytest.param("taylor_element", False, marks=pytest.mark.slow),
         pytest.param("taylor_gate", False, marks=pytest.mark.slow),
         pytest.param("taylor_element", True, marks=pytest.mark.slow),
     ],
