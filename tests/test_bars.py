@@ -33,7 +33,7 @@ SMOKE = ("debug=smoke", "tracker=none", "evaluation.zero_shot.limit=2", "measure
 
 
 def in_a_file(tmp_path: Path, *words: str) -> str:
-    """What a process prints into a file."""
+    """Return what a process prints into a file."""
     with (tmp_path / "log").open("wb") as log:
         done = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=log, stderr=log, check=False)
     shown = (tmp_path / "log").read_bytes().decode()
@@ -42,7 +42,7 @@ def in_a_file(tmp_path: Path, *words: str) -> str:
 
 
 def on_a_terminal(*words: str) -> str:
-    """What a process shows on a terminal of 120 columns."""
+    """Return what a process shows on a terminal of 120 columns."""
     pid, terminal = pty.fork()
     if not pid:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))

@@ -377,7 +377,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes(experiment, tmp_path):
-    """Its first and its last row; every word of its rows is composed in the slow test below."""
+    """Compose the first and the last row; the slow test below composes every word of all rows."""
     jobs = jobs_of(experiment, tmp_path)
     for job in {tuple(job): job for job in (jobs[0], jobs[-1])}.values():
         compose_job(job)
