@@ -157,7 +157,6 @@ def test_a_reader_that_has_enough_ends_it_quietly(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0, 0.2, 0.5, 1, 1.5, 2, 3, 5])
 def test_an_interrupt_before_the_run_is_one_line(seconds, tmp_path):
-    """A library that swallows the interrupt while it is imported lets the run go on: press again."""
     process = command(
         *TINY, "store=s", "runs=r", cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
