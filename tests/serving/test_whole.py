@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvp.export.whole import SERVING, whole
+from kvp.serving.whole import SERVING, whole
 from kvp.store import StageError, Store
 from tests.process import ROOT
 
@@ -36,7 +36,7 @@ def other_process(code: str, out: Path) -> subprocess.Popen:
     head = f"""
 import sys, time
 from pathlib import Path
-from kvp.export.whole import SERVING, whole
+from kvp.serving.whole import SERVING, whole
 out = Path({str(out)!r})
 """
     words = [sys.executable, "-c", head + code]

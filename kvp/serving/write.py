@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from kvp.export.layout import stock_layout
-from kvp.export.rope import require_fixed_factors
-from kvp.export.sample import Sample, make_sample, require_positions
-from kvp.export.stock import to_stock
-from kvp.export.verify import Engine, ask, compare, has
-from kvp.export.whole import SERVING, whole
 from kvp.models.checkpoint.check import check_weights
 from kvp.models.checkpoint.tokens import check_tokenizer, open_tokenizer
 from kvp.models.family import PRUNED_PREFIX
 from kvp.models.load import load_model, load_tokenizer, save
 from kvp.models.rope import switches
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
+from kvp.serving.layout import stock_layout
+from kvp.serving.rope import require_fixed_factors
+from kvp.serving.sample import Sample, make_sample, require_positions
+from kvp.serving.stock import to_stock
+from kvp.serving.verify import Engine, ask, compare, has
+from kvp.serving.whole import SERVING, whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -98,7 +98,7 @@ def _check_form(checkpoint: Path, config: PretrainedConfig, to: Target) -> None:
         if not layout.keeps_rope:
             require_fixed_factors(config)
     if to == "gguf":
-        from kvp.export.gguf_file import check_gguf
+        from kvp.serving.gguf_file import check_gguf
 
         check_gguf(config)
 
@@ -110,7 +110,7 @@ def _write(model: PreTrainedModel, checkpoint: Path, directory: Path, to: Target
         save(model, tokenizer, directory)
         return model.config
     if to == "gguf":
-        from kvp.export.gguf_file import write_gguf
+        from kvp.serving.gguf_file import write_gguf
 
         stock = to_stock(model, "stock")
         write_gguf(stock, checkpoint, directory)
