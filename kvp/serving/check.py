@@ -1,12 +1,13 @@
-"""Check that an engine gives the answers that the checkpoint gave when it was exported: `python -m kvp.check DIR`.
+"""Check that an engine gives the answers of the exported checkpoint.
 
-DIR is what `python -m kvp.export` wrote. The engine opens it in a process that does not import kvp (but for `--to
-custom`, which only kvp opens), reads the text that serving.json carries, and must give the same log-probabilities,
-and the same greedy tokens up to near ties. Exit code 0: it does; 1: it does not, or cannot be asked.
+DIR is what `kvp export` wrote. The engine opens it in a process without kvp
+(`--to custom` needs kvp), and reads the text that serving.json carries. Its
+log-probabilities must be the same, its greedy tokens up to near ties. Exit
+code 0: they are; 1: they are not, or the engine cannot be asked.
 
-    python -m kvp.check DIR                       # transformers, or llama.cpp for a GGUF
-    python -m kvp.check DIR --engine vllm         # needs a GPU and vLLM; never run by the authors
-    python -m kvp.check DIR --engine vllm --python /path/to/vllm/venv/bin/python
+  kvp check DIR                  transformers, or llama.cpp for a GGUF
+  kvp check DIR --engine vllm    needs a GPU and vLLM; never run by the authors
+  kvp check DIR --engine vllm --python /path/to/vllm/venv/bin/python
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
+from kvp.commands import called
 from kvp.models.checkpoint.check import check_checkpoint
 from kvp.models.checkpoint.files import read_json
 from kvp.serving.sample import Sample
@@ -79,7 +81,7 @@ def _is_float32(serving: dict[str, Any]) -> bool:
 def main() -> None:
     """Run the command; exit code 1 if the engine gives another answer, or cannot be asked."""
     parser = argparse.ArgumentParser(
-        prog="python -m kvp.check",
+        prog=called("check"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
