@@ -16,13 +16,14 @@ from typing import Any
 from kvp.plugins import installed, owner
 
 
-def find(key: str, target: str, trusted: Collection[str]) -> Any:
+def find(key: str, target: str, trusted: Collection[str], say: str = "trusted=[{}]") -> Any:
     """Return the class or function that a dotted name names.
 
     Args:
         key: What names it, for the error: "strategy._target_".
         target: Such as "mypkg.module.Class".
         trusted: Top-level packages beside kvp, plugins, and those of the current directory.
+        say: Words of the command line that trust a package.
 
     Raises:
         ValueError: Its package is not trusted (and not imported), or there is no such class.
@@ -32,7 +33,7 @@ def find(key: str, target: str, trusted: Collection[str]) -> Any:
     if root not in ("kvp", *trusted, *plugins) and not _is_here(root):
         raise ValueError(
             f"{key}={target} names code of {root}, which kvp does not trust: a configuration could run anything. "
-            f"If you trust it, say trusted=[{root}] on the command line, or keep {root}/ in this directory"
+            f"If you trust it, say {say.format(root)} on the command line, or keep {root}/ in this directory"
         )
     module_name, _, name = target.rpartition(".")
     try:

@@ -6,11 +6,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import get_args
 
 from kvp.bars import only_on_terminals
 from kvp.commands import called
-from kvp.serving.write import Target, export
+from kvp.serving.write import export
 
 FORMS = """
   stock             one shared set of rope pairs: transformers, vLLM, SGLang
@@ -18,6 +17,7 @@ FORMS = """
   gguf              model.gguf for llama.cpp, for any shared set of rope pairs
   custom            any shape: opens in transformers after `import kvp` only
   padded            the dense shapes, zeros where channels were cut: for checks
+  mypkg.forms:half  a function of yours: docs/extend/plugin.md
 """
 
 
@@ -31,13 +31,14 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", type=Path, help="a pruned (or dense) checkpoint, as run.json names it")
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
+    parser.add_argument("--to", default="stock", metavar="FORM", help="default: %(default)s")
     parser.add_argument(
-        "--to", choices=get_args(Target), default="stock", help="the form (default: %(default)s)"
+        "--trust", action="append", default=[], metavar="PACKAGE", help="packages with forms of your own"
     )
     arguments = parser.parse_args()
     only_on_terminals()
     try:
-        serving = export(arguments.checkpoint, arguments.out, arguments.to)
+        serving = export(arguments.checkpoint, arguments.out, arguments.to, arguments.trust)
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         print(f"kvp.export: error: {error}", file=sys.stderr)
         sys.exit(1)
