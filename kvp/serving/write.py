@@ -20,13 +20,14 @@ from kvp.serving.rope import require_fixed_factors
 from kvp.serving.sample import Sample, make_sample, require_positions
 from kvp.serving.stock import to_stock
 from kvp.serving.verify import Engine, ask, compare, has
-from kvp.serving.whole import SERVING, whole
+from kvp.serving.whole import whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Target = Literal["stock", "stock_arithmetic", "custom", "padded", "gguf"]
 DISTRIBUTIONS = {"transformers": "transformers", "llama_cpp": "llama-cpp-python"}
+SERVING = "serving.json"
 FLASH_STEP = 8  # head sizes that flash-attention kernels take
 GGML_STEP = 32  # channels that llama.cpp's 16-bit dot product takes at a time on x86; the rest go one by one
 NOT_RUN = (
@@ -48,7 +49,7 @@ def export(checkpoint: Path, out: Path, to: Target) -> dict[str, Any]:
         RuntimeError: The engine cannot open it; it was removed.
     """
     config = _checked(checkpoint, out, to)
-    with whole(out) as partial:
+    with whole(out, SERVING) as partial:
         model = load_model(checkpoint, dtype=_stored_dtype(config), device="cpu")
         exported = _write(model, checkpoint, partial, to)
         del model
@@ -68,7 +69,7 @@ def export(checkpoint: Path, out: Path, to: Target) -> dict[str, Any]:
 def _checked(checkpoint: Path, out: Path, to: Target) -> PretrainedConfig:
     """Return the checkpoint's config, once everything that its files can tell allows the export."""
     if out.exists():
-        raise FileExistsError(f"{out} is there already: choose another --out")
+        raise FileExistsError(f"{out} is there already: choose another directory")
     config = check_weights(checkpoint).config
     _check_form(checkpoint, config, to)
     check_tokenizer(checkpoint, open_tokenizer(checkpoint), config.vocab_size)
