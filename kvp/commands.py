@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_module
 
 FLAGS = {"run": [], "sweep": ["-m"]}  # commands that Hydra reads, with the flag that each stands for
 COMMANDS = {
@@ -43,7 +42,7 @@ def dispatch() -> bool:
     Returns:
         Whether nothing is left for Hydra.
     """
-    script, words = Path(sys.argv[0]).stem == "kvp", sys.argv[1:]
+    script, words = Path(sys.argv[0]).name in ("kvp", "kvp.exe"), sys.argv[1:]
     if script and words in ([], ["-h"], ["--help"]):  # `python -m kvp` is a run with all defaults
         lines = (f"  {name:<8} {line}" for name, line in COMMANDS.items())
         print(HELP.format(commands="\n".join(lines)), end="")
@@ -55,7 +54,7 @@ def dispatch() -> bool:
         sys.argv[1:] = [*FLAGS[name], *rest]
     elif name in COMMANDS:
         sys.argv = [f"{'kvp' if script else 'python -m kvp'} {name}", *rest]
-        import_module(_module(name)).main()
+        run_module(f"kvp.{name}", run_name="__main__")  # an import would hide kvp.export, the function
         return True
     return False
 
@@ -63,12 +62,6 @@ def dispatch() -> bool:
 def called(name: str) -> str:
     """Return how the user called a command, for its usage: `kvp report` or `python -m kvp.report`."""
     return sys.argv[0] if sys.argv[0].endswith(f"kvp {name}") else f"python -m kvp.{name}"
-
-
-def _module(name: str) -> str:
-    """Return the module with the `main` of a command."""
-    spec = find_spec(f"kvp.{name}")
-    return f"kvp.{name}.__main__" if spec and spec.submodule_search_locations else f"kvp.{name}"
 
 
 def _completes() -> bool:

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 
-from kvp import plugins
+from hydra_plugins.kvp import register
+from kvp import methods, plugins
+from kvp.composing import compose
 from kvp.models.load import byte_tokenizer, save
 from kvp.serving.check import check
 from kvp.serving.write import export
@@ -23,6 +26,11 @@ from tests.test_command import kvp_here
 EXAMPLE = ROOT / "tests" / "plugin_example"
 WORDS = [*TINY, "strategy=key_norm", "corpora=sums", "calibration=sums", "evaluation=none"]
 RAMP = ["strategy/allocator=ramp", "recovery=lora_sums", "recovery.max_steps=2"]
+
+
+METHOD = "from kvp.strategies.methods.random import Random\nclass Mine(Random): ...\n"
+YAML = "defaults: [random]\n_target_: gt_p.method.Mine\n"
+FINE = {"gt_p/__init__.py": "", "gt_p/method.py": METHOD, "gt_p/conf/strategy/mine.yaml": YAML}
 
 
 @pytest.fixture
@@ -106,25 +114,25 @@ def test_help_and_hints_know_a_plugins_options(site, monkeypatch, capsys):
     code, _, stderr = kvp_here(monkeypatch, capsys, "strategy=key_nrm")
     assert code == 1 and "Did you mean key_norm?" in stderr
     code, _, stderr = kvp_here(monkeypatch, capsys, *WORDS, "strategy.powr=1")
-    assert code == 1 and "Did you mean strategy.power?" in stderr
+    assert code == 1 and "Did you mean strategy.power" in stderr
+
+
+def test_python_finds_an_installed_plugin_and_survives_a_broken_one(site):
+    install_example(site)
+    install(site, "gt-p", "mine = gt_p.method:Mine", {**FINE, "gt_p/method.py": "import gt_gone"})
+    found = methods()
+    assert found["key_norm"].startswith("Score a KV group by the sum")
+    assert "gt_p.method cannot be imported" in found["mine"]
+    assert compose(["strategy=key_norm"]).strategy.power == 2.0
 
 
 def test_other_applications_of_hydra_do_not_see_plugins(site, tmp_path):
-    from hydra import compose, initialize_config_dir
-
-    from hydra_plugins.kvp import register
-
     install_example(site)
     register()
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "config.yaml").write_text("defaults: [optional strategy: key_norm]\n")
-    with initialize_config_dir(str(tmp_path / "theirs"), version_base="1.3"):
-        assert compose("config") == {}
-
-
-METHOD = "from kvp.strategies.methods.random import Random\nclass Mine(Random): ...\n"
-YAML = "defaults: [random]\n_target_: gt_p.method.Mine\n"
-FINE = {"gt_p/__init__.py": "", "gt_p/method.py": METHOD, "gt_p/conf/strategy/mine.yaml": YAML}
+    with hydra.initialize_config_dir(str(tmp_path / "theirs"), version_base="1.3"):
+        assert hydra.compose("config") == {}
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,13 @@ from kvp.serving.rope import require_fixed_factors
 from kvp.serving.sample import Sample, make_sample, require_positions
 from kvp.serving.stock import to_stock
 from kvp.serving.verify import Engine, ask, compare, has
-from kvp.serving.whole import SERVING, whole
+from kvp.serving.whole import whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 DISTRIBUTIONS = {"transformers": "transformers", "llama_cpp": "llama-cpp-python"}
+SERVING = "serving.json"
 FLASH_STEP = 8  # head sizes that flash-attention kernels take
 GGML_STEP = 32  # channels that llama.cpp's 16-bit dot product takes at a time on x86; the rest go one by one
 NOT_RUN = (
@@ -56,7 +57,7 @@ def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) 
     """
     own = own_form(to, trusted)
     config = _checked(checkpoint, out, to if own is None else None)
-    with whole(out) as partial:
+    with whole(out, SERVING) as partial:
         model = load_model(checkpoint, dtype=_stored_dtype(config), device="cpu")
         exported = _write(model, checkpoint, partial, to, own)
         del model
@@ -76,7 +77,7 @@ def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) 
 def _checked(checkpoint: Path, out: Path, to: str | None) -> PretrainedConfig:
     """Return the checkpoint's config, once everything that its files can tell allows the export (None: own form)."""
     if out.exists():
-        raise FileExistsError(f"{out} is there already: choose another --out")
+        raise FileExistsError(f"{out} is there already: choose another directory")
     config = check_weights(checkpoint).config
     _check_form(checkpoint, config, to)
     check_tokenizer(checkpoint, open_tokenizer(checkpoint), config.vocab_size)
