@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points, packages_distributions
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def installed() -> tuple[Plugin, ...]:
     for (distribution, package), points in sorted(announced.items()):
         conf = _conf(package)
         strategies = {point.name: point.value.replace(":", ".") for point in points}
-        fault = next(_faults(distribution, package, points, conf, found), "")
+        fault = next(_faults(package, points, conf, found), "")
         found.append(Plugin(distribution, package, strategies, conf or Path(package, "conf"), fault))
     return tuple(found)
 
@@ -98,15 +98,23 @@ def _conf(package: str) -> Path | None:
     return next((folder.resolve() for folder in folders if folder.is_dir()), None)
 
 
-def _faults(
-    distribution: str, package: str, points: list[EntryPoint], conf: Path | None, others: list[Plugin]
-) -> Iterator[str]:
+def _brings(distribution: Distribution | None, package: str) -> bool:
+    """Return whether a distribution lists a package; an editable one may list none, outside site-packages."""
+    if distribution is None:
+        return False
+    named = (distribution.read_text("top_level.txt") or "").split()
+    spec = find_spec(package) if package.isidentifier() else None
+    place = Path(spec.origin) if spec and spec.origin else Path("/nowhere")
+    listed = package in (*named, *(file.parts[0] for file in distribution.files or ()))
+    return listed or not {"site-packages", "dist-packages", "nowhere"} & {*place.parts}
+
+
+def _faults(package: str, points: list[EntryPoint], conf: Path | None, others: list[Plugin]) -> Iterator[str]:
     """Yield why a plugin cannot join."""
     for point in points:
         if not (point.module and point.attr and point.module.replace(".", "").isidentifier()):
             yield f"its entry point {point.name} = {point.value} is no class such as mypkg.module:Class"
-    owners = packages_distributions().get(package, [distribution])
-    if package in sys.stdlib_module_names or package == "kvp" or distribution not in owners:
+    if package in sys.stdlib_module_names or package == "kvp" or not _brings(points[0].dist, package):
         yield f"its entry point names {package}, which is not its own package"
     if conf is None:
         yield f"{package} has no folder conf: its options belong there, as package data"
