@@ -16,6 +16,7 @@ from kvp.models.family import PRUNED_PREFIX
 from kvp.models.load import load_config, load_model, load_tokenizer, save
 from kvp.models.rope import switches
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
+from kvp.serving.card import card
 from kvp.serving.forms import Write, imports_of, own_form
 from kvp.serving.layout import stock_layout
 from kvp.serving.rope import require_fixed_factors
@@ -71,6 +72,8 @@ def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) 
             "sample": sample.stored(),
         }
         (partial / SERVING).write_text(json.dumps(serving, indent=2))
+        if own is None:
+            (partial / "README.md").write_text(card(exported, gguf=to == "gguf"))
     return serving
 
 
