@@ -1,13 +1,82 @@
 """kvp: structural pruning of large language models that really shrinks the KV cache.
 
-Importing it registers the pruned model classes, so that `AutoModelForCausalLM.from_pretrained` opens
-every checkpoint that kvp writes.
+    import kvp
+
+    model, tokenizer = kvp.load("smollm2_135m")
+    pruned = kvp.prune(model, tokenizer, "kvpruner", ratio=0.25)
+
+Importing it registers the pruned model classes, so that `AutoModelForCausalLM.from_pretrained` opens every checkpoint
+that kvp writes. `__all__` is the API; everything else may change.
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvp.api import *
 
 __version__ = "0.1.0"
+__all__ = [
+    "ALPS",
+    "FLAP",
+    "LLMBIP",
+    "NIRVANA",
+    "SLEB",
+    "AdaPruner",
+    "Bias",
+    "Budget",
+    "Chain",
+    "Evaluation",
+    "Evolution",
+    "Global",
+    "KVPruner",
+    "KVPrunerPlus",
+    "LLMPruner",
+    "LeastSquares",
+    "Magnitude",
+    "MagnitudeSparse",
+    "Mosaic",
+    "NoPruning",
+    "Numerical",
+    "Pruned",
+    "Random",
+    "Recovered",
+    "Regrow",
+    "SearchLLM",
+    "Sensitivity",
+    "Sequential",
+    "ShortGPT",
+    "ShortenedLLM",
+    "SliceGPT",
+    "SparseGPT",
+    "ThinK",
+    "Tied",
+    "Uniform",
+    "Wanda",
+    "WandaSP",
+    "evaluate",
+    "export",
+    "load",
+    "measure",
+    "methods",
+    "prune",
+    "recover",
+]  # of kvp.api, which is imported when the first of them is used
+
+
+def __getattr__(name: str) -> Any:
+    """Return a name of the API; the first use imports it, which takes seconds."""
+    if name in __all__:
+        return getattr(import_module("kvp.api"), name)
+    raise AttributeError(f"module 'kvp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the names that completion offers."""
+    return [*globals(), *__all__]
+
 
 DOORS = ("bench", "check", "export", "report", "schema", "status", "store")
 LIGHT_COMMANDS = ("kvp", *(f"kvp.{door}" for door in DOORS))

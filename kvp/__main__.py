@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,9 +33,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+import kvp.composing  # noqa: F401  (registers the resolvers of conf/)
 from hydra_plugins.kvp.ray import RayLauncher
 from hydra_plugins.kvp.sweeper import KvpSweeper
 from kvp.hints import CONF, words
@@ -44,22 +44,6 @@ from kvp.hints import CONF, words
 if TYPE_CHECKING:
     from kvp.pipeline.experiment import Experiment
 
-
-def _compute_dtype(dtype: str, device: str) -> str:
-    from kvp.models.load import resolve_device, resolve_dtype
-
-    return str(resolve_dtype(dtype, resolve_device(device))).removeprefix("torch.")
-
-
-def _options_of(group: str) -> str:
-    """Return the options of a group for --help, in lines of 80 characters."""
-    names = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.endswith("_shape"))
-    indent = " " * 13
-    return textwrap.fill(" ".join(names), 80, initial_indent=indent, subsequent_indent=indent).strip()
-
-
-OmegaConf.register_new_resolver("options_of", _options_of, replace=True)
-OmegaConf.register_new_resolver("compute_dtype", _compute_dtype, replace=True)
 
 USER_ERRORS = (
     ValueError,

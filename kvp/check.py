@@ -1,6 +1,6 @@
-"""`python -m kvp.check`: see `kvp.export.check`."""
+"""`python -m kvp.check`: see `kvp.serving.check`."""
 
-from kvp.export.check import main
+from kvp.serving.check import main
 
 if __name__ == "__main__":
     main()

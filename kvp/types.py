@@ -144,3 +144,7 @@ class Size:
                 f"choose ratio={others}"
             )
         return self.kv_bytes_per_token if of == "kv_cache" else getattr(self, of)
+
+    def removed_from(self, dense: Size) -> dict[str, float]:
+        """Return the fraction that is gone of a dense model, under every denominator but zeros."""
+        return {of: 1 - self.count(of) / dense.count(of) for of in DENOMINATORS if of != "sparsity"}

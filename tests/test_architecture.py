@@ -19,13 +19,13 @@ BEHIND = {
     "wandb": {"tracking.weights_and_biases"},
     "lm_eval": {"evaluation.zeroshot"},
     "jinja2": {"report.page.html"},
-    "gguf": {"export.gguf_file", "export.gguf_tokens"},
-    "llama_cpp": {"bench.llama_cpp.engine", "export.engine_llama_cpp"},
-    "vllm": {"export.engine_vllm"},
+    "gguf": {"serving.gguf_file", "serving.gguf_tokens"},
+    "llama_cpp": {"bench.llama_cpp.engine", "serving.engine_llama_cpp"},
+    "vllm": {"serving.engine_vllm"},
     "optuna": {"strategies.methods.adapruner"},
     "peft": {"recovery.fit", "recovery.merge"},
-    "hydra": {"__main__", "hints", "pipeline.experiment", "sweep.jobs", "sweep.sweep"},
-    "omegaconf": {"__main__", "hints", "pipeline.experiment", "sweep.jobs"},
+    "hydra": {"__main__", "composing", "hints", "pipeline.experiment", "sweep.jobs", "sweep.sweep"},
+    "omegaconf": {"__main__", "composing", "hints", "pipeline.experiment", "sweep.jobs"},
 }
 
 

@@ -16,10 +16,10 @@ import torch
 from kvp import children
 from kvp.data.corpora import FileCorpus
 from kvp.data.text import PackedText
-from kvp.export.sample import make_sample
-from kvp.export.verify import ask
 from kvp.measurement.measure import Measure
 from kvp.models.load import byte_tokenizer, save
+from kvp.serving.sample import make_sample
+from kvp.serving.verify import ask
 from tests.conftest import tiny_model
 from tests.helpers.recovery import TEXT, save_checkpoint, train_here
 from tests.process import ROOT, start

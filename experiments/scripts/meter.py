@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -23,10 +23,8 @@ from kvp.pipeline.gate import check_model, check_sources
 from kvp.pipeline.session import Session
 from kvp.pipeline.stages import make
 from kvp.provenance import provenance
-from kvp.strategies.steps import Job, find_plan
+from kvp.strategies.steps import Job, Keep, Step, Values, find_plan, in_folders
 from kvp.strategies.target import Target
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -34,16 +32,17 @@ class Meter:
     """Seconds and peak bytes of steps, by name."""
 
     device: torch.device
+    keep: Keep
     steps: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def __call__(self, name: str, work: Callable[[], T]) -> T:
-        """Do the work and note what it took."""
+    def __call__(self, step: Step, values: Values, make: Callable[[Path], Any]) -> Any:
+        """Do a step and note what it took."""
         memory.reset_peak(self.device)
         started, busy = time.perf_counter(), time.process_time()
-        result = work()
+        result = self.keep(step, values, make)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.steps[name] = {
+        self.steps[step.name] = {
             "seconds": time.perf_counter() - started,
             "cpu_seconds": time.process_time() - busy,
             "peak_bytes": memory.peak_bytes(self.device),
@@ -70,11 +69,11 @@ def _cost(x: Experiment) -> dict[str, Any]:
         transformers.AutoModelForCausalLM.from_config(subject.config)
     empty = memory.begin(device)
     model = subject.load(device=device, dtype=x.dtype, seed=0)
-    meter = Meter(device)
     target = Target(joined(model, x.strategy.joins), ids, x.calibration.batch_size, x.node["seed"])
     job = Job(x.strategy, x.budget, target.config, lambda: target)
     with TemporaryDirectory() as directory:
-        find_plan(job, Path(directory), meter=meter)
+        meter = Meter(device, in_folders(Path(directory)))
+        find_plan(job, meter)
     for step in meter.steps.values():
         step["peak_bytes"] -= empty
     return {

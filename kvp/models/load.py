@@ -34,10 +34,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write an ordinary checkpoint: safetensors, config, generation config, tokenizer."""
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: Path) -> None:
+    """Write an ordinary checkpoint: safetensors, config, generation config, tokenizer if there is one."""
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
     shutil.rmtree(directory / ".cache", ignore_errors=True)
 
 
@@ -63,13 +64,22 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedMode
         path, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
     model: PreTrainedModel = loaded.eval().to(torch.device(device))
+    check_finite(model, str(path))
+    return model
+
+
+def check_finite(model: PreTrainedModel, where: str) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        ValueError: The message names the first such tensor.
+    """
     for name, parameter in model.named_parameters():
         if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
             raise ValueError(
-                f"{path} holds {name} with values that are not finite in {dtype}: copy it again, or choose "
+                f"{where} holds {name} with values that are not finite in {parameter.dtype}: copy it again, or choose "
                 "model.dtype=float32 if it overflows"
             )
-    return model
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -60,9 +60,12 @@ def _built(name: str, node: Any) -> Any:
     try:
         made = instantiate(node, _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, TypeError):
-            raise ValueError(f"{name} has a value of the wrong type: {error.__cause__}") from error
-        raise
+        cause: BaseException = error
+        while isinstance(cause, InstantiationException) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, TypeError):
+            raise ValueError(f"{name} has a value of the wrong type: {cause}") from error
+        raise cause from None
     if not isinstance(made, MEANINGS[name]):
         raise ValueError(
             f"{name} must be a {MEANINGS[name].__name__}, got a {type(made).__name__}: choose an option of {name}"

@@ -9,7 +9,7 @@ no weights are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +77,7 @@ def check_inputs(x: Experiment, *, here: bool = True) -> None:
     if here:
         _check_memory(x, config)
     check_model(x, config)
-    _check_modules(x, checked.linears if checked else _linears(config))
+    check_modules(x, checked.linears if checked else _linears(config))
     check_texts(x, dense, config.max_position_embeddings)
 
 
@@ -119,17 +119,22 @@ def check_model(x: Experiment, config: PretrainedConfig) -> None:
             "the dense model has nothing to learn from itself alone: set recovery.distillation.text_weight above "
             "0, or choose recovery/distillation=none for the control"
         )
+    check_lengths(x, config)
+    if x.protocol is not None:
+        x.protocol.check_positions(config.max_position_embeddings)
+    if cache := x.cache or Mustafar.of(config):
+        cache.check(config)
+        _check_decoding(x, cache)
+
+
+def check_lengths(x: Experiment, config: PretrainedConfig) -> None:
+    """Refuse text in longer pieces than the model has positions."""
     for key, tokens in _lengths(x):
         if tokens > config.max_position_embeddings:
             raise ValueError(
                 f"{key} must be <= {config.max_position_embeddings} (max_position_embeddings of {x.source.name}), got "
                 f"{tokens}: the model knows no further positions"
             )
-    if x.protocol is not None:
-        x.protocol.check_positions(config.max_position_embeddings)
-    if cache := x.cache or Mustafar.of(config):
-        cache.check(config)
-        _check_decoding(x, cache)
 
 
 def _lengths(x: Experiment) -> Iterator[tuple[str, int]]:
@@ -204,10 +209,15 @@ def _linears(config: PretrainedConfig) -> Sequence[str]:
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"model.config makes no model: {_one_line(error)}") from error
+    return linear_modules(model)
+
+
+def linear_modules(model: nn.Module) -> list[str]:
+    """Return the names of the linear modules of a model."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
-def _check_modules(x: Experiment, linears: Sequence[str]) -> None:
+def check_modules(x: Experiment, linears: Collection[str]) -> None:
     """Refuse modules to tune that the model does not have, also beside others that it has."""
     for target in x.recovery.target_modules if x.recovery else ():
         if not any(name == target or name.endswith(f".{target}") for name in linears):

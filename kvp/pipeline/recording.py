@@ -17,7 +17,7 @@ from kvp.provenance import command
 from kvp.record import RecoveryRecord, RunRecord
 from kvp.results import ModelRecord
 from kvp.store import Finished
-from kvp.types import DENOMINATORS, Size
+from kvp.types import Size
 from kvp.upgrade import SCHEMA
 
 OF_STAGE = ("started", "code", "edits")  # what an origin says of one stage alone
@@ -112,10 +112,7 @@ def achieved(dense: ModelRecord, pruned: ModelRecord) -> dict[str, float]:
     def counts(model: ModelRecord) -> Size:
         return Size(**{field.name: getattr(model.size, field.name) for field in fields(Size)})
 
-    sizes = {
-        of: 1 - counts(pruned).count(of) / counts(dense).count(of) for of in DENOMINATORS if of != "sparsity"
-    }
-    zeros = pruned.size.sparsity
+    sizes, zeros = counts(pruned).removed_from(counts(dense)), pruned.size.sparsity
     return sizes | ({"sparsity": zeros.fraction} if zeros else {})
 
 

@@ -171,6 +171,18 @@ def say(done: Finished) -> None:
     log.info("%s %s (%.1f s)", done.name, "found" if done.found else "computed", done.seconds)
 
 
+def origin_of(x: Experiment, stage: Stage) -> dict[str, Any]:
+    """Return who does a stage now: code, versions, machine, command, start."""
+    modules = stage.modules(x)
+    return {
+        **provenance(x.device, x.overrides),
+        "dtype": str(x.dtype),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "code": digest(modules),
+        "edits": edits(modules),
+    }
+
+
 class Session:
     """Does the stages of an experiment, or finds them done.
 
@@ -209,7 +221,7 @@ class Session:
             version=stage.version,
             resumable=stage.resumable,
             since=self._forcing.since(stage, inputs),
-            origin=lambda: self.origin(stage),
+            origin=lambda: origin_of(self.x, stage),
         )
         self.after(done)
         self._tell_of_code(stage, model, done)
@@ -220,20 +232,9 @@ class Session:
         stage.take(self, done)
         return done
 
-    def origin(self, stage: Stage) -> dict[str, Any]:
-        """Return who does a stage now: code, versions, machine, command, start."""
-        x, modules = self.x, stage.modules(self.x)
-        return {
-            **provenance(x.device, x.overrides),
-            "dtype": str(x.dtype),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "code": digest(modules),
-            "edits": edits(modules),
-        }
-
     def _tell_of_code(self, stage: Stage, model: str, done: Finished) -> None:
         """Say which changed code made a stage be computed; remember a found one that other code made."""
-        now = self.origin(stage)
+        now = origin_of(self.x, stage)
         if done.found:
             if words := differences(done.origins, now):
                 self.others.setdefault(words, []).append(stage.name)

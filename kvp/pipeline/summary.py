@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 from kvp.record import RunRecord
@@ -111,12 +111,17 @@ def _mebibytes(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 
+def removed_words(asked: Iterable[tuple[str, float]], achieved: Mapping[str, float]) -> str:
+    """Return "asked 25 % of kv_cache; achieved kv_cache 25.00 %, params 4.93 %"."""
+    words = ", then ".join(f"{100 * value:g} % of {of}" for of, value in asked)
+    found = ", ".join(f"{of} {100 * value:.2f} %" for of, value in achieved.items())
+    return f"{f'asked {words}; ' if words else ''}achieved {found}"
+
+
 def _notes(record: RunRecord) -> Iterator[str]:
     """Yield what was achieved, who read the evaluated text, and what to compare recovered with."""
-    achieved = ", ".join(f"{of} {100 * value:.2f} %" for of, value in (record.ratio.achieved or {}).items())
     budgets = record.ratio.asked.budgets if record.ratio.asked else ()
-    words = ", then ".join(f"{100 * budget.value:g} % of {budget.of}" for budget in budgets)
-    yield f"removed: {f'asked {words}; ' if words else ''}achieved {achieved}"
+    yield f"removed: {removed_words(((b.of, b.value) for b in budgets), dict((record.ratio.achieved or {}).items()))}"
     models = record.models()
     for corpus in models["dense"].evaluation.perplexity:
         overlaps: dict[str, str] = {}

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Inputs = dict[str, Any]
 Values = Mapping[str, Any]  # what the steps so far gave, by name
-Meter = Callable[[str, Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -235,6 +234,7 @@ class Refit(Step):
         return replace(plan, edits={**plan.edits, **read_edits(directory)})
 
 
+Keep = Callable[[Step, Values, Callable[[Path], Any]], Any]
 STEPS: tuple[Step, ...] = (Score(), Sensitivity(), FindPlan(), Refit())
 
 
@@ -243,21 +243,27 @@ def final_plan(values: Values) -> Plan:
     return values["refit"] if "refit" in values else values["plan"]
 
 
-def find_plan(
-    job: Job, directory: Path, known: Values | None = None, meter: Meter = lambda name, work: work()
-) -> Plan:
-    """Walk the steps in memory and return the plan.
+def in_folders(directory: Path) -> Keep:
+    """Return a keeper of values in memory; each step has a folder for the files of a killed attempt."""
+
+    def keep(step: Step, values: Values, make: Callable[[Path], Any]) -> Any:
+        place = directory / step.name
+        place.mkdir(parents=True, exist_ok=True)
+        return make(place)
+
+    return keep
+
+
+def find_plan(job: Job, keep: Keep, known: Values | None = None) -> Plan:
+    """Walk the steps and return the plan.
 
     Args:
         job: The strategy, its budget and the model.
-        directory: Keeps the files of a killed attempt, a folder per step.
+        keep: Called with each step, the values so far and its work in a directory; returns the step's value.
         known: Values of steps that are not walked again.
-        meter: Called with each step's name and work; returns the work's value.
     """
     values = dict(known or {})
     for step in STEPS:
         if step.name not in values and step.applies(job.strategy):
-            place = directory / step.name
-            place.mkdir(parents=True, exist_ok=True)
-            values[step.name] = meter(step.name, partial(step.make, job, values, place))
+            values[step.name] = keep(step, values, partial(step.make, job, values))
     return final_plan(values)

@@ -7,9 +7,9 @@ import json
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kvp.export.gguf_tokens import LETTERS, NAMES, REST
-from kvp.export.sample import TEXT
 from kvp.models.load import save
+from kvp.serving.gguf_tokens import LETTERS, NAMES, REST
+from kvp.serving.sample import TEXT
 from tests.helpers.stock import stock_model
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}

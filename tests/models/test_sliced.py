@@ -8,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from kvp.export.write import export
 from kvp.measurement.count import macs
 from kvp.models.load import byte_tokenizer, save
 from kvp.models.masks import masked
@@ -16,6 +15,7 @@ from kvp.models.shapes import layer_shapes, size
 from kvp.models.sliced import StreamNorm
 from kvp.models.spaces import available_kinds
 from kvp.models.surgery import apply
+from kvp.serving.write import export
 from kvp.types import Plan
 from tests.conftest import exact_norms, random_plan, tiny_config, tiny_model
 from tests.helpers.masks import mask

@@ -28,10 +28,10 @@ from kvp.bench.llama_cpp.compare import (
 )
 from kvp.bench.llama_cpp.table import table
 from kvp.cost import device_name
-from kvp.export.gguf_file import FILE
-from kvp.export.write import export
 from kvp.provenance import provenance
 from kvp.record import RunRecord
+from kvp.serving.gguf_file import FILE
+from kvp.serving.write import export
 from kvp.store import Store
 
 

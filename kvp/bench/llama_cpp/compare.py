@@ -22,9 +22,9 @@ from kvp.bench.llama_cpp.engine import cache_bytes_per_token, greedy, open_gguf,
 from kvp.cost import device_name
 from kvp.data.corpora import PackagedCorpus
 from kvp.data.tokens import digest, encode
-from kvp.export.gguf_file import FILE
 from kvp.models.load import load_model, load_tokenizer
 from kvp.results import PerplexityRecord
+from kvp.serving.gguf_file import FILE
 from kvp.store import Store
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvp.export.gguf_file import FILE
+from kvp.serving.gguf_file import FILE
 
 if TYPE_CHECKING:
     from llama_cpp import Llama

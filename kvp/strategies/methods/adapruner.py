@@ -43,6 +43,7 @@ from typing_extensions import override
 
 from kvp.models.spaces import members
 from kvp.options import options
+from kvp.strategies.allocation.allocate import Allocator, Uniform
 from kvp.strategies.search.trials import Trials, masked_loss
 from kvp.strategies.signals.fisher import fisher_sums
 from kvp.strategies.target import Scores, Target
@@ -73,6 +74,7 @@ class AdaPruner(CoupledStrategy):
     late: ClassVar[tuple[str, ...]] = (*CoupledStrategy.late, "trials", "gradient_checkpointing")
     searches: ClassVar[bool] = True
 
+    allocator: Allocator = Uniform(multiple_of=1)
     trials: int = Field(default=50, ge=1)
     parts: int = Field(default=8, ge=1, description="the calibration samples are cut into them")
     validation: float = Field(

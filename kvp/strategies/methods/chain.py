@@ -36,7 +36,7 @@ from kvp.models.uncut import uncut
 from kvp.options import options
 from kvp.strategies.base import Strategy
 from kvp.strategies.signals.walk import move, on_cpu
-from kvp.strategies.steps import Job, find_plan
+from kvp.strategies.steps import Job, find_plan, in_folders
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.wrapper import Wrapper
 from kvp.types import Budget, Plan
@@ -99,7 +99,7 @@ class Chain(Wrapper):
         from kvp.models.surgery import apply  # imports seconds of modelling code
 
         job = Job(self.first, budget, target.config, lambda: target)
-        plan = find_plan(job, directory / "first", {"score": scores, "sensitivity": profile})
+        plan = find_plan(job, in_folders(directory / "first"), {"score": scores, "sensitivity": profile})
         second = directory / "second"
         second.mkdir(exist_ok=True)
         with on_cpu(target.model) as device:

@@ -43,6 +43,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from kvp.options import options
+from kvp.strategies.allocation.allocate import Allocator, Global
+from kvp.strategies.compensation.compensate import Bias, Compensation
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.templates.projections import ProjectionStrategy
 from kvp.types import Kind
@@ -58,6 +60,8 @@ class FLAP(ProjectionStrategy):
         metric: "wifv", "ifv" or "wifn"; see the table above.
     """
 
+    allocator: Allocator = Global(multiple_of=1, max_ratio=1.0, per_cost=False)
+    compensation: Compensation | None = Bias()
     metric: Metric = "wifv"
 
     @override

@@ -33,6 +33,7 @@ from __future__ import annotations
 from typing_extensions import override
 
 from kvp.options import options
+from kvp.strategies.allocation.allocate import Allocator, Sensitivity
 from kvp.strategies.signals.importance import Importance
 from kvp.strategies.templates.channels import ImportanceStrategy
 
@@ -45,6 +46,7 @@ class KVPruner(ImportanceStrategy):
         importance: One of `kvp.strategies.signals.importance`.
     """
 
+    allocator: Allocator = Sensitivity(probe_samples=8)
     importance: Importance = "taylor_gate"
 
     @property

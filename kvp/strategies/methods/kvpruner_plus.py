@@ -58,7 +58,9 @@ from kvp.models.rope import require_fixed_rope
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
 from kvp.options import options
-from kvp.strategies.compensation.sequential import Products, at_work
+from kvp.strategies.allocation.allocate import Allocator, Global
+from kvp.strategies.compensation.compensate import Compensation
+from kvp.strategies.compensation.sequential import Products, Sequential, at_work
 from kvp.strategies.signals.gradients import backward_by_sample, require_finite
 from kvp.strategies.signals.heads import Turned, first_folded, turn
 from kvp.strategies.signals.importance import Importance, announce_memory, score_spaces
@@ -89,8 +91,10 @@ class KVPrunerPlus(ChannelStrategy):
             in the new basis.
     """
 
+    allocator: Allocator = Global()
+    compensation: Compensation | None = Sequential()
     values: Basis = "rank"
-    grouping: Literal["apart", "separate", "vo"] = "separate"
+    grouping: Literal["apart", "separate", "vo"] = "apart"
     context: int | None = Field(default=1024, ge=1, description="tokens; null folds no pair")
     angle: float = Field(default=0.2, gt=0, lt=1, description="radians")
     num_key_value_heads: int | None = Field(default=None, ge=1, description="null: as many as the model has")

@@ -39,6 +39,7 @@ from kvp.models.family import family_of
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import fold, members
 from kvp.options import options
+from kvp.strategies.allocation.allocate import Allocator, Uniform
 from kvp.strategies.allocation.pools import Pool
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.walk import Visit
@@ -61,6 +62,7 @@ class LLMBIP(LayerwiseStrategy):
 
     late: ClassVar[tuple[str, ...]] = (*LayerwiseStrategy.late, "by_share")
 
+    allocator: Allocator = Uniform(multiple_of=1, max_ratio=1.0)
     by_share: bool = True
 
     @override

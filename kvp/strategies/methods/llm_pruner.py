@@ -51,6 +51,7 @@ from typing_extensions import override
 from kvp.models.masks import masked
 from kvp.models.spaces import keep_mask, members
 from kvp.options import options
+from kvp.strategies.allocation.allocate import Allocator, Uniform
 from kvp.strategies.signals.importance import row_sums
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.coupled import CoupledStrategy
@@ -77,6 +78,7 @@ class LLMPruner(CoupledStrategy):
 
     late: ClassVar[tuple[str, ...]] = (*CoupledStrategy.late, "iterative_steps", "gradient_checkpointing")
 
+    allocator: Allocator = Uniform(multiple_of=1)
     importance: StructureImportance = "taylor_element"
     group_reduction: Reduction = "sum"
     iterative_steps: int = Field(default=1, ge=1)

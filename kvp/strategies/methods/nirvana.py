@@ -48,6 +48,8 @@ from typing_extensions import override
 from kvp.models.masks import masked
 from kvp.models.spaces import members
 from kvp.options import options
+from kvp.strategies.allocation.allocate import Allocator
+from kvp.strategies.allocation.tied import Tied
 from kvp.strategies.signals.gradients import gradient_sums
 from kvp.strategies.signals.importance import GRADIENT, announce_memory, sum_members
 from kvp.strategies.signals.losses import divergences
@@ -75,6 +77,7 @@ class NIRVANA(ScoreStrategy):
 
     late: ClassVar[tuple[str, ...]] = (*ScoreStrategy.late, "draws", "gradient_checkpointing")
 
+    allocator: Allocator = Tied(max_ratio=1.0)
     draws: int = Field(default=4, ge=1)
     share: float = Field(default=0.5, gt=0, le=1, description="fraction of the calibration samples per draw")
     batch_size: int | None = Field(

@@ -44,6 +44,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from kvp.options import options
+from kvp.strategies.allocation.allocate import Allocator, Global
+from kvp.strategies.compensation.compensate import Compensation, LeastSquares
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.templates.projections import ProjectionStrategy
 from kvp.types import Kind
@@ -56,6 +58,9 @@ class Numerical(ProjectionStrategy):
     """Cut KV groups and neurons by the optimal soft mask of the columns of o_proj and down_proj."""
 
     needs_covariance: ClassVar[bool] = True
+
+    allocator: Allocator = Global(multiple_of=1, max_ratio=1.0, per_cost=False)
+    compensation: Compensation | None = LeastSquares(intercept=False)
 
     @override
     def columns(self, kind: Kind, weight: Tensor, inputs: Moments) -> Tensor:

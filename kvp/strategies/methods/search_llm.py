@@ -55,8 +55,9 @@ from typing_extensions import override
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.spaces import fold, members
 from kvp.options import options
-from kvp.strategies.allocation.allocate import unit_cost
+from kvp.strategies.allocation.allocate import Allocator, Uniform, unit_cost
 from kvp.strategies.allocation.pools import Pool
+from kvp.strategies.compensation.compensate import Compensation, LeastSquares
 from kvp.strategies.search.evolution import Evolution
 from kvp.strategies.search.subnets import Subnet, Subnets, name_of
 from kvp.strategies.search.trials import Trials, masked_loss
@@ -89,7 +90,9 @@ class SearchLLM(ScoreStrategy):
     late: ClassVar[tuple[str, ...]] = (*ScoreStrategy.late, "evolution", "attention_least", "mlp_least")
     searches: ClassVar[bool] = True
 
-    evolution: Evolution
+    allocator: Allocator = Uniform(max_ratio=0.9)
+    compensation: Compensation | None = LeastSquares(intercept=False)
+    evolution: Evolution = Evolution()
     attention_least: float | None = Field(default=None, ge=0, le=1, description="null takes the paper's")
     mlp_least: float | None = Field(default=None, ge=0, le=1, description="null takes the paper's")
     damping: float = Field(default=0.01, gt=0, description="relative to the mean of the diagonal of X^T X")

@@ -36,6 +36,7 @@ from typing_extensions import override
 
 from kvp.models.family import family_of
 from kvp.options import options
+from kvp.strategies.allocation.allocate import Allocator, Uniform
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.logits import observed_attention, pair_interactions
 from kvp.strategies.target import Target
@@ -51,6 +52,7 @@ class ThinK(ScoreStrategy):
         window: Queries observed, the last ones of each calibration sample.
     """
 
+    allocator: Allocator = Uniform(max_ratio=1.0)
     window: int = Field(default=32, ge=1, description="queries observed, the last ones of each sample")
 
     def __post_init__(self) -> None:

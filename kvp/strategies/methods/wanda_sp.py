@@ -36,6 +36,7 @@ from typing_extensions import override
 
 from kvp.models.masks import masked
 from kvp.options import options
+from kvp.strategies.allocation.allocate import Allocator, Uniform
 from kvp.strategies.allocation.pools import Pool
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.signals.walk import walk
@@ -60,6 +61,7 @@ class WandaSP(ProjectionStrategy):
 
     late: ClassVar[tuple[str, ...]] = (*ProjectionStrategy.late, "sequential", "by_share")
 
+    allocator: Allocator = Uniform(multiple_of=1, max_ratio=1.0)
     sequential: bool = True
     by_share: bool = True
 

@@ -14,7 +14,7 @@ from kvp.models.masks import masked, without
 from kvp.models.shapes import CHANNELS_PER_PAIR, layer_shapes
 from kvp.models.spaces import find_spaces
 from kvp.options import options
-from kvp.strategies.allocation.allocate import Allocator, Sensitivity
+from kvp.strategies.allocation.allocate import Allocator, Sensitivity, Uniform
 from kvp.strategies.allocation.pools import Part, Pool
 from kvp.strategies.base import PlannedStrategy
 from kvp.strategies.signals.losses import losses_without
@@ -39,7 +39,7 @@ class ScoreStrategy(PlannedStrategy):
 
     late: ClassVar[tuple[str, ...]] = ("compensation", "allocator")
 
-    allocator: Allocator
+    allocator: Allocator = Uniform()
 
     @property
     @override

@@ -17,9 +17,9 @@ from kvp.data.corpora import PackagedCorpus
 from kvp.evaluation.perplexity import Perplexity
 from kvp.models.load import load_model, load_tokenizer
 from kvp.store import Store
-from tests.export.test_gguf import saved
 from tests.report.sample_records import make_failed, make_record
 from tests.report.sample_records import perplexity as perplexity_record
+from tests.serving.test_gguf import saved
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvp.export.stock import to_stock
 from kvp.models.joined import joined
 from kvp.models.plans import read_plan, write_plan
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
 from kvp.models.surgery import apply
+from kvp.serving.stock import to_stock
 from kvp.strategies.allocation.allocate import Global, Uniform
 from kvp.strategies.compensation.sequential import Sequential
 from kvp.strategies.methods import kvpruner_plus

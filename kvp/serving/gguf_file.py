@@ -17,8 +17,8 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
-from kvp.export.gguf_tokens import add_tokens
 from kvp.models.family import Family, family_of
+from kvp.serving.gguf_tokens import add_tokens
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

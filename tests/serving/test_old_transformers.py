@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvp.export.check import check
-from kvp.export.sample import Sample
-from kvp.export.verify import ask, compare
-from kvp.export.write import export
 from kvp.models.load import byte_tokenizer, save
+from kvp.serving.check import check
+from kvp.serving.sample import Sample
+from kvp.serving.verify import ask, compare
+from kvp.serving.write import export
 from tests.helpers.stock import stock_model
 
 VERSION = "4.57.6"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from kvp.export.layout import Layout
+from kvp.serving.layout import Layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvp.export import stock
-from kvp.export.sample import Sample, make_sample
-from kvp.export.stock import to_stock
-from kvp.export.verify import compare
-from kvp.export.write import export
 from kvp.models.load import byte_tokenizer, save
 from kvp.models.rope import switches
 from kvp.models.surgery import apply
+from kvp.serving import stock
+from kvp.serving.sample import Sample, make_sample
+from kvp.serving.stock import to_stock
+from kvp.serving.verify import compare
+from kvp.serving.write import export
 from kvp.types import Plan
 from tests.conftest import random_plan, tiny_model
 from tests.helpers.masks import mask

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from kvp.export.whole import SERVING, whole
+from kvp.serving.whole import whole
+from kvp.serving.write import SERVING
 from kvp.store import StageError, Store
 from tests.process import ROOT
 
@@ -23,7 +24,7 @@ def fill(directory: Path) -> None:
 
 
 def write_until(error: BaseException, out: Path) -> None:
-    with whole(out) as partial:
+    with whole(out, SERVING) as partial:
         fill(partial)
         raise error
 
@@ -36,7 +37,8 @@ def other_process(code: str, out: Path) -> subprocess.Popen:
     head = f"""
 import sys, time
 from pathlib import Path
-from kvp.export.whole import SERVING, whole
+from kvp.serving.whole import whole
+from kvp.serving.write import SERVING
 out = Path({str(out)!r})
 """
     words = [sys.executable, "-c", head + code]
@@ -47,7 +49,7 @@ out = Path({str(out)!r})
 def test_files_are_as_readable_as_the_umask_says(tmp_path, umask):
     before = os.umask(umask)
     try:
-        with whole(tmp_path / "a" / "out") as partial:
+        with whole(tmp_path / "a" / "out", SERVING) as partial:
             fill(partial)
     finally:
         os.umask(before)
@@ -65,7 +67,7 @@ def test_an_error_leaves_nothing(tmp_path, error):
 
 def test_a_full_disk_is_one_clear_error(tmp_path):
     for text in ("[Errno 28] No space left on device", "PytorchStreamWriter failed writing file data/0"):
-        with pytest.raises(StageError, match=r"cannot write .*out: .*choose another --out"):
+        with pytest.raises(StageError, match=r"cannot write .*out: .*choose another directory"):
             write_until(RuntimeError(text), tmp_path / "out")
     assert not names(tmp_path)
 
@@ -74,19 +76,22 @@ def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / ".out.partial").symlink_to("/etc")
     for out in (tmp_path / "file" / "out", tmp_path / "out"):
-        with pytest.raises(StageError, match=r"cannot write .*out: .*choose another --out"), whole(out):
+        with (
+            pytest.raises(StageError, match=r"cannot write .*out: .*choose another directory"),
+            whole(out, SERVING),
+        ):
             raise AssertionError
     assert os.path.exists("/etc/passwd")
 
 
-def test_two_at_a_time_are_refused_and_the_first_iswhole(tmp_path):
+def test_two_at_a_time_are_refused_and_the_first_is_whole(tmp_path):
     out = tmp_path / "out"
-    with whole(out) as partial:
+    with whole(out, SERVING) as partial:
         fill(partial)
-        with pytest.raises(FileExistsError, match=r"another process writes .*out now"), whole(out):
+        with pytest.raises(FileExistsError, match=r"another process writes .*out now"), whole(out, SERVING):
             raise AssertionError
     assert names(out) == ["model.safetensors", SERVING]
-    with pytest.raises(FileExistsError), whole(out):
+    with pytest.raises(FileExistsError), whole(out, SERVING):
         raise AssertionError
     assert names(out) == ["model.safetensors", SERVING]
 
@@ -94,7 +99,7 @@ def test_two_at_a_time_are_refused_and_the_first_iswhole(tmp_path):
 @pytest.mark.slow
 def test_a_kill_leaves_nothing_that_can_be_seen_and_the_next_attempt_begins_anew(tmp_path):
     code = """
-with whole(out) as partial:
+with whole(out, SERVING) as partial:
     (partial / "half").write_text("x")
     (partial / "folder").mkdir()
     print("half", flush=True)
@@ -105,7 +110,7 @@ with whole(out) as partial:
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert names(tmp_path) == [".out.partial"]
-    with whole(tmp_path / "out") as partial:
+    with whole(tmp_path / "out", SERVING) as partial:
         assert not names(partial)
         fill(partial)
     assert names(tmp_path) == ["out"]
@@ -116,8 +121,8 @@ def test_a_place_inside_a_store_is_refused(tmp_path, place):
     """An export there would be a file added to a stage, which is damage."""
     Store(tmp_path).once("prune", {}, lambda directory: (directory / "model").mkdir())
     with (
-        pytest.raises(ValueError, match=r"lies inside the store .*: choose another --out"),
-        whole(tmp_path / place),
+        pytest.raises(ValueError, match=r"lies inside the store .*: choose another directory"),
+        whole(tmp_path / place, SERVING),
     ):
         pass
     assert not (tmp_path / place).parent.joinpath(".export.partial").exists()

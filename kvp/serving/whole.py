@@ -12,21 +12,20 @@ from pathlib import Path
 from kvp.store.locks import IN_USE
 from kvp.store.manifest import StageError, publish, sync, why_full
 
-SERVING = "serving.json"
-
 
 @contextmanager
-def whole(out: Path) -> Iterator[Path]:
+def whole(out: Path, usual: str) -> Iterator[Path]:
     """Yield an empty directory that becomes `out` when the block ends well, and is gone when it does not.
 
-    Its own lock keeps other processes away. A kill leaves it hidden and unlocked, for the next attempt to empty.
+    All files become as readable as the one called `usual`. A lock of its own keeps other processes away. A kill leaves
+    the directory hidden and unlocked, for the next attempt to empty.
     """
     if store := next((place for place in out.absolute().parents if (place / IN_USE).exists()), None):
         raise ValueError(
-            f"{out} lies inside the store {store}, whose stages must not change: choose another --out"
+            f"{out} lies inside the store {store}, whose stages must not change: choose another directory"
         )
-    partial, way_out = out.with_name(f".{out.name}.partial"), "Free space there, or choose another --out."
-    busy = FileExistsError(f"another process writes {out} now: wait for it, or choose another --out")
+    partial, way_out = out.with_name(f".{out.name}.partial"), "Free space there, or choose another directory."
+    busy = FileExistsError(f"another process writes {out} now: wait for it, or choose another directory")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -43,7 +42,7 @@ def whole(out: Path) -> Iterator[Path]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         try:
             yield partial
-            publish(partial, partial / SERVING)
+            publish(partial, partial / usual)
             partial.rename(out)
             sync(out.parent)
         except BaseException as error:

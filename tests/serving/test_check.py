@@ -1,4 +1,4 @@
-"""kvp.export.check passes what was exported, fails what was changed since, and says what it cannot do."""
+"""kvp.serving.check passes what was exported, fails what was changed since, and says what it cannot do."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvp.export.check import check
-from kvp.export.sample import Sample, make_sample
-from kvp.export.stock import to_stock
-from kvp.export.verify import compare
 from kvp.models.load import byte_tokenizer, save
+from kvp.serving.check import check
+from kvp.serving.sample import Sample, make_sample
+from kvp.serving.stock import to_stock
+from kvp.serving.verify import compare
 from tests.conftest import tiny_model
 from tests.helpers.stock import stock_model
 

@@ -19,11 +19,11 @@ from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from kvp.export.sample import Sample
-from kvp.export.verify import Engine, ask, compare
-from kvp.export.write import Target
 from kvp.models.checkpoint.check import check_checkpoint
 from kvp.models.checkpoint.files import read_json
+from kvp.serving.sample import Sample
+from kvp.serving.verify import Engine, ask, compare
+from kvp.serving.write import Target
 from kvp.types import DTYPES
 
 

@@ -9,24 +9,25 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from kvp.export.layout import stock_layout
-from kvp.export.rope import require_fixed_factors
-from kvp.export.sample import Sample, make_sample, require_positions
-from kvp.export.stock import to_stock
-from kvp.export.verify import Engine, ask, compare, has
-from kvp.export.whole import SERVING, whole
 from kvp.models.checkpoint.check import check_weights
 from kvp.models.checkpoint.tokens import check_tokenizer, open_tokenizer
 from kvp.models.family import PRUNED_PREFIX
 from kvp.models.load import load_model, load_tokenizer, save
 from kvp.models.rope import switches
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
+from kvp.serving.layout import stock_layout
+from kvp.serving.rope import require_fixed_factors
+from kvp.serving.sample import Sample, make_sample, require_positions
+from kvp.serving.stock import to_stock
+from kvp.serving.verify import Engine, ask, compare, has
+from kvp.serving.whole import whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Target = Literal["stock", "stock_arithmetic", "custom", "padded", "gguf"]
 DISTRIBUTIONS = {"transformers": "transformers", "llama_cpp": "llama-cpp-python"}
+SERVING = "serving.json"
 FLASH_STEP = 8  # head sizes that flash-attention kernels take
 GGML_STEP = 32  # channels that llama.cpp's 16-bit dot product takes at a time on x86; the rest go one by one
 NOT_RUN = (
@@ -48,7 +49,7 @@ def export(checkpoint: Path, out: Path, to: Target) -> dict[str, Any]:
         RuntimeError: The engine cannot open it; it was removed.
     """
     config = _checked(checkpoint, out, to)
-    with whole(out) as partial:
+    with whole(out, SERVING) as partial:
         model = load_model(checkpoint, dtype=_stored_dtype(config), device="cpu")
         exported = _write(model, checkpoint, partial, to)
         del model
@@ -68,7 +69,7 @@ def export(checkpoint: Path, out: Path, to: Target) -> dict[str, Any]:
 def _checked(checkpoint: Path, out: Path, to: Target) -> PretrainedConfig:
     """Return the checkpoint's config, once everything that its files can tell allows the export."""
     if out.exists():
-        raise FileExistsError(f"{out} is there already: choose another --out")
+        raise FileExistsError(f"{out} is there already: choose another directory")
     config = check_weights(checkpoint).config
     _check_form(checkpoint, config, to)
     check_tokenizer(checkpoint, open_tokenizer(checkpoint), config.vocab_size)
@@ -98,7 +99,7 @@ def _check_form(checkpoint: Path, config: PretrainedConfig, to: Target) -> None:
         if not layout.keeps_rope:
             require_fixed_factors(config)
     if to == "gguf":
-        from kvp.export.gguf_file import check_gguf
+        from kvp.serving.gguf_file import check_gguf
 
         check_gguf(config)
 
@@ -110,7 +111,7 @@ def _write(model: PreTrainedModel, checkpoint: Path, directory: Path, to: Target
         save(model, tokenizer, directory)
         return model.config
     if to == "gguf":
-        from kvp.export.gguf_file import write_gguf
+        from kvp.serving.gguf_file import write_gguf
 
         stock = to_stock(model, "stock")
         write_gguf(stock, checkpoint, directory)

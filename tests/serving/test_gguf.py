@@ -7,11 +7,11 @@ import pytest
 import torch
 from tokenizers import Regex, pre_tokenizers
 
-from kvp.export import gguf_file
-from kvp.export.check import check
-from kvp.export.write import export
 from kvp.models.load import byte_tokenizer, save
 from kvp.models.surgery import apply
+from kvp.serving import gguf_file
+from kvp.serving.check import check
+from kvp.serving.write import export
 from kvp.types import Plan
 from tests.conftest import random_plan, tiny_model
 from tests.helpers.stock import ROPES, stock_model
@@ -24,7 +24,7 @@ def fields(path):
 
 
 def test_the_file_has_the_widths_the_tokens_and_the_rope_factors(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvp.export.write.has", lambda engine: False)
+    monkeypatch.setattr("kvp.serving.write.has", lambda engine: False)
     serving = export(saved(tmp_path / "pruned"), tmp_path / "out", "gguf")
     assert serving["check"] is None
     assert serving["engines"]["llama.cpp"].startswith("not verified")
@@ -38,7 +38,7 @@ def test_the_file_has_the_widths_the_tokens_and_the_rope_factors(tmp_path, monke
 
 
 def test_whole_rope_needs_no_factors(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvp.export.write.has", lambda engine: False)
+    monkeypatch.setattr("kvp.serving.write.has", lambda engine: False)
     export(saved(tmp_path / "pruned", pairs=(0, 1, 2, 3)), tmp_path / "out", "gguf")
     assert "rope_freqs.weight" not in fields(tmp_path / "out")[1]
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from kvp.export.layout import Layout, stock_layout
-from kvp.export.rope import arithmetic, longrope, query_scale
 from kvp.models.family import FAMILIES, Family, family_of
 from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes
 from kvp.models.surgery import check_tied
+from kvp.serving.layout import Layout, stock_layout
+from kvp.serving.rope import arithmetic, longrope, query_scale
 from kvp.types import LayerShape
 
 if TYPE_CHECKING:

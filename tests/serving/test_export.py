@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from kvp.export.layout import stock_layout
-from kvp.export.stock import to_stock
-from kvp.export.write import export
 from kvp.models.joined import joined
 from kvp.models.load import byte_tokenizer, save
 from kvp.models.spaces import available_kinds, find_spaces
 from kvp.models.surgery import apply
+from kvp.serving.layout import stock_layout
+from kvp.serving.stock import to_stock
+from kvp.serving.write import export
 from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.methods.kvpruner import KVPruner
 from kvp.types import Budget, Plan
@@ -210,7 +210,7 @@ def test_weights_of_another_plan_write_nothing(checkpoint, tmp_path):
 
 
 def test_an_export_that_differs_is_removed(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("kvp.export.stock.query_scale", lambda layout, scaling: 1.0)
+    monkeypatch.setattr("kvp.serving.stock.query_scale", lambda layout, scaling: 1.0)
     with pytest.raises(ArithmeticError, match="The export was removed"):
         export(checkpoint, tmp_path / "out", "stock")
     assert not list(tmp_path.iterdir())

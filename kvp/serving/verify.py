@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from kvp import children
-from kvp.export.sample import NEW_TOKENS, Sample, token_logprobs
+from kvp.serving.sample import NEW_TOKENS, Sample, token_logprobs
 
 Engine = Literal["transformers", "llama_cpp", "vllm"]
 EXACT = 1e-4  # nats, root mean square over the tokens: float32 throughout

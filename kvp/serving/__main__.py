@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from kvp.bars import only_on_terminals
-from kvp.export.write import Target, export
+from kvp.serving.write import Target, export
 
 FORMS = """
 stock             any shared set of rope pairs, as longrope factors: transformers, vLLM, SGLang

@@ -1,0 +1,130 @@
+"""Options by name, by value and by object, as one experiment: the classes, defaults and checks that a run has."""
+
+from __future__ import annotations
+
+import difflib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvp.api.given import GIVEN, GivenIds, GivenTexts, check_ids, windows_in
+from kvp.composing import choices, compose
+from kvp.identity import TARGET, named, targets
+from kvp.pipeline.experiment import Experiment
+from kvp.strategies.base import Strategy
+
+Text = str | Sequence[str] | Tensor  # the name of an option or a corpus, texts, or token ids
+NOTHING = ("recovery=none", "evaluation=none", "measure=none", "tracker=none")
+
+
+def experiment(
+    model: PreTrainedModel | None,
+    options: Sequence[str],
+    values: Mapping[str, Any],
+    *,
+    store: str | Path | None = None,
+) -> Experiment:
+    """Return the experiment of some options; of what they do not name, nothing is done.
+
+    Args:
+        model: What it works on; its dtype and device are the experiment's.
+        options: Choices of groups, such as "strategy=flap".
+        values: Values by key, such as {"ratio.value": 0.25}; None leaves the option's own.
+        store: Directory of finished stages.
+
+    Raises:
+        ValueError: A value is out of its bounds, or no option has its name.
+    """
+    place = Path(store).absolute() if store else Path(tempfile.gettempdir()) / "kvp-store"
+    fixed: dict[str, Any] = {"store": str(place), "runs": f"{place}-runs"}
+    if model is not None:
+        fixed |= {"model.path": ".", "model.name": "model"}
+        fixed |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
+    return Experiment.compose(compose([*NOTHING, "model=local", *options], {**fixed, **values}))
+
+
+def chosen(group: str, name: str, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    """Return an option of a group and what is given to it, as choices and as values.
+
+    A value whose name is a group of its own, such as strategy/allocator, may name an option of that group.
+
+    Raises:
+        ValueError: There is no such option; the message names the nearest.
+    """
+    inner = {k: v for k, v in given.items() if isinstance(v, str) and choices(f"{group}/{k}")}
+    picked = {group: name, **{f"{group}/{key}": value for key, value in inner.items()}}
+    words = [f"{where}={check_choice(where, value)}" for where, value in picked.items()]
+    return words, {f"{group}.{k}": v for k, v in given.items() if k not in inner and not is_dataclass(v)}
+
+
+def check_choice(group: str, name: str) -> str:
+    """Return a name, if it is an option of a group.
+
+    Raises:
+        ValueError: It is not; the message names the nearest.
+    """
+    if name in (known := choices(group)):
+        return name
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"there is no {group} {name!r}.{hint} There are: {', '.join(known)}")
+
+
+def with_strategy(x: Experiment, strategy: Strategy) -> Experiment:
+    """Return the experiment with a strategy that was made in Python."""
+    node = described(strategy)
+    others = {at: target for at, target in x.targets.items() if at.partition(".")[0] != "strategy"}
+    return replace(
+        x,
+        strategy=strategy,
+        node={**x.node, "strategy": named(node)},
+        choices={at: option for at, option in x.choices.items() if at.partition(".")[0] != "strategy"},
+        targets={**others, **targets(node, "strategy")},
+    )
+
+
+def described(value: Any) -> Any:
+    """Return an object of options as the configuration that makes it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        made = {each.name: described(getattr(value, each.name)) for each in fields(value)}
+        return {TARGET: f"{type(value).__module__}.{type(value).__qualname__}", **made}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def calibrated(
+    calibration: Text,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    given: Mapping[str, Any],
+) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Return which text a strategy reads: as choices, as values, and as fields of the experiment.
+
+    Args:
+        given: "num_samples", "length", "batch_size"; None leaves the option's own.
+
+    Raises:
+        ValueError: There is no such option or corpus, or ids or texts cannot be read.
+    """
+    values = {f"calibration.{key}": value for key, value in given.items()}
+    if isinstance(calibration, Tensor):
+        ids = check_ids(calibration, model.config.vocab_size)
+        batch = given["batch_size"] or min(4, len(ids))
+        made = GivenIds(ids=ids, num_samples=len(ids), length=ids.shape[1], batch_size=batch, seed=0)
+        return ["calibration=drop"], {}, {"calibration": made}
+    if tokenizer is None:
+        raise ValueError("calibration text needs a tokenizer: give the model's, or token ids as calibration")
+    if isinstance(calibration, str):
+        if calibration in choices("calibration"):
+            return [f"calibration={calibration}"], values, {}
+        return ["calibration=drop"], {**values, "calibration.corpora": [calibration]}, {}
+    texts = GivenTexts(texts=calibration)
+    if given["num_samples"] is None:
+        usual = experiment(model, ["calibration=drop"], {}).calibration
+        windows = windows_in(texts.texts, tokenizer, given["length"] or usual.length)
+        values["calibration.num_samples"] = min(usual.num_samples, windows)
+    return ["calibration=drop"], {**values, "calibration.corpora": [GIVEN]}, {"corpora": {GIVEN: texts}}

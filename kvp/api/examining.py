@@ -1,0 +1,147 @@
+"""Evaluate and measure a model that is in memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from kvp.api.chosen import check_choice, chosen, experiment
+from kvp.api.given import GivenTexts
+from kvp.api.memory import as_loaded, check_in_memory
+from kvp.evaluation.zeroshot import average
+from kvp.models.load import save
+from kvp.pipeline.gate import check_model, check_sources
+from kvp.results import MeasureRecord
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The quality of a model, and the protocol behind every number.
+
+    Attributes:
+        perplexity: By corpus; lower is better.
+        zero_shot: Metrics by task, such as {"piqa": {"acc": 0.7, "acc_stderr": 0.1}}.
+        average: "value" and "stderr" over those of LLM-Pruner's seven tasks that were scored; "value" None without any.
+        results: All that run.json says of each, by corpus and task: window, BOS, splits, hashes.
+    """
+
+    perplexity: Mapping[str, float]
+    zero_shot: Mapping[str, Mapping[str, float]]
+    average: Mapping[str, Any]
+    results: Mapping[str, Mapping[str, Any]]
+
+    def __str__(self) -> str:
+        words = [f"perplexity {name} {value:.2f}" for name, value in self.perplexity.items()]
+        if self.average["value"] is not None:
+            words.append(
+                f"zero-shot average {100 * self.average['value']:.1f} % ({len(self.zero_shot)} tasks)"
+            )
+        return ", ".join(words)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    protocol: str = "packaged",
+    *,
+    perplexity: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    window: int | None = None,
+    max_tokens: int | None = None,
+    batch_size: int | None = None,
+) -> Evaluation:
+    """Return perplexity and zero-shot accuracy of a model.
+
+        kvp.evaluate(model, tokenizer, perplexity=["squad"], tasks=["piqa"], limit=100)
+
+    Args:
+        model: A Hugging Face decoder, pruned or not.
+        tokenizer: The model's.
+        protocol: An option of conf/evaluation; the other arguments change parts of it.
+        perplexity: Names of corpora, or texts by name; empty: none.
+        tasks: Names of lm-eval tasks; empty: none.
+        limit: The first documents of a task.
+        window: Tokens of a perplexity window; numbers of different windows are not comparable.
+        max_tokens: Tokens of a corpus.
+        batch_size: Windows and requests per pass.
+
+    Raises:
+        ValueError: An option, a corpus or a task is unknown; nothing was computed.
+        FileNotFoundError: Data are missing; the message names the ways out.
+        FloatingPointError: A loss is not finite.
+    """
+    check_in_memory(model)
+    own = perplexity if isinstance(perplexity, Mapping) else {}
+    values = {
+        "evaluation.perplexity.corpora": perplexity and [*perplexity],
+        "evaluation.perplexity.window": window,
+        "evaluation.perplexity.max_tokens": max_tokens,
+        "evaluation.perplexity.batch_size": batch_size,
+        "evaluation.zero_shot.tasks": tasks and [*tasks],
+        "evaluation.zero_shot.limit": limit,
+        "evaluation.zero_shot.batch_size": batch_size,
+    }
+    off = {
+        "perplexity": perplexity is not None and not perplexity,
+        "zero_shot": tasks is not None and not tasks,
+    }
+    kept = {key: value for key, value in values.items() if not off[key.split(".")[1]]}
+    x = experiment(model, [f"evaluation={check_choice('evaluation', protocol)}", "strategy=none"], kept)
+    x = replace(
+        x,
+        perplexity=None if off["perplexity"] else x.perplexity,
+        zero_shot=None if off["zero_shot"] else x.zero_shot,
+        corpora={**x.corpora, **{name: GivenTexts(texts=texts) for name, texts in own.items()}},
+    )
+    check_sources(x)
+    check_model(x, model.config)
+    losses, scores = {}, {}
+    with as_loaded(model):
+        if x.perplexity is not None:
+            for name in x.perplexity.corpora:
+                losses[name] = x.perplexity.evaluate(model, tokenizer, x.corpora[name])
+        if x.zero_shot is not None:
+            for task in x.zero_shot.tasks:
+                scores[task] = x.zero_shot.evaluate(model, tokenizer, task)
+    return Evaluation(
+        perplexity={name: result["value"] for name, result in losses.items()},
+        zero_shot={
+            task: {k: v for k, v in result.items() if k.startswith("acc")} for task, result in scores.items()
+        },
+        average=average(scores),
+        results={**losses, **scores},
+    )
+
+
+def measure(model: PreTrainedModel, protocol: str = "cpu_quick", **options: Any) -> MeasureRecord:
+    """Return the speed and memory of a model, measured in a process of its own.
+
+        kvp.measure(pruned.model, batch_size=8).decode.tokens_per_second
+
+    The process reads a copy of the model on disk, so a temporary directory holds it meanwhile.
+
+    Args:
+        model: A Hugging Face decoder, pruned or not.
+        protocol: An option of conf/measure.
+        options: Options of the protocol, such as `prompt_length=512`.
+
+    Raises:
+        ValueError: An option is out of its bounds, or the model has too few positions.
+        RuntimeError: The process failed; the end of its output is in the message.
+    """
+    check_in_memory(model)
+    words, values = chosen("measure", protocol, options)
+    x = experiment(model, [*words, "strategy=none"], values)
+    if x.protocol is None:
+        raise ValueError("protocol must be an option that measures, such as cpu_quick; got 'none'")
+    check_model(x, model.config)
+    with tempfile.TemporaryDirectory(prefix="kvp-measure-") as directory:
+        save(model, None, Path(directory))
+        dtype = str(model.dtype).removeprefix("torch.")
+        return MeasureRecord.model_validate(x.protocol.measure(Path(directory), device=x.device, dtype=dtype))

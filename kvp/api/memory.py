@@ -1,0 +1,73 @@
+"""Models in memory: whether they can be cut, and the state in which methods look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from kvp.models.family import family_of
+from kvp.models.load import check_finite
+from kvp.types import DTYPES
+
+
+def check_in_memory(model: Any) -> None:
+    """Refuse what cannot be cut: no decoder that kvp knows, quantised, sharded, or not loaded.
+
+    Raises:
+        ValueError: The message says what it is and the way out.
+    """
+    if hasattr(model, "merge_and_unload"):
+        raise ValueError("model has an adapter: give model.merge_and_unload()")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}: see kvp.load"
+        )
+    family_of(model.config)
+    if getattr(model, "is_quantized", False):
+        raise ValueError(
+            "model is quantised, and channels of packed weights cannot be cut: prune first, then quantise"
+        )
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1 or "meta" in devices:
+        raise ValueError(
+            f"model must lie on one device, got {', '.join(sorted(devices))}: load it without device_map"
+        )
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    if len(dtypes) > 1 or not dtypes <= {*DTYPES}:
+        raise ValueError(
+            f"model must have one dtype of {', '.join(DTYPES)}, got {', '.join(sorted(dtypes))}: model.float()"
+        )
+    check_finite(model, "model")
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Return one sha256 of a model's config and weights."""
+    found = sha256(model.config.to_json_string(use_diff=False).encode())
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+@contextmanager
+def as_loaded(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into the state that loading leaves: eval mode, every parameter differentiable; undo it at the end."""
+    training, frozen = model.training, [each for each in model.parameters() if not each.requires_grad]
+    gradients = [(each, each.grad) for each in model.parameters()]
+    model.eval()
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        model.train(training)

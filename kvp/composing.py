@@ -1,0 +1,70 @@
+"""The configuration in Python, composed as the command line composes it.
+
+config = compose(["strategy=flap", "ratio.value=0.2"])
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kvp.hints import CONF, words
+
+
+def _options_of(group: str) -> str:
+    """Return the options of a group for --help, in lines of 80 characters."""
+    names = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.endswith("_shape"))
+    indent = " " * 13
+    return textwrap.fill(" ".join(names), 80, initial_indent=indent, subsequent_indent=indent).strip()
+
+
+def _compute_dtype(dtype: str, device: str) -> str:
+    from kvp.models.load import resolve_device, resolve_dtype
+
+    return str(resolve_dtype(dtype, resolve_device(device))).removeprefix("torch.")
+
+
+OmegaConf.register_new_resolver("options_of", _options_of, replace=True)
+OmegaConf.register_new_resolver("compute_dtype", _compute_dtype, replace=True)
+
+
+def compose(overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> DictConfig:
+    """Return the configuration of a run with these options, its hydra node included.
+
+    Args:
+        overrides: Words of the command line.
+        values: Values by key that are no words, such as {"strategy.allocator": {"multiple_of": 4}}; None: unchanged.
+
+    Raises:
+        ValueError: An option does not exist, or has a value that no configuration holds.
+    """
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            config = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
+        OmegaConf.set_struct(config, False)
+        for key, value in (values or {}).items():
+            if value is not None:
+                OmegaConf.update(config, key, value, force_add=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(words(error)) from error
+    return config
+
+
+def choices(group: str) -> list[str]:
+    """Return the options of a group: choices("strategy/allocator")."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        return sorted(loader.get_group_options(group))
+
+
+def target_of(group: str, name: str) -> str:
+    """Return the class that an option of a group names: "kvp.strategies.methods.flap.FLAP"."""
+    return OmegaConf.select(compose([f"{group}={name}"]), f"{group}._target_")
