@@ -67,4 +67,6 @@ def choices(group: str) -> list[str]:
 
 def target_of(group: str, name: str) -> str:
     """Return the class that an option of a group names: "kvp.strategies.methods.flap.FLAP"."""
-    return OmegaConf.select(compose([f"{group}={name}"]), f"{group}._target_")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        node = hydra_compose(f"{group}/{name}")
+    return str(OmegaConf.select(node, f"{group.replace('/', '.')}._target_"))

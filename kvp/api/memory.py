@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -47,7 +48,10 @@ def check_in_memory(model: Any) -> None:
 
 def weights_digest(model: PreTrainedModel) -> str:
     """Return one sha256 of a model's config and weights."""
-    found = sha256(model.config.to_json_string(use_diff=False).encode())
+    config = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("architectures", "dtype")
+    }  # saving sets them
+    found = sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         found.update(name.encode())
         found.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
