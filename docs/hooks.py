@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -9,6 +11,9 @@ from mkdocs.structure.pages import Page
 from docs.generate import all_options, methods, outside
 from docs.generate.settings import ROOT
 
+GRAPH = re.compile(
+    r"^```mermaid\n.*?^```\n", re.MULTILINE | re.DOTALL
+)  # a browser would fetch Mermaid to draw it
 REPOSITORY: dict[str, str] = {}  # the file of the repository that each page of the site shows
 
 
@@ -47,5 +52,5 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Return a page whose links go where the site has what they mean."""
-    return outside.rewritten(REPOSITORY[page.file.src_uri], markdown)
+    """Return a page whose links go where the site has what they mean; a table says what a graph shows on GitHub."""
+    return outside.rewritten(REPOSITORY[page.file.src_uri], GRAPH.sub("", markdown))

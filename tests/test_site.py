@@ -33,6 +33,11 @@ def test_the_navigation_lists_every_page():
     assert sorted(navigation()) == sorted((written - generated) | brought)
 
 
+def test_every_study_has_a_row():
+    text = (ROOT / "experiments" / "README.md").read_text()
+    assert all(f"[{path.parent.name}]" in text for path in ROOT.glob("experiments/*/README.md"))
+
+
 def test_every_method_has_a_row_and_every_strategy_a_method():
     assert set(methods.listed()) == set(methods.names())
     assert all(paths and paths[0].stem == name for name, paths in methods.strategies().items())

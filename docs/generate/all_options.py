@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from docs.generate.methods import anchor
+from docs.generate.methods import anchor, cited
 from docs.generate.settings import CONF, head, settings, table
 
 HIDDEN = ("hydra", "machine", "experiment")  # groups without options of a run
@@ -25,7 +25,7 @@ def page() -> str:
         parts.append(f"## {group}")
         for path in sorted((CONF / group).glob("*.yaml")):
             parts += option(group, path)
-    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+    return cited("\n\n".join(part.strip() for part in parts if part.strip())) + "\n"
 
 
 def groups() -> list[str]:

@@ -74,6 +74,9 @@ def blocks(text: str) -> str:
 def facts(name: str, first: str, text: str) -> str:
     """Return what a reader looks up first: the row of docs/methods/index.md, the paper, the verdict on fidelity."""
     rows = [["`strategy=`", ", ".join(f"`{path.stem}`" for path in strategies()[name])]]
+    made = target(strategies()[name][0])
+    assert made
+    rows += [["in Python", f"[`kvp.{made.__name__}`](../reference/api.md)"]]
     rows += [[head, cell] for head, cell in listed()[name].items()]
     rows += [["paper", f"arXiv {number}"] for number in PAPER.findall(first)]
     verdict = re.search(r"^Faithful or interpreted\n-+\n(.*?\.)(?:\s|$)", text, re.MULTILINE | re.DOTALL)

@@ -85,5 +85,7 @@ def rewritten(path: str, text: str) -> str:
 
 
 def titled(path: str, text: str) -> str:
-    """Return a page with a heading; tables of studies have none."""
-    return text if text.startswith("# ") else f"# {Path(path).parent.name}: {Path(path).stem}\n\n{text}"
+    """Return a page with a heading; tables of studies have none, and get the width of the window."""
+    if text.startswith("# "):
+        return text
+    return f"---\nhide: [navigation, toc]\n---\n# {Path(path).parent.name}: {Path(path).stem}\n\n{text}"
