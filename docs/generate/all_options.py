@@ -7,7 +7,7 @@ from pathlib import Path
 from docs.generate.methods import anchor, cited
 from docs.generate.settings import CONF, head, settings, table
 
-HIDDEN = ("hydra", "machine", "experiment")  # groups without options of a run
+HIDDEN = ("hydra", "machine")  # groups without options of a run
 INTRODUCTION = """# All options
 
 `python -m kvp GROUP=OPTION` chooses an option of a group, and `python -m kvp GROUP.NAME=VALUE` changes one value.
@@ -37,7 +37,7 @@ def groups() -> list[str]:
 def option(group: str, path: Path) -> list[str]:
     """Return the heading, the comment, the commands and the table of one option."""
     text, commands = head(path)
-    found = settings(path)
+    found = [] if group == "experiment" else settings(path)  # an experiment sets options of other groups
     code = "\n".join(["```bash", *commands, "```"]) if commands else ""
     above = "" if path.read_text().startswith("# @package _global_") else f"{group.replace('/', '.')}."
     return [

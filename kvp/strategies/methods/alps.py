@@ -5,9 +5,11 @@ mazumder-lab/ALPS, `alps.py`).
 
 Formula
 -------
-For a matrix W (out, in) and its inputs X (tokens, in), minimise ||X V^T - X W^T||^2 + damping d ||V - W||^2 over V
-with the wanted zeros (d the mean of the diagonal of X^T X). With H = X^T X + damping d I scaled to a diagonal of ones,
-W alike, and P keeping the largest weights of the whole matrix:
+The weights V of a matrix W (out, in) with inputs X (tokens, in) minimise, with the wanted zeros,
+
+    ||X V^T - X W^T||^2 + damping d ||V - W||^2,   d the mean of the diagonal of X^T X
+
+With H = X^T X + damping d I scaled to a diagonal of ones, W alike, and P keeping the largest weights of the matrix:
 
     B = (W H - V + rho D) (H + rho I)^-1,    D = P(B + V / rho),    V = V + rho (B - D)
 

@@ -2,14 +2,14 @@
 
 KVPruner drops channels as they come. Here
 
-1. every KV group is first turned into a basis in which its values, and the keys that barely rotate, are sorted
-   by what they are worth (`kvp.strategies.signals.heads`), so that the least of them is dropped;
+1. every KV group is first turned into another basis (`kvp.strategies.signals.heads`). There its values, and the keys
+   that barely rotate, are sorted by what they are worth, so that the least of them is dropped;
 2. all directions of all layers are compared in one currency, nats per token;
 3. the budget is one ranking over rope pairs and value channels of all layers (`grouping=apart`, `allocator=global`);
 4. the layers are refitted one after the other to what really arrives there (`compensation=sequential`).
 
-Before all that, `num_key_value_heads` joins KV heads to fewer and wider ones (`kvp.models.joined`), so that what
-several heads have in common is cached once, for larger q_proj and o_proj. Each part is an option of its own.
+Before all that, `num_key_value_heads` joins KV heads to fewer and wider ones (`kvp.models.joined`). What several heads
+have in common is then cached once; q_proj and o_proj get larger. Each part is an option of its own.
 `scope=model grouping=separate strategy/allocator=uniform` keeps one width and one set of pairs in the whole model,
 which stock engines serve.
 
@@ -18,8 +18,11 @@ Formula
 If an attention's output moves by e, the loss rises by about 1/2 e^T H e. H is replaced by s I, and s is the mean
 square of the loss's derivative by that output. A direction of energy E^2, the mean square it adds, is worth
 
-    values     s / 2 * a_v E^2    E: singular values of S^(1/2) [O_1^T ... O_n^T], S the second moment of the values
-    keys       s / 2 * a_k E^2    E: singular values of S_q^(1/2) S_k^(1/2) for folded pairs; RMS of its logit otherwise
+    values          s/2 a_v E^2    E singular values of S^(1/2) [O_1^T ... O_n^T]
+    folded pairs    s/2 a_k E^2    E singular values of S_q^(1/2) S_k^(1/2)
+    other pairs     s/2 a_k E^2    E root mean square of the pair's term in the logits
+
+S, S_q and S_k are second moments of the values, queries and keys; O_h are the columns of o_proj of query head h.
 
 a_v and a_k bring energies to the output's scale, by one measurement per layer: what the refitted output loses without
 the lower half of the directions, divided by their energy. A pair is folded if it turns at most `angle` radians against

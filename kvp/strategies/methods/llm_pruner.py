@@ -9,7 +9,7 @@ column of the unit counts
 
     taylor_vector   |sum w g|                "Vector",   code `vectorize`
     taylor_element  sum |w g|                "Element1", `param_first`
-    second_order    sum w^2 F                "Element2", `param_second`; the paper's 1/2 is dropped there too
+    second_order    sum w^2 F                "Element2", `param_second`, without the paper's 1/2
     mixed           sum |w g - w^2 F / 2|                `param_mix`
     l1, l2          sum |w|, sum w^2
     random          uniform noise per channel

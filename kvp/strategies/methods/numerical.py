@@ -9,10 +9,10 @@ The mask asks for the least change of the output, with a penalty on the number o
 
     min_z  1/2 sum_i ||X W_i - X (z * W_i)||^2 + lambda/2 (1^T z - (1 - rho) D)^2,   W_i row i of W
 
-The gradient is K (z - 1) + lambda (1^T z - (1 - rho) D) 1 with K = (W^T W) o (X^T X), and 50 Newton steps solve it in
-the paper. The problem is quadratic, so one exact step does:
+In the paper 50 Newton steps solve it. The problem is quadratic, so one exact step does:
 
-    z = 1 - rho D lambda u / (1 + lambda 1^T u),   u = K^-1 1
+    gradient   K (z - 1) + lambda (1^T z - (1 - rho) D) 1,   K = (W^T W) o (X^T X)
+    solution   z = 1 - rho D lambda u / (1 + lambda 1^T u),   u = K^-1 1
 
 Faithful or interpreted
 -----------------------
@@ -22,8 +22,8 @@ read:
 * lambda: infinity, at which the constraint holds exactly and neither lambda nor the scale of X matters.
   The score is then (z - 1) / rho = -D u / 1^T u: every projection's mean is -1, and rho, common to all,
   changes no ranking. The box 0 <= z <= 1 is not enforced, as the paper's update does not enforce it.
-* The threshold: the paper's alpha = 4 d_h / 3 is read as how many neurons a head counts for, not as a factor
-  of its score, which would protect all attention (`allocator=threshold`). KV groups take the place of heads,
+* The threshold: the paper's alpha = 4 d_h / 3 is read as how many neurons a head counts for
+  (`allocator=threshold`). As a factor of its score it would protect all attention. KV groups take the place of heads,
   the ratio's denominator that of parameters (under kv_cache, neurons stay).
 * K is damped by 1e-6 of its diagonal and of the diagonal's mean; the ridge of the refit is
   `compensation.ridge` (the paper adds gamma I if singular). X is the dense model's. The refit has no intercept

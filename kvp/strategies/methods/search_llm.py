@@ -24,8 +24,8 @@ could read:
   keep equally many channels, each its own. Models whose queries and keys are normalised per head are refused.
 * The paper discards subnets outside its parameter budget. Here random single steps of the widths bring each
   into it, so that the budget is met exactly; under kv_cache the MLP stays whole.
-* The paper draws a new mask of N units up to 1000 times until alpha N are common to old and new, which a mask
-  that keeps less than alpha N can never reach. Here alpha (`overlap`) is a part of the units that the smaller
+* The paper draws a new mask of N units up to 1000 times until alpha N are common to old and new. A mask that
+  keeps less than alpha N can never reach that. Here alpha (`overlap`) is a part of the units that the smaller
   of both keeps, and the draw is made under this condition at once.
 * Widths move by `allocator.multiple_of` channels, the paper's by 1 % (attention) and 5 % (MLP). Its ranges
   depend on the budget, see `RANGES`. Depth, which it leaves at 32 of 32 layers up to 20 %, is not searched.

@@ -21,7 +21,7 @@ budget are interpreted. With the two differences in norm and embedding undone, t
 
 * The authors' slice fraction is of `hidden_size`. Here the budget is of parameters, shortcuts included, and D_s the
   multiple of `multiple_of` that comes nearest. On LLaMA-2-7B their slices of 20, 25 and 30 % remove 9.39, 15.34 and
-  21.45 % of all parameters, and a slice of 10 % adds 2.99 %.
+  21.45 % of all parameters. A slice of 10 % adds 2.99 %.
 * The authors' code takes the mean off the embeddings of LLaMA too, which only LayerNorm allows. Here they stay.
 * Their norm has a fixed epsilon of 1e-5. Here the config's stays.
 * They untie an embedding from its head, which at a small model's size costs more than slicing saves. Here the head
