@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+import kvp
 from docs.generate import all_options, methods, outside
 from docs.generate.settings import CONF, settings
 from tests.test_docs import BANNED, COMMAND, OPENER, composed, jobs, prose
 
 ROOT = Path(__file__).parents[1]
+SMALL = {"adapruner": {"trials": 2}, "search_llm": {"evolution": "quick"}}
 LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=\"?(https?:[^\s\">]+)")
 
 
@@ -99,6 +101,17 @@ def test_the_page_of_all_options_has_each_with_a_meaning_of_its_class():
 )
 def test_links_go_where_the_site_has_the_file(path, link, moved):
     assert outside.rewritten(path, f"[it]({link})") == f"[it]({moved})"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", methods.names())
+def test_the_python_of_a_page_prunes(name):
+    call = re.search(r"^pruned = kvp\.prune\((.*)\)$", methods.page(name), flags=re.MULTILINE)[1]
+    small = {"num_samples": 4, "length": 64, **SMALL.get(name, {})}
+    model, tokenizer = kvp.load("tiny")
+    names = {"kvp": kvp, "model": model, "tokenizer": tokenizer, "small": small}
+    pruned = eval(f"kvp.prune({call}, **small)", names)
+    assert name == "none" or max(pruned.achieved.values()) > 0.05
 
 
 @pytest.mark.slow
