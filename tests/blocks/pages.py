@@ -11,6 +11,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("examples/**/*.md"))]
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+FORM = re.compile(
+    r"(?<!=)\[|\.\.\.|\w\|\w|\b[a-z]=b\b|\b(?!RUN\b|CKPT\b)[A-Z]{3,}\b"
+)  # what a command may look like
 OURS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:kvp|python -m (?:kvp|pip)(?:\.\w+)*|make|pip)(?= |$)")
 
 
@@ -39,6 +42,11 @@ class Command:
     text: str
     words: tuple[str, ...]
     fenced: bool
+
+    @property
+    def is_form(self) -> bool:
+        """Whether it stands in a text and shows what a command may look like, such as `kvp status [DIR]`."""
+        return not self.fenced and bool(FORM.search(self.text))
 
     @property
     def place(self) -> str:

@@ -63,7 +63,7 @@ class Session:
             AssertionError: It does not end with exit code 0.
         """
         door, words = split(command.words)
-        words = [self._filled(word) for word in small(door, words)]
+        words = ["--help"] if command.is_form else [self._filled(word) for word in small(door, words)]
         key = (door, *words)
         if key not in self.done:
             code, output = self._call(door, words)

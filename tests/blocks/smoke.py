@@ -14,6 +14,7 @@
 | RUN, CKPT | what the last run printed; every page begins with one run |
 | /path | the same below the session's directory |
 | a model's name in Python | `tiny` |
+| a form, such as `kvp status [DIR]` | `--help` of that command |
 | a YAML block after a sentence that ends with the name of a file | is that file |
 """
 

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.gate import check_inputs
 from tests.blocks.pages import PAGES, ROOT, Block, Command, blocks, commands
 from tests.blocks.session import Session
 from tests.blocks.smoke import DOORS, small, small_python, split
+from tests.helpers.runs import compose_here
 
 NOT_RUN: dict[str, str] = yaml.safe_load((Path(__file__).parent / "not_run.yaml").read_text())
 LANGUAGES = ("", "bash", "python", "yaml", "json", "mermaid", "latex", "bibtex", "text", "toml")
@@ -96,6 +99,18 @@ def test_pip_lines_name_what_there_is():
                 assert set(named.split(",")) <= set(extras), f"{command.place}: {command.text}"
             for wheel in re.findall(r"[\w-]+==[\w.]+", command.text):
                 assert wheel in pinned, f"{command.place}: {wheel} is not in assets.txt"
+
+
+def test_runs_that_do_not_run_pass_the_gate(tmp_path):
+    gated = [command for command in of(Command) if reason(command) and split(command.words)[0] == "kvp"]
+    assert len(gated) >= 3
+    for command in gated:
+        words = small("kvp", split(command.words)[1])
+        options = [
+            word for word in words if "=" in word and not word.startswith(("hydra.", "rows=", "device="))
+        ]
+        config = compose_here(tmp_path, *(option.split(",")[0] for option in options), "rows=null")
+        check_inputs(Experiment.compose(config), here=False)
 
 
 def test_the_rule_makes_commands_small():
