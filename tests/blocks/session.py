@@ -76,7 +76,7 @@ class Session:
         """Write a YAML block into the file that the page names."""
         path = self.home / block.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(re.sub(r"(?<= )/(?=\w)", f"{self.home}/", block.text))
+        path.write_text(re.sub(r"(?<=path: )/", f"{self.home}/", block.text))
 
     def execute(self, block: Block) -> None:
         """Execute a Python block in the namespace of its page."""
