@@ -75,7 +75,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Return the names that completion offers."""
-    return [*globals(), *__all__]
+    return [*__all__, "__version__"]
 
 
 DOORS = ("bench", "check", "export", "report", "schema", "status", "store")

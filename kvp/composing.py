@@ -6,12 +6,14 @@ config = compose(["strategy=flap", "ratio.value=0.2"])
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -36,6 +38,18 @@ OmegaConf.register_new_resolver("options_of", _options_of, replace=True)
 OmegaConf.register_new_resolver("compute_dtype", _compute_dtype, replace=True)
 
 
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Let Hydra read conf/ in the block, also inside an application of the caller's that uses Hydra itself."""
+    outside = Singleton.get_state()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
+    finally:
+        Singleton.set_state(outside)
+
+
 def compose(overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> DictConfig:
     """Return the configuration of a run with these options, its hydra node included.
 
@@ -47,7 +61,7 @@ def compose(overrides: Sequence[str], values: Mapping[str, Any] | None = None) -
         ValueError: An option does not exist, or has a value that no configuration holds.
     """
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
+        with _hydra():
             config = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
         OmegaConf.set_struct(config, False)
         for key, value in (values or {}).items():
@@ -60,13 +74,13 @@ def compose(overrides: Sequence[str], values: Mapping[str, Any] | None = None) -
 
 def choices(group: str) -> list[str]:
     """Return the options of a group: choices("strategy/allocator")."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with _hydra():
         loader = GlobalHydra.instance().config_loader()
         return sorted(loader.get_group_options(group))
 
 
 def target_of(group: str, name: str) -> str:
     """Return the class that an option of a group names: "kvp.strategies.methods.flap.FLAP"."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with _hydra():
         node = hydra_compose(f"{group}/{name}")
     return str(OmegaConf.select(node, f"{group.replace('/', '.')}._target_"))

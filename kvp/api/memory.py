@@ -6,13 +6,15 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvp.models.family import family_of
-from kvp.models.load import check_finite
+from kvp.models.load import check_finite, save
+from kvp.serving.whole import whole
 from kvp.types import DTYPES
 
 
@@ -75,3 +77,20 @@ def as_loaded(model: PreTrainedModel) -> Iterator[None]:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         model.train(training)
+
+
+@contextmanager
+def written(
+    directory: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[Path]:
+    """Write a checkpoint whole or not at all; the block may add files to the directory that it is given.
+
+    Raises:
+        FileExistsError: The directory is there already.
+    """
+    out = Path(directory)
+    if out.exists():
+        raise FileExistsError(f"{out} is there already: choose another directory")
+    with whole(out, "config.json") as partial:
+        save(model, tokenizer, partial)
+        yield partial

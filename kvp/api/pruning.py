@@ -11,10 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvp.api.chosen import Text, calibrated, check_choice, chosen, experiment, with_strategy
-from kvp.api.memory import as_loaded, check_in_memory, weights_digest
+from kvp.api.memory import as_loaded, check_in_memory, weights_digest, written
 from kvp.models.joined import joined
 from kvp.models.linears import all_linears
-from kvp.models.load import save
 from kvp.models.plans import write_plan
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.surgery import apply
@@ -23,7 +22,6 @@ from kvp.pipeline.gate import check_model, check_sources
 from kvp.pipeline.session import origin_of
 from kvp.pipeline.stages import Join, Planning
 from kvp.pipeline.summary import removed_words
-from kvp.serving.whole import whole
 from kvp.store import fingerprint
 from kvp.strategies.base import Strategy
 from kvp.strategies.steps import Job, Step, Values, find_plan, in_folders
@@ -56,13 +54,9 @@ class Pruned:
         Raises:
             FileExistsError: The directory is there already.
         """
-        out = Path(directory)
-        if out.exists():
-            raise FileExistsError(f"{out} is there already: choose another directory")
-        with whole(out, "config.json") as partial:
-            save(self.model, tokenizer, partial)
+        with written(directory, self.model, tokenizer) as partial:
             write_plan(partial, self.plan)
-        return out
+        return Path(directory)
 
 
 def prune(

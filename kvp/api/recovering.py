@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvp.api.chosen import chosen, experiment
 from kvp.api.given import GIVEN, GivenTexts
-from kvp.api.memory import check_in_memory
+from kvp.api.memory import check_in_memory, written
 from kvp.models.load import load_model, save
 from kvp.pipeline.gate import check_lengths, check_modules, check_sources, linear_modules
 
@@ -36,6 +36,15 @@ class Recovered:
     def __str__(self) -> str:
         first, final = self.figures["first_loss"], self.figures["final_loss"]
         return f"{self.figures['steps']} steps; loss {first:.3f}, at the end {final:.3f} nats per token"
+
+    def save(self, directory: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
+        """Write the checkpoint whole or not at all, and return its directory.
+
+        Raises:
+            FileExistsError: The directory is there already.
+        """
+        with written(directory, self.model, tokenizer):
+            return Path(directory)
 
 
 def recover(

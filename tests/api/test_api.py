@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -14,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import kvp
 from kvp.api.memory import weights_digest
 from kvp.composing import choices, target_of
+from kvp.hints import CONF
 from kvp.models.load import byte_tokenizer
 from kvp.models.shapes import layer_shapes
 from kvp.options import options
@@ -312,3 +316,10 @@ def test_methods_have_descriptions():
     found = kvp.methods()
     assert {*found} == {*choices("strategy")}
     assert all(len(line) > 10 for line in found.values())
+
+
+def test_the_api_works_inside_an_application_that_uses_hydra():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert "flap" in choices("strategy")
+        assert hydra_compose("ratio/params").ratio.of == "params"
+    assert not GlobalHydra.instance().is_initialized()
