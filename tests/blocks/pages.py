@@ -45,8 +45,9 @@ class Command:
 
     @property
     def is_form(self) -> bool:
-        """Whether it stands in a text and shows what a command may look like, such as `kvp status [DIR]`."""
-        return not self.fenced and bool(FORM.search(self.text))
+        """Whether a text names a command (`kvp status`), or shows what it may look like (`kvp status [DIR]`)."""
+        named = self.words[0] == "kvp" and self.words[1:] and self.words[1].isalpha() and not self.words[2:]
+        return not self.fenced and bool(named or FORM.search(self.text))
 
     @property
     def place(self) -> str:
@@ -94,13 +95,13 @@ def _command(page: str, line: int, text: str, *, fenced: bool) -> Command:
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
-    """Return the lines of a bash block with their numbers; a backslash joins, && parts, comments go."""
-    joined = re.sub(r"\\\n\s*", lambda found: " ", text)
+    """Return the lines of a bash block with their numbers; comments go, a backslash joins, && parts."""
+    joined = re.sub(r"\\\n\s*", " ", re.sub(r"(?m)(^|\s)#.*$", "", text))
     return [
         (number, part.strip())
         for number, line in enumerate(joined.split("\n"), 1)
         for part in line.split(" && ")
-        if part.strip() and not part.strip().startswith("#")
+        if part.strip()
     ]
 
 

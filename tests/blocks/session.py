@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import sys
 import types
 from collections.abc import Sequence
@@ -48,10 +49,14 @@ class Session:
             "".join(json.dumps({"text": TEXT + n}) + "\n" for n in "ab")
         )
         (home / "data" / "mails.csv").write_text(f"body\n{TEXT}\n")
+        (home / "outputs").mkdir()
+        self.given = {*home.iterdir()}
 
     def open(self) -> None:
-        """Begin a page: one run stands in outputs/runs, those of other pages are out of the way."""
+        """Begin a page: one run stands in outputs/runs, what other pages wrote is out of the way."""
         self.done.clear()
+        for path in {*self.home.iterdir()} - self.given:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         if (runs := self.home / "outputs" / "runs").exists():
             runs.rename(self.home / "outputs" / f"runs-{len(list(runs.parent.iterdir()))}")
         self.run(Command("", 0, "python -m kvp", ("python", "-m", "kvp"), fenced=True))
