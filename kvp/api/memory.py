@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvp.models.family import family_of
 from kvp.models.load import check_finite, save
+from kvp.serving.card import card
 from kvp.serving.whole import whole
 from kvp.types import DTYPES
 
@@ -81,9 +82,14 @@ def as_loaded(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def written(
-    directory: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    directory: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    removed: str = "",
 ) -> Iterator[Path]:
-    """Write a checkpoint whole or not at all; the block may add files to the directory that it is given.
+    """Write a checkpoint and its model card, whole or not at all; the block may add files to the directory it is given.
+
+    `removed` says in words what was cut.
 
     Raises:
         FileExistsError: The directory is there already.
@@ -93,4 +99,5 @@ def written(
         raise FileExistsError(f"{out} is there already: choose another directory")
     with whole(out, "config.json") as partial:
         save(model, tokenizer, partial)
+        (partial / "README.md").write_text(card(model.config, removed))
         yield partial

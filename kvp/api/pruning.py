@@ -54,7 +54,7 @@ class Pruned:
         Raises:
             FileExistsError: The directory is there already.
         """
-        with written(directory, self.model, tokenizer) as partial:
+        with written(directory, self.model, tokenizer, str(self)) as partial:
             write_plan(partial, self.plan)
         return Path(directory)
 

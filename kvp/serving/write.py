@@ -15,6 +15,7 @@ from kvp.models.family import PRUNED_PREFIX
 from kvp.models.load import load_model, load_tokenizer, save
 from kvp.models.rope import switches
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
+from kvp.serving.card import card
 from kvp.serving.layout import stock_layout
 from kvp.serving.rope import require_fixed_factors
 from kvp.serving.sample import Sample, make_sample, require_positions
@@ -63,6 +64,7 @@ def export(checkpoint: Path, out: Path, to: Target) -> dict[str, Any]:
             "sample": sample.stored(),
         }
         (partial / SERVING).write_text(json.dumps(serving, indent=2))
+        (partial / "README.md").write_text(card(exported, gguf=to == "gguf"))
     return serving
 
 

@@ -202,6 +202,9 @@ def test_recover_evaluate_save_and_load(model, tmp_path):
     assert quality[1] < quality[0]
     tuned_dir = pruned.save(tmp_path / "saved", tokenizer)
     assert (tuned_dir / "plan.json").exists()
+    card = (tuned_dir / "README.md").read_text()
+    assert f"made this checkpoint: {pruned}." in card
+    assert f"| parameters | {sum(p.numel() for p in pruned.model.parameters()):,} |" in card
     opened, _ = kvp.load(tuned_dir, dtype="float32")
     assert torch.equal(opened(IDS).logits, pruned.model(IDS).logits)
     with pytest.raises(FileExistsError, match="is there already: choose another directory"):
