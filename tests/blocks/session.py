@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from joblib.externals.loky import get_reusable_executor
 
 from kvp.__main__ import main
 from tests.blocks.pages import Block, Command
@@ -102,6 +104,7 @@ class Session:
         stream, before = io.StringIO(), sys.argv
         GlobalHydra.instance().clear()
         HydraConfig.instance().cfg = None
+        gc.collect()  # a run that has ended would keep its store from `kvp store rm`
         sys.argv = ["kvp" if door == "kvp" else f"kvp.{door}", *words]
         try:
             with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
@@ -111,6 +114,10 @@ class Session:
             code = end.code or 0
         finally:
             sys.argv = before
+            if "launcher=joblib" in words:
+                get_reusable_executor().shutdown(
+                    wait=True
+                )  # its workers would wait for more, and keep the store
         return code, f"{stream.getvalue()}{code if isinstance(code, str) else ''}"
 
     def _filled(self, word: str) -> str:
