@@ -82,7 +82,7 @@ def _bound(info: FieldInfo, error: Mapping[str, Any]) -> str:
     if error["type"] == "literal_error":
         return f"one of {_listed(error['ctx']['expected'])}{null}"
     if error["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
-        return f"{_range(info.metadata)}{null}"
+        return f"{bounds(info.metadata)}{null}"
     if error["type"] == "too_short":
         return f"a list of at least {error['ctx']['min_length']}{null}"
     kind = error["type"].partition("_")[0]
@@ -94,10 +94,10 @@ def _bound(info: FieldInfo, error: Mapping[str, Any]) -> str:
     return f"valid ({error['msg'][0].lower()}{error['msg'][1:]}){null}"
 
 
-def _range(bounds: Sequence[Any]) -> str:
-    """Return bounds as "in [0, 1)", "> 0" or "<= 3"."""
-    low = next((bound for bound in bounds if isinstance(bound, Ge | Gt)), None)
-    high = next((bound for bound in bounds if isinstance(bound, Le | Lt)), None)
+def bounds(metadata: Sequence[Any]) -> str:
+    """Return the bounds of a field as "in [0, 1)", "> 0" or "<= 3"."""
+    low = next((bound for bound in metadata if isinstance(bound, Ge | Gt)), None)
+    high = next((bound for bound in metadata if isinstance(bound, Le | Lt)), None)
     if low and high:
         left = f"[{low.ge:g}" if isinstance(low, Ge) else f"({low.gt:g}"
         return f"in {left}, {high.le:g}]" if isinstance(high, Le) else f"in {left}, {high.lt:g})"

@@ -39,30 +39,10 @@ class Strategy(ABC):
     A plan holds the indices that *stay*, sorted, per space, and the weights that are rewritten before the cut. Nothing
     in a method cuts: `kvp.models.surgery` does.
 
-    Most methods derive from a template and write one function. This one keeps the KV groups and neurons of the
-    largest output weights::
-
-        @options
-        class OutputNorm(ScoreStrategy):
-            power: float = Field(default=2.0, gt=0, description="p of sum |w|^p")
-            needs_calibration: ClassVar[bool] = False
-
-            @override
-            def kinds(self) -> tuple[Kind, ...]:
-                return ("kv_group", "ffn")
-
-            @override
-            def score(self, target: Target) -> dict[Space, Tensor]:
-                scores = {}
-                for space in self.spaces(target.config):
-                    member = members(target.config, space)[-1]  # o_proj or down_proj: the unit's columns
-                    weight = target.model.get_parameter(f"{member.name}.weight").detach().float()
-                    scores[space] = fold(weight.abs().pow(self.power).sum(0), member, space)
-                return scores
-
-    Add `conf/strategy/output_norm.yaml` and a case in `tests/strategies/cases.py`. Other templates cut rope pairs and
-    channels (`channels`), score by a walk through the layers (`projections`), remove blocks (`blocks`), zero single
-    weights (`sparse`) or go on from another strategy (`wrapper`).
+    Most methods derive from a template and write one function; docs/extend/method.md has a worked example. Templates
+    score units (`scored`), cut rope pairs and channels (`channels`) or score by a walk through the layers
+    (`projections`). Others remove blocks (`blocks`), zero single weights (`sparse`) or go on from another strategy
+    (`wrapper`).
 
     Class attributes:
         late: Options that do not change `score`. They are left out of the fingerprint of the scores, so runs that

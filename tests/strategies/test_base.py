@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import textwrap
+import re
 from dataclasses import fields
-from typing import ClassVar
+from pathlib import Path
+from typing import Any
 
 import pytest
-from pydantic import Field
-from typing_extensions import override
+import yaml
 
-from kvp.models.spaces import fold, members
-from kvp.options import options
 from kvp.strategies.allocation.allocate import Uniform
-from kvp.strategies.base import Strategy
-from kvp.strategies.target import Target
-from kvp.strategies.templates.scored import ScoreStrategy
-from kvp.types import Budget, Kind, Space
+from kvp.types import Budget, Space
 from tests.conftest import tiny_model
 from tests.strategies.cases import CASES, make_plan, strategy
 
+PAGE = Path(__file__).parents[2] / "docs" / "extend" / "method.md"
+
 
 def test_the_worked_example_prunes():
-    block = Strategy.__doc__.split("output weights::\n")[1].split("\n    Add ")[0]
-    names = {
-        "ClassVar": ClassVar, "Field": Field, "Kind": Kind, "ScoreStrategy": ScoreStrategy, "Space": Space,
-        "Target": Target, "fold": fold, "members": members, "options": options, "override": override,
-    }  # fmt: skip
-    exec(textwrap.dedent(block), names)
-    method, model = names["OutputNorm"](allocator=Uniform(multiple_of=1)), tiny_model("llama", "gqa")
+    python, node = re.search(
+        r"```python\n(.*?)```\n\n```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL
+    ).groups()
+    names: dict[str, Any] = {}
+    exec(python, names)
+    given = yaml.safe_load(node)
+    assert given.pop("_target_").endswith(".OutputNorm")
+    assert given.pop("defaults")[0] == {"allocator": "uniform"}
+    method, model = names["OutputNorm"](allocator=Uniform(multiple_of=1), **given), tiny_model("llama", "gqa")
     plan = make_plan(method, model, Budget(value=0.3, of="block_params", tolerance=0.2))
     assert {space.kind for space in plan.keep} == {"kv_group", "ffn"}
     weight = model.get_parameter("model.layers.0.mlp.down_proj.weight").detach().square().sum(0)

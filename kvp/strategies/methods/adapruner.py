@@ -1,20 +1,32 @@
-"""AdaPruner: which calibration text and which importance suit this model? A Bayesian search (arXiv 2503.06184).
+"""AdaPruner: search which calibration text and which importance suit this model (arXiv 2503.06184).
 
-What its abstract says: structures are removed as by LLM-Pruner, by an importance of Taylor terms; the
-calibration data and the importance metric are searched together, by Bayesian optimisation (second-hand:
-Optuna's TPE). How it writes the two subspaces as parameters, how many trials it takes and what it minimises
-is in no text we could read. So this search space is *ours*:
+Structures are removed as by LLM-Pruner. A Bayesian search chooses the samples that are read and the importance.
 
-* calibration: the samples are cut into `parts`, each of which is read or not (none is all);
-* importance of a row or column, with w, g, F as in LLM-Pruner: (1 - s) first + s c second, where first is
-  |sum w g| ("vector") or sum |w g| ("element"), second is sum w^2 F, s in [0, 1], and c makes both equally
-  large over the model;
-* the matrices of a structure are reduced by sum, max, prod or first (`kvp.strategies.templates.reductions`);
-* minimised is the loss of the masked model on the last `validation` of the calibration samples, which no
-  importance reads.
+Formula
+-------
+With w, g, F as in LLM-Pruner, a row or column counts
 
-The first trial is LLM-Pruner itself: all parts, "element", s = 0, sum. What is found is never worse than that
-on the samples held out; on other text it may be.
+    (1 - s) first + s c second
+    first    |sum w g| ("vector") or sum |w g| ("element")
+    second   sum w^2 F;   c makes both equally large over the model
+
+The search chooses s in [0, 1], vector or element, and which of the `parts` of the samples are read (none is all). It
+chooses how the matrices of a structure are reduced: sum, max, prod or first (`kvp.strategies.templates.reductions`).
+It minimises the loss of the masked model on the last `validation` of the samples, which no importance reads.
+
+Faithful or interpreted
+-----------------------
+Interpreted: the search space is ours. The abstract says that calibration data and importance metric are searched
+together, by Bayesian optimisation (second-hand: Optuna's TPE). How the paper writes the two subspaces as parameters,
+how many trials it takes and what it minimises is in no text we could read.
+
+* The first trial is LLM-Pruner itself: all parts, "element", s = 0, sum. What is found is never worse than that
+  on the samples held out; on other text it may be.
+
+Cost
+----
+One backward pass per sample gives the signals of all parts, which stay in memory as sums per row. Every trial then
+costs a forward pass over the samples held out. A killed search goes on at its next trial.
 """
 
 from __future__ import annotations

@@ -1,9 +1,15 @@
-"""ALPS: the best sparse weights for a layer's outputs, by ADMM, then least squares on the support it found.
+"""ALPS: find the best sparse weights for a layer's outputs by ADMM, then least squares (arXiv:2406.07831).
 
-arXiv:2406.07831 (NeurIPS 2024), with the constants of mazumder-lab/ALPS (`alps.py`). For a matrix W (out, in)
-and its inputs X (tokens, in), minimise ||X V^T - X W^T||^2 + damping d ||V - W||^2 over V with the wanted zeros
-(d the mean of the diagonal of X^T X). With H = X^T X + damping d I scaled to a diagonal of ones, W alike, and
-P keeping the largest weights of the whole matrix:
+ADMM finds a support, and conjugate gradients refit the weights on it (NeurIPS 2024, with the constants of
+mazumder-lab/ALPS, `alps.py`).
+
+Formula
+-------
+The weights V of a matrix W (out, in) with inputs X (tokens, in) minimise, with the wanted zeros,
+
+    ||X V^T - X W^T||^2 + damping d ||V - W||^2,   d the mean of the diagonal of X^T X
+
+With H = X^T X + damping d I scaled to a diagonal of ones, W alike, and P keeping the largest weights of the matrix:
 
     B = (W H - V + rho D) (H + rho I)^-1,    D = P(B + V / rho),    V = V + rho (B - D)
 
@@ -19,9 +25,20 @@ While no such change was seen, rho was too large: it falls to a fifth, and a sup
 iteration also ends after 300 steps, or after 30 once the change is below 0.03 %. On the support of P(B), 10 steps of
 conjugate gradients for all rows at once lower the same objective.
 
-The paper damps by the trace of X^T X, the code by the mean of its diagonal: the code's. The paper's
-preconditioner is the diagonal of H, here one. Left out is the code's stop of the conjugate gradients, which
-waits for the residual outside the support too. Equal weights go in the order of their columns.
+Faithful or interpreted
+-----------------------
+Faithful to the code. In float64 the masks agree; in float32 both sides differ from their own float64 by as much.
+
+* The paper damps by the trace of X^T X, the code by the mean of its diagonal: here the code's.
+* The paper's preconditioner is the diagonal of H, here one.
+* The number of zeros is rounded down. The code rounds the number kept, which can differ by one weight.
+* The code's stop of the conjugate gradients, which waits for the residual outside the support too, is left out.
+* Equal weights go in the order of their columns.
+
+Cost
+----
+One forward pass, layer by layer, on the model pruned so far. One eigendecomposition and up to 300 products of matrices
+for each matrix. Shapes and bytes stay; only a storage of zeros saves memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,20 @@
-"""One strategy after the other, each with a budget of its own: zeros in what a cut has left.
+"""Chain: run one strategy after the other, each with a budget of its own: zeros in what a cut has left.
 
 The first cuts the model, compensation included; the second sees nothing but the cut model. `ratio` is the first
 one's budget, `strategy.ratio` the second's, a fraction of the matrices that are left.
+
+Formula
+-------
+    plan = first(model, ratio),   zeros = second(cut(model, plan), strategy.ratio)
+
+Faithful or interpreted
+-----------------------
+A tool of our own. `mosaic_composite` chains Wanda-sp and Mosaic (arXiv 2504.06323), whose authors have not released
+the structural half.
+
+Cost
+----
+Both costs, one after the other. The cut model is in memory beside the dense one on the CPU.
 """
 
 from __future__ import annotations

@@ -1,24 +1,43 @@
-"""KVPruner+, ours: drop directions, not channels, and spend every byte of the cache where it is worth the most.
+"""KVPruner+: drop directions, not channels, and spend every byte of the cache where it is worth the most.
 
 KVPruner drops channels as they come. Here
 
-1. every KV group is first turned into a basis in which its values, and the keys that barely rotate, are sorted
-   by what they are worth (`kvp.strategies.signals.heads`), so that the least of them is dropped;
-2. all directions of all layers are compared in one currency, nats per token. If an attention's output moves by e, the
-   loss rises by about 1/2 e^T H e. H is replaced by s I, s the mean square of the loss's derivative by that output
-   (`output_slopes`; the Fisher information stands for the curvature), so a direction is worth s / 2 times the mean
-   square of what it adds to the output. What it adds to the *logits* is brought to that scale by one measurement per
-   layer: what the lower half of the pairs changes at the output, against what it adds to the logits;
-3. the budget is then one ranking over rope pairs and value channels of all layers (grouping=apart,
-   allocator=global), and these worths add up well enough for that (experiments/frontier);
-4. the layers are refitted one after the other to what really arrives there (compensation=sequential).
+1. every KV group is first turned into another basis (`kvp.strategies.signals.heads`). There its values, and the keys
+   that barely rotate, are sorted by what they are worth, so that the least of them is dropped;
+2. all directions of all layers are compared in one currency, nats per token;
+3. the budget is one ranking over rope pairs and value channels of all layers (`grouping=apart`, `allocator=global`);
+4. the layers are refitted one after the other to what really arrives there (`compensation=sequential`).
 
-Before all that, `num_key_value_heads` joins KV heads to fewer and wider ones (`kvp.models.joined`), so that what
-several heads have in common is cached once, for larger q_proj and o_proj.
-
-Each is an option of its own: `values`, `context`, `importance`, the grouping and the allocator, the compensation.
+Before all that, `num_key_value_heads` joins KV heads to fewer and wider ones (`kvp.models.joined`). What several heads
+have in common is then cached once; q_proj and o_proj get larger. Each part is an option of its own.
 `scope=model grouping=separate strategy/allocator=uniform` keeps one width and one set of pairs in the whole model,
 which stock engines serve.
+
+Formula
+-------
+If an attention's output moves by e, the loss rises by about 1/2 e^T H e. H is replaced by s I, and s is the mean
+square of the loss's derivative by that output. A direction of energy E^2, the mean square it adds, is worth
+
+    values          s/2 a_v E^2    E singular values of S^(1/2) [O_1^T ... O_n^T]
+    folded pairs    s/2 a_k E^2    E singular values of S_q^(1/2) S_k^(1/2)
+    other pairs     s/2 a_k E^2    E root mean square of the pair's term in the logits
+
+S, S_q and S_k are second moments of the values, queries and keys; O_h are the columns of o_proj of query head h.
+
+a_v and a_k bring energies to the output's scale, by one measurement per layer: what the refitted output loses without
+the lower half of the directions, divided by their energy. A pair is folded if it turns at most `angle` radians against
+the slowest pair within `context` tokens.
+
+Faithful or interpreted
+-----------------------
+The method is ours. The Fisher information stands for the curvature in step 2. ASVD and SVD-LLM whiten values
+as step 1 does; TransMLA (arXiv 2502.07864) mixes pairs of one frequency across heads.
+
+Cost
+----
+One forward and backward pass gives the slopes, and three walks through the layers give scores, edits and the refit. A
+walk has one layer at a time at work. Weights, the activations of a batch and gradients are in memory in the first
+pass. Joined heads make q_proj and o_proj larger.
 """
 
 from __future__ import annotations

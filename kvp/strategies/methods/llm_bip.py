@@ -1,18 +1,29 @@
-"""LLM-BIP: how far a unit is felt at the end of its block, forward only (arXiv:2412.06419).
+"""LLM-BIP: ask how far a unit is felt at the end of its block, forward only (arXiv:2412.06419).
 
-For each block the paper bounds how much its output changes without a channel. In its notation, X W, with X_U
-what enters down_proj, X_H what enters o_proj, and absolute values by element:
+The paper bounds how much the output of a block changes without a channel. KV groups and neurons of the smallest bound
+go, the same fraction of every layer.
+
+Formula
+-------
+In the paper's notation, X W, with X_U what enters down_proj, X_H what enters o_proj, and absolute values by element:
 
     neuron j             |X_U[:, j]| |W_D[j, :]|                     what it writes into the residual stream
     attention channel j  |X_H[:, j]| |W_O[j, :]| (I + |W_U| |W_D|)   through the residual, and through the MLP
 
-There is no public code, and we had the formulas second hand. Ours:
+Faithful or interpreted
+-----------------------
+Interpreted: the formulas are second hand, there is no public code, and the aggregation is ours.
+
 * A channel's number is the mean over tokens and the sum over the block's outputs; a KV group is worth the sum
   over the channels of its query heads.
 * W_U is up_proj. As printed, the way through the MLP leaves out gate_proj and the norm before it.
-* X is the dense model's. Every layer loses the same fraction of groups and of neurons (allocator=uniform),
+* X is the dense model's. Every layer loses the same fraction of groups and of neurons (`allocator=uniform`),
   which is the protocol of LLM-Pruner; the paper's own is not known to us. A bound says nothing across layers;
   where the widths of few KV groups do not come out even, see `by_share`.
+
+Cost
+----
+One forward pass, layer by layer, and products of a layer's absolute weights. No gradient.
 """
 
 from __future__ import annotations

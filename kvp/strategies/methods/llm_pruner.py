@@ -1,24 +1,40 @@
-"""LLM-Pruner: coupled structures of the middle layers by Taylor importance (arXiv 2305.11627).
+"""LLM-Pruner: cut coupled structures of the middle layers by Taylor importance (arXiv 2305.11627).
 
-For every matrix of a structure (section 3.2; w weight, g gradient of the mean loss, F its diagonal Fisher),
-per row or column of the unit:
+Block-wise mode: KV groups with their query heads, and FFN neurons. The first four and the last two layers stay whole.
 
-    taylor_vector   |sum w g|          "Vector",   code `vectorize`
-    taylor_element  sum |w g|          "Element1", `param_first`
-    second_order    sum w^2 F          "Element2", `param_second`; the paper's 1/2 is dropped there too
-    mixed           sum |w g - w^2 F / 2|          `param_mix`
-    l1, l2          sum |w|, sum w^2; random: uniform noise per channel
+Formula
+-------
+For every matrix of a structure (section 3.2; w weight, g gradient of the mean loss, F its diagonal Fisher), a row or
+column of the unit counts
 
-then reduced over the matrices and summed over a unit's channels (`kvp.strategies.templates.reductions`). Formulas,
-rounding and roots are those of the code (`LLMPruner/pruner/hf_llama_pruner.py`,
-`torch_pruning/pruner/algorithms/metapruner.py`, `llama3.py`), block-wise mode; the defaults those of the
-published recipe, which are not the script's.
+    taylor_vector   |sum w g|                "Vector",   code `vectorize`
+    taylor_element  sum |w g|                "Element1", `param_first`
+    second_order    sum w^2 F                "Element2", `param_second`, without the paper's 1/2
+    mixed           sum |w g - w^2 F / 2|                `param_mix`
+    l1, l2          sum |w|, sum w^2
+    random          uniform noise per channel
 
-Otherwise than there: GQA groups collect their own query heads (`reference_gqa_alignment` repeats the other);
-with several batches absolute values of elements are taken per batch (calibration=llm_pruner has one); L1 and
-L2 are reduced by `group_reduction`, the reference always takes their mean, which matters only under
-allocator=threshold; each iterative step reads the same samples, where the reference draws new ones.
-Channel-wise mode, which narrows the residual stream itself, is not offered.
+`group_reduction` reduces that over the matrices, and a unit is worth the sum over its channels
+(`kvp.strategies.templates.reductions`).
+
+Faithful or interpreted
+-----------------------
+Faithful block-wise, with the GQA alignment corrected. Formulas, rounding and roots are those of the code
+(`LLMPruner/pruner/hf_llama_pruner.py`, `torch_pruning/pruner/algorithms/metapruner.py`, `llama3.py`). The defaults are
+those of the published recipe, which are not the script's. Side by side, 36 combinations gave the same units.
+
+* GQA groups collect their own query heads. The code folds other groups' heads in; `reference_gqa_alignment` repeats
+  that.
+* With several batches, absolute values of elements are taken per batch. `calibration=llm_pruner` has one.
+* `group_reduction` reduces L1 and L2 too; the reference always takes their mean. It matters only under
+  `allocator=threshold`.
+* Each iterative step reads the same samples; the reference draws new ones.
+* Channel-wise mode, which narrows the residual stream itself, is not offered.
+
+Cost
+----
+One forward and backward pass over the calibration text, again for each of `iterative_steps`. Weights, the activations
+of a batch and gradients are in memory. `second_order` and `mixed` go back sample by sample.
 """
 
 from __future__ import annotations

@@ -1,4 +1,17 @@
-"""Magnitude: keep the units of the largest weights. No data; a floor that is often below random."""
+"""Magnitude: keep the units of the largest weights; a floor that is often below random.
+
+Formula
+-------
+    unit   sum of |w|^p over everything it cuts,   p = 1 (norm=l1) or 2 (norm=l2, no root)
+
+Faithful or interpreted
+-----------------------
+A floor of our own. The norms have no root, as in LLM-Pruner's code.
+
+Cost
+----
+Nothing but reading the weights. No data, no pass through the model.
+"""
 
 from __future__ import annotations
 

@@ -1,15 +1,29 @@
-"""Mosaic's projection pruning: SparseGPT, with a sparsity of its own for every projection.
+"""Mosaic's projection pruning: run SparseGPT with a sparsity of its own for every projection (arXiv:2504.06323).
 
-arXiv:2504.06323 (FGCS 175, 2026). With Wanda's A = |W| ||X|| on the dense model, the outliers of a projection are
-the fraction of its weights whose A exceeds `outlier` times the mean A of the matrix. Within each of q, k, v, o,
-gate, up and down, the layer with most outliers keeps most: OWL's map (arXiv:2310.05175) takes the fractions D of
-the layers to [0, 2 spread], and that, less its mean, is what a layer keeps more than others. The targets are then
-shifted together to the asked mean sparsity of all weights, within `BOUNDS`.
+Projections with more outliers keep more weights (FGCS 175, 2026).
 
-The paper's text was not to be read: this is its repository's formula (blessonvar/Mosaic; outlier 3 and spread
-0.08 are its defaults) applied per projection. Its released code subtracts a projection's mean from the *layer's*
-curve, so that all projections of a layer share that curve; not so here. Its structured half ("composite") is not
-released: `strategy=chain` puts this on top of any structural strategy.
+Formula
+-------
+With Wanda's A = |W| ||X|| on the dense model, the outliers of a projection are
+
+    D = fraction of its weights with A > outlier * mean A of the matrix
+
+Within each of q, k, v, o, gate, up and down, the layer with most outliers keeps most. OWL's map (arXiv:2310.05175)
+takes the fractions D of the layers to [0, 2 spread], and that, less the mean, is what a layer keeps more than others.
+The targets are then shifted together to the asked mean sparsity of all weights, within `BOUNDS`.
+
+Faithful or interpreted
+-----------------------
+Interpreted, because we could not read the paper's text. This is the formula of the repository (blessonvar/Mosaic;
+outlier 3 and spread 0.08 are its defaults), applied per projection.
+
+* The released code subtracts a projection's mean from the *layer's* curve, so that all projections of a layer share
+  that curve; not so here.
+* The structured half ("composite") is not released: `strategy=chain` puts this on top of any structural strategy.
+
+Cost
+----
+SparseGPT's, and one forward pass more for the outliers.
 """
 
 from __future__ import annotations

@@ -1,20 +1,35 @@
-"""NIRVANA: what moves the model's outputs stays (arXiv:2509.14230, iDEA-iSAIL-Lab-UIUC/NIRVANA).
+"""NIRVANA: keep what moves the model's outputs (arXiv:2509.14230, iDEA-iSAIL-Lab-UIUC/NIRVANA).
 
-The saliency of a weight is |w df/dw|, with f the mean over samples and vocabulary of the logit's maximum over
-positions: no label and no loss, one backward (`Llama/main.py`). A unit, a KV group with its query heads or a
-neuron, is worth the plain sum over its weights. Two rankings over all layers, one per kind, tied by gamma
-(`kvp.strategies.allocation.tied`); a layer keeps at least one group, and neurons in multiples of 8. gamma is 3.36 for
-Llama-3.1-8B and 3.0 for Llama-3.2-3B (`run.sh`, which also takes 32 samples of 128 tokens).
+KV groups and neurons are ranked by what their weights do to the logits: no label and no loss. Two rankings over all
+layers, one per kind, are tied by gamma (`kvp.strategies.allocation.tied`). Results depend on the calibration sample,
+so random draws of it compete.
 
-Results depend on the calibration sample, so the authors choose its seed: they prune with several and compare
-KL(dense || pruned), the mean over tokens (`--get_kl`).
+Formula
+-------
+    weight   |w df/dw|,   f = mean over samples and vocabulary of the logit's maximum over positions
+    unit     sum over its weights
+    draw     the one of the smallest KL(dense || pruned), mean over tokens
 
-Otherwise than there, all ours:
-* That selection loop is not in the code, nor how many seeds were tried. Here `draws` random parts of the
-  calibration samples compete at the run's own budget, judged on all samples; so the method reads no more text
-  than others. The reference judges on 128 further windows of 64 tokens.
+gamma is 3.36 for Llama-3.1-8B and 3.0 for Llama-3.2-3B (`run.sh`, which also takes 32 samples of 128 tokens).
+
+Faithful or interpreted
+-----------------------
+The saliency is as in the code (`Llama/main.py`); the choice of the draw is ours. Side by side, the saliencies agree
+to rounding.
+
+* The authors choose the sample's seed: they prune with several and compare the KL (`--get_kl`). That loop is not in
+  the code, nor how many seeds were tried. Here `draws` random parts of the calibration samples compete at the run's
+  own budget, judged on all samples, so the method reads no more text than others. The reference judges on 128 further
+  windows of 64 tokens.
 * The budget, of any denominator, is met: where the code rounds neurons up and stops, other units make up for
   it. Under kv_cache, neurons stay.
+* A layer keeps at least one group, and neurons in multiples of 8. Where all groups of a layer fall below the threshold,
+  the code keeps the last one; here the best one stays.
+
+Cost
+----
+One backward pass for each draw, and a forward pass of each draw's pruned model. Weights, gradients and activations are
+in memory; `gradient_checkpointing` (on by default) and `batch_size` lower the latter.
 """
 
 from __future__ import annotations

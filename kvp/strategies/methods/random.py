@@ -1,4 +1,17 @@
-"""Random units: the floor under every criterion."""
+"""Random units: the floor under every criterion.
+
+Formula
+-------
+    unit   uniform noise under the run's seed
+
+Faithful or interpreted
+-----------------------
+A floor of our own. Every comparison should hold it.
+
+Cost
+----
+Nothing. No data, no pass through the model.
+"""
 
 from __future__ import annotations
 

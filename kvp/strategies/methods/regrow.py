@@ -1,17 +1,31 @@
-"""Prune deeper than asked, then grow back what the pruned model misses most: GraNet's step, for structured units.
+"""Regrow: prune deeper than asked, then grow back what the pruned model misses most (arXiv:2106.10404).
 
-GraNet (arXiv:2106.10404, NeurIPS 2021; VITA-Group/GraNet) removes a part of the connections that are left, by
-magnitude, and regrows as many by the magnitude of their gradient, to raise pruning plasticity: what continued
-training wins back. There it happens again and again in the course of training, to single weights.
+GraNet's step, for structured units. GraNet (NeurIPS 2021; VITA-Group/GraNet) removes a part of the connections that are
+left, by magnitude, and regrows as many by the magnitude of their gradient. That raises pruning plasticity: what
+continued training wins back.
 
-Here, ours, it happens once, before recovery, to rope pairs, value channels, KV groups or neurons:
-* `first` plans a cut that leaves 1 - `growth` of what the budget leaves. It is any strategy that plans from its
-  scores; magnitude with norm=l1 ranks units as Li et al. (arXiv:1608.08710) rank filters, by sum |w|.
-* Every unit has a gate on the activations that carry it (keys, values, up_proj's outputs): 1 if it was kept, 0 if
-  not. What is gone is worth mean over samples |dL/dgate| in the model so cut, with L a sample's loss in nats per
-  token. A unit of zeros would have no gradient, so a unit keeps its weights, and comes back with them.
-* Then `first` plans the asked budget by other scores: the units kept rank above all others, as they did; those gone
-  rank by their gates. The allocator of `first` decides where units grow back, as it decides where they are cut.
+Formula
+-------
+1. `first` plans a cut that leaves 1 - `growth` of what the budget leaves. It is any strategy that plans from its
+   scores; magnitude with `norm=l1` ranks units as Li et al. (arXiv:1608.08710) rank filters, by sum |w|.
+2. Every unit has a gate on the activations that carry it (keys, values, up_proj's outputs): 1 if it was kept, 0 if
+   not. A unit of zeros would have no gradient, so a unit keeps its weights, and comes back with them.
+3. `first` plans the asked budget by other scores. The units kept rank above all others, as they did; those gone
+   rank by their gates. The allocator of `first` decides where units grow back, as it decides where they are cut.
+
+A unit that is gone is worth, in the model so cut, with L a sample's loss in nats per token:
+
+    mean over samples |dL/dgate|
+
+Faithful or interpreted
+-----------------------
+Ours, after GraNet's step. There it happens again and again in the course of training, to single weights. Here it
+happens once, before recovery, to rope pairs, value channels, KV groups or neurons.
+
+Cost
+----
+The scores of `first`, and one forward and backward pass of the masked model. Weights, the activations of a batch and
+their gradients are in memory.
 """
 
 from __future__ import annotations

@@ -1,27 +1,42 @@
-"""Search for Efficient Large Language Models: an evolution of per-head and MLP widths and masks.
+"""Search for Efficient LLMs: evolve per-head and MLP widths and masks by the loss (arXiv 2409.17372).
 
-arXiv 2409.17372 (NeurIPS 2024). X (tokens, in) are the inputs of a linear layer W (out, in) of the dense model.
+The start keeps the most important units at one ratio everywhere. An evolution then searches widths and masks, and the
+kept columns are refitted.
 
-1. Importance (section 3.2): Phi_ij = W_ij^2 / [(2 X^T X)^-1]_jj, summed over rows or columns. A channel of a
-   head is worth its rows of Q, K and V and its column of O, a neuron its rows of up and gate and its column of
-   down. The start keeps the best at one ratio everywhere (allocator=uniform).
-2. Search (section 3.3): `kvp.strategies.search.evolution`, by the loss on a few calibration samples.
-3. Reformation (section 3.4): O and down are refitted to their dense outputs on the kept columns. The paper's
-   ADMM (30 steps, rho 1) has the least squares solution as its limit, so that is `compensation`, in closed
-   form and without a bias, with a ridge of its own. (The paper prints the mask inverted, 1 = pruned.)
+Formula
+-------
+X (tokens, in) are the inputs of a linear layer W (out, in) of the dense model.
 
-Otherwise than there, or where it says nothing we could read:
+    1. importance (section 3.2)    Phi_ij = W_ij^2 / [(2 X^T X)^-1]_jj, summed over rows or columns
+    2. search (section 3.3)        evolution of widths and masks, by the loss on a few calibration samples
+    3. reformation (section 3.4)   o_proj and down_proj refitted to their dense outputs on the kept columns
+
+A channel of a head is worth its rows of Q, K and V and its column of O. A neuron is worth its rows of up and gate and
+its column of down. `kvp.strategies.search.evolution` has the search. The paper's ADMM (30 steps, rho 1) has the least
+squares solution as its limit, so step 3 is `compensation`, in closed form and without a bias.
+
+Faithful or interpreted
+-----------------------
+Interpreted: the authors have not released importance and search. Where this differs, or the paper says nothing we
+could read:
+
 * Rope channels are cut in pairs (i, i + head_dim / 2), KV groups with their query heads; the heads of a layer
   keep equally many channels, each its own. Models whose queries and keys are normalised per head are refused.
 * The paper discards subnets outside its parameter budget. Here random single steps of the widths bring each
   into it, so that the budget is met exactly; under kv_cache the MLP stays whole.
-* The paper draws a new mask of N units up to 1000 times until alpha N are common to old and new, which a mask
-  that keeps less than alpha N can never reach. Here alpha (`overlap`) is a part of the units that the smaller
+* The paper draws a new mask of N units up to 1000 times until alpha N are common to old and new. A mask that
+  keeps less than alpha N can never reach that. Here alpha (`overlap`) is a part of the units that the smaller
   of both keeps, and the draw is made under this condition at once.
 * Widths move by `allocator.multiple_of` channels, the paper's by 1 % (attention) and 5 % (MLP). Its ranges
   depend on the budget, see `RANGES`. Depth, which it leaves at 32 of 32 layers up to 20 %, is not searched.
 * Crossover takes each mask from either parent, as in the authors' code, which otherwise searches windows of
-  contiguous channels and numbers of heads instead of masks. X^T X is damped.
+  contiguous channels and numbers of heads instead of masks. X^T X is damped. The paper prints the mask inverted,
+  1 = pruned, and so does its code.
+
+Cost
+----
+One forward pass scores. The search evaluates generations times population subnets, 5,000 with
+`strategy/evolution=paper` and 240 with `quick`, each on `evolution.samples` samples. No gradient.
 """
 
 from __future__ import annotations

@@ -1,13 +1,26 @@
 """ShortGPT: remove the blocks that turn the hidden states least (arXiv:2403.03853).
 
-Block influence: BI_n = 1 - mean over tokens of cos(h_n, h_n+1), the residual stream before and after
-block n. The blocks of the lowest BI go, all at once; nothing is protected, nothing tuned.
+The blocks of the lowest block influence go, all at once. Nothing is protected, nothing tuned.
 
-`distance=angular` averages arccos(cos) / pi instead, an option of the function `block_influence` in
-icip-cas/ShortGPT. Where this differs from that code: it reads `hidden_states` of Hugging Face, whose last
-entry has passed the final norm, so its BI of the last block includes that norm; here it is the formula's.
-The calibration (theirs: PG19, windows of 256 tokens) is chosen by the `calibration` group. BI of an `attention`
-or `mlp` grouping is that of the sublayer with its residual addition: our extension.
+Formula
+-------
+    BI_n = 1 - mean over tokens cos(h_n, h_n+1)      distance=cosine
+    BI_n = mean over tokens arccos(cos) / pi         distance=angular
+
+h_n and h_n+1 are the residual stream before and after block n. Among equals, the lower index goes first.
+
+Faithful or interpreted
+-----------------------
+Faithful to the formula. The code (`block_influence` in icip-cas/ShortGPT) has both distances.
+
+* That code reads the `hidden_states` of Hugging Face, whose last entry has passed the final norm. The BI of the last
+  block includes that norm there; here it is the formula's.
+* The `calibration` group chooses the text. The authors read windows of 256 tokens of PG19.
+* BI of `grouping=attention` or mlp is that of the sublayer with its residual addition: our extension.
+
+Cost
+----
+One forward pass over the calibration text, layer by layer. No gradient, no second model.
 """
 
 from __future__ import annotations

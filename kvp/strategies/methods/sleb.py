@@ -1,12 +1,26 @@
-"""SLEB: remove one block after the other, each time the one without which the loss is lowest.
+"""SLEB: remove one block after the other, each time the one without which the loss is lowest (arXiv:2402.09025).
 
-arXiv:2402.09025; `sleb.py` of jiwonsong-dev/SLEB. Every step tries each remaining block on
-the model that has lost the earlier ones already; the first and the last block stay. A step depends on
-the steps before it, not on how many follow: the order is the same for every budget, and a block's score
-is its place in it. Within a step the variants share the hidden states before their block, which is exact.
+Every step tries each block that is left, on the model that has lost the earlier ones already. The first and the last
+block stay.
 
-The authors remove 7 of 32 blocks, and calibrate on the first 128 rows of a shuffled WikiText-2, joined. Here the
-`calibration` group chooses the text.
+Formula
+-------
+    step k:   b_k = argmin over blocks b that are left   loss of the model without b_1, ..., b_k-1 and b
+
+A block's score is its place in that order. A step depends on the steps before it, not on how many follow, so the order
+is one for all budgets.
+
+Faithful or interpreted
+-----------------------
+Faithful to `sleb.py` of jiwonsong-dev/SLEB. Side by side, the order of removal was identical.
+
+* The `calibration` group chooses the text. The authors read the first 128 rows of a shuffled WikiText-2, joined.
+* The authors remove 7 of 32 blocks. `max_ratio` bounds how many are ranked.
+
+Cost
+----
+A step costs half a pass of the remaining model per remaining block, since the variants share the hidden states before
+their block, which is exact. The time grows with the square of the number of blocks. `samples` bounds it. No gradient.
 """
 
 from __future__ import annotations

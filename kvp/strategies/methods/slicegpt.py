@@ -1,24 +1,38 @@
-"""SliceGPT: the residual stream in fewer coordinates, those of its largest variance (arXiv:2401.15024, ICLR 2024).
+"""SliceGPT: keep the residual stream in the coordinates of its largest variance (arXiv:2401.15024, ICLR 2024).
 
 Norms commute with a rotation of the stream once their weights are folded into the projections behind them. So the
-stream has a basis of its own before every attention and every MLP: with its states X (tokens, hidden_size) there,
-the eigenvectors of X^T X of the largest eigenvalues, D_s of them everywhere. Projections lose rows and columns,
-and each sublayer gets a shortcut matrix Q_p^T Q_p+1 (D_s, D_s), which counts among the parameters
-(`kvp.models.stream` and `kvp.models.sliced`). Heads and the KV cache keep their widths. The head is not sliced.
+stream has a basis of its own before every attention and every MLP. Projections lose rows and columns. Heads and the KV
+cache keep their widths, and the head is not sliced.
 
-As `rotate_and_slice_sequential` in microsoft/TransformerCompression (`src/slicegpt/rotate.py`): X is the stream
-before its norm, uncentred, of a model that is sliced up to there; `orientation=random`, the default of its command
-line, turns each basis within its span, which changes the function by rounding only.
+Formula
+-------
+With the stream's states X (tokens, hidden_size) before a sublayer, uncentred and before the norm:
 
-Otherwise than there:
-* Its slice fraction is of `hidden_size`. Here the budget is of parameters, shortcuts included, and D_s the multiple
-  of `multiple_of` that comes nearest. On LLaMA-2-7B its slices of 20, 25 and 30 % remove 9.39, 15.34 and 21.45 %
-  of all parameters, its slice of 10 % adds 2.99 %.
-* Its code takes the mean off the embeddings of LLaMA too, which only LayerNorm allows. Here they stay.
-* It unties an embedding from its head, which at a small model's size costs more than slicing saves. Here the head
+    Q_p   eigenvectors of X^T X of the D_s largest eigenvalues, D_s everywhere
+    shortcut of sublayer p   Q_p^T Q_p+1   (D_s, D_s), counted among the parameters
+
+`kvp.models.stream` and `kvp.models.sliced` apply them. X comes from a model that is sliced up to there.
+`orientation=random` turns each basis within the span, which changes the function by rounding only.
+
+Faithful or interpreted
+-----------------------
+Faithful to `rotate_and_slice_sequential` in microsoft/TransformerCompression (`src/slicegpt/rotate.py`); tied head and
+budget are interpreted. With the two differences in norm and embedding undone, the logits agree to rounding.
+
+* The authors' slice fraction is of `hidden_size`. Here the budget is of parameters, shortcuts included, and D_s the
+  multiple of `multiple_of` that comes nearest. On LLaMA-2-7B their slices of 20, 25 and 30 % remove 9.39, 15.34 and
+  21.45 % of all parameters. A slice of 10 % adds 2.99 %.
+* The authors' code takes the mean off the embeddings of LLaMA too, which only LayerNorm allows. Here they stay.
+* Their norm has a fixed epsilon of 1e-5. Here the config's stays.
+* They untie an embedding from its head, which at a small model's size costs more than slicing saves. Here the head
   keeps the shared matrix and a basis follows the embedding: the same function.
-* It turns the stream before the head too, and the head back. Here that place keeps its coordinates: the same function.
-* Its damping of X^T X moves no eigenvector, so there is none.
+* They turn the stream before the head too, and the head back. Here that place keeps its coordinates: the same function.
+* Their damping of X^T X moves no eigenvector, so there is none.
+
+Cost
+----
+One forward pass, layer by layer, and two eigendecompositions of hidden_size per layer. No gradient. Every token then
+pays for the shortcuts, and the KV cache stays as it is.
 """
 
 from __future__ import annotations

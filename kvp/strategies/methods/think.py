@@ -1,16 +1,29 @@
-"""ThinK, made static: key channels that hardly move a logit (arXiv:2407.21018, SalesforceAIResearch/ThinK).
+"""ThinK, made static: cut key channels that hardly move a logit (arXiv:2407.21018, SalesforceAIResearch/ThinK).
 
-ThinK keeps, for every prompt and head, the channels of the largest ||Q[:, j] K[:, j]^T||_F, with Q the last 32
-queries and K all keys, both rotated (`key_pruner_query_driven` in `kv_pruning_utils.py` computes its square,
-mean_t q_j^2 mean_t k_j^2); every head loses the same fraction. Values stay, so at most half of the KV cache goes.
+ThinK keeps, for every prompt and head, the key channels that matter to the last queries. Values stay, so at most half
+of the KV cache goes. Here the channels go once, from q_proj and k_proj, so that memory and time are really saved.
 
-There the channels of the cached keys go at run time, prompt by prompt, and the last `recent_size` keys stay
-whole. Here they go once, from q_proj and k_proj, so that memory and time are really saved. What that changes,
-ours:
-* A rope pair p goes together. Its score is the same norm of its two columns, ||Q[:, p] K[:, p]^T||_F^2, which is
-  what its removal changes in the logits: the sum of both channels' scores and their cross term.
+Formula
+-------
+    the code   ||Q[:, j] K[:, j]^T||_F^2 = mean_t q_j^2 mean_t k_j^2     channel j
+    here       ||Q[:, p] K[:, p]^T||_F^2                                 the two channels of rope pair p
+
+Q are the last `window` queries and K all keys, both rotated. Every head loses the same fraction.
+
+Faithful or interpreted
+-----------------------
+The score is as in the code; static, in pairs and per group is ours. There it is `key_pruner_query_driven` in
+`kv_pruning_utils.py`.
+
+* There the channels of the cached keys go at run time, prompt by prompt, and the last `recent_size` keys stay whole.
+* A rope pair goes together. Its score is what its removal changes in the logits: the sum of both channels' scores and
+  their cross term.
 * One set serves all text: squares are averaged over calibration samples, queries of the window and keys.
 * A KV group adds up the squares of its query heads; the code chooses per query head, on repeated keys.
+
+Cost
+----
+One forward pass over the calibration text. No gradient. Nothing can compensate for a rope pair.
 """
 
 from __future__ import annotations

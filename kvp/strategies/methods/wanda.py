@@ -1,11 +1,24 @@
-"""Wanda: weights times the norms of their inputs, compared within each output row.
+"""Wanda: zero the weights of the smallest weight times input norm, within each output row (arXiv:2306.11695).
 
-arXiv:2306.11695 (ICLR 2024); `prune_wanda` in locuslab/wanda, `lib/prune.py`. With the inputs X (tokens, in)
-of a matrix W (out, in), the score of a weight is |W_ij| ||X_j||_2. Of each row the int(sparsity in) lowest
-become zero, or by N:M the lowest of M consecutive inputs. No update of what stays, no gradient, one pass.
+No update of what stays, no gradient, one pass (ICLR 2024; `prune_wanda` in locuslab/wanda, `lib/prune.py`).
 
-The code's norm is a root mean square over sequences, which is the same order. Its `use_variant` (a share of
-each row's total score in place of a count) is not here.
+Formula
+-------
+    weight   |W_ij| ||X_j||_2,   X (tokens, in) the inputs of the matrix W (out, in)
+
+In each row the int(sparsity in) lowest become zero, or by N:M the lowest of M consecutive inputs.
+
+Faithful or interpreted
+-----------------------
+Faithful. Side by side, no mask differed, unstructured or N:M.
+
+* The code's norm is a root mean square over sequences, which is one order with the norm.
+* The code's `use_variant`, a share of each row's total score in place of a count, is not offered.
+
+Cost
+----
+One forward pass, layer by layer, on the model pruned so far. Only a layer and the norms of its inputs are at work.
+Shapes and bytes stay; only a storage of zeros saves memory.
 """
 
 from __future__ import annotations

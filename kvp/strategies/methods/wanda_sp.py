@@ -1,15 +1,28 @@
-"""Wanda-sp: Wanda's |W| ||X||, one number per structure (CASIA-IVA-Lab/FLAP, `prune_wanda_sp`).
+"""Wanda-sp: cut whole structures by Wanda's weight times input norm (arXiv:2306.11695, CASIA-IVA-Lab/FLAP).
 
-Wanda (arXiv:2306.11695) scores a weight by |W_ij| ||X_j||_2, with X_j the inputs of its column over all
-calibration tokens. FLAP's authors made a structural baseline of it: a column of o_proj or down_proj is
-worth the mean of its weights' scores, ||X_j||_2 mean_i |W_ij|; a head the sum of its columns, a neuron its
-column. Every layer loses the same fraction of heads and of neurons (allocator=uniform), and a layer is
-measured on what comes out of the layers before it after their cut (`sequential`). Nothing is compensated.
-Layers are never compared; where the widths of few KV groups do not come out even, see `by_share`.
+FLAP's authors made a structural baseline of Wanda (`prune_wanda_sp`). Every layer loses the same fraction of heads and
+of neurons (`allocator=uniform`). Nothing is compensated.
 
-Otherwise than there: KV groups take the place of heads; a unit is worth the mean of its columns, which is
-the same order within a layer; each layer loses as much of each as the budget asks, where the code takes
-int(ratio n) of n.
+Formula
+-------
+    column j   ||X_j||_2 mean_i |W_ij|    of o_proj or down_proj; X_j its inputs over all calibration tokens
+    head       sum over its columns
+    neuron     its column
+
+A layer is measured on what comes out of the layers before it after their cut (`sequential`). Layers are never compared.
+Where the widths of few KV groups do not come out even, `by_share` decides.
+
+Faithful or interpreted
+-----------------------
+Faithful to the code; GQA is ours. Side by side, no unit differed at 25 and 50 %.
+
+* KV groups take the place of heads.
+* A unit is worth the mean of its columns, which is one order with the sum within a layer.
+* Each layer loses as much of each as the budget asks; the code takes int(ratio n) of n.
+
+Cost
+----
+One forward pass, layer by layer, on the model cut so far. No gradient. `sequential=false` scores once for all ratios.
 """
 
 from __future__ import annotations

@@ -33,12 +33,12 @@ class ChannelStrategy(ScoreStrategy):
 
     | grouping | a unit is |
     |---|---|
-    | coupled | a rope pair (i, i + head_dim / 2) of Q, K, V and O at once: all four shrink to one width |
-    | separate | a rope pair of Q and K, or two channels of V and O; equally many of both stay |
-    | apart | a rope pair of Q and K, or a channel of V and O; each kind has a width of its own |
-    | kv_group | a KV group with its query heads |
-    | vo | a channel of V and O (for models with query-key norms) |
-    | ffn, block, attention, mlp | an index of that space |
+    | `coupled` | a rope pair (i, i + head_dim / 2) of Q, K, V and O at once: all four shrink to one width |
+    | `separate` | a rope pair of Q and K, or two channels of V and O; equally many of both stay |
+    | `apart` | a rope pair of Q and K, or a channel of V and O; each kind has a width of its own |
+    | `kv_group` | a KV group with its query heads |
+    | `vo` | a channel of V and O (for models with query-key norms) |
+    | `ffn`, `block`, `attention`, `mlp` | an index of that space |
 
     Attributes:
         grouping: What is cut together; see the table.
