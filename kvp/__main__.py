@@ -136,8 +136,9 @@ def main() -> None:
         if dispatch():
             return
         flags, words = parted(sys.argv[1:])
-        if {"-h", "--help"} & {*flags} and len(words) == 1 and "=" not in words[0]:
-            print(described(words[0]))
+        groups = [word for word in words if "=" not in word]
+        if {"-h", "--help"} & {*flags} and len(groups) == 1:
+            print(described(groups[0]))
             return
         sys.argv[1:] = [*flags, *words]
         register()
