@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-all check format bench tables docs docs-serve clean
+.PHONY: help install run test test-docs test-all check format bench tables docs docs-serve clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ run: install ## prune SmolLM2-135M's KV cache by 25 %, recover, evaluate, measur
 
 test: install ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -m 'not slow and not gpu and not hub' $(ARGS)
+
+test-docs: install ## every command and Python block of README and docs, on a tiny model
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 0 tests/blocks $(ARGS)
 
 test-all: install ## the slow tests too
 	$(PY) -m pytest -m 'not gpu and not hub' $(ARGS)

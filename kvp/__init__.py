@@ -78,18 +78,15 @@ def __dir__() -> list[str]:
     return [*__all__, "__version__"]
 
 
-DOORS = ("bench", "check", "export", "report", "schema", "status", "store")
-LIGHT_COMMANDS = ("kvp", *(f"kvp.{door}" for door in DOORS))
-
-
-def _is_light_command() -> bool:
-    """Whether Python is starting a command that registers the classes itself, when its options are known
-    to be right, or never: modelling code takes seconds to import.
+def _is_command() -> bool:
+    """Whether Python is starting a command of kvp, which registers the classes itself when its options are known to
+    be right, or never: modelling code takes seconds to import.
     """
     if sys.argv[:1] == ["-m"]:  # what argv[0] is while Python looks for the module to run
-        return sys.orig_argv[sys.orig_argv.index("-m") + 1] in LIGHT_COMMANDS
-    return bool(sys.argv) and Path(sys.argv[0]).name == "kvp"
+        module = sys.orig_argv[sys.orig_argv.index("-m") + 1]
+        return module.partition(".")[0] == "kvp" and module.count(".") < 2
+    return bool(sys.argv) and Path(sys.argv[0]).name in ("kvp", "kvp.exe")
 
 
-if not _is_light_command():
+if not _is_command():
     from kvp.models import pruned as _pruned  # noqa: F401  (registers the classes)

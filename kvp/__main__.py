@@ -30,16 +30,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose mo
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import kvp.composing  # noqa: F401  (registers the resolvers of conf/)
-from hydra_plugins.kvp.ray import RayLauncher
-from hydra_plugins.kvp.sweeper import KvpSweeper
-from kvp.hints import CONF, words
+from hydra_plugins.kvp import register
+from kvp.choices import described
+from kvp.commands import dispatch
+from kvp.hints import CONF, overshadowed, parted, words
 
 if TYPE_CHECKING:
     from kvp.pipeline.experiment import Experiment
@@ -118,7 +118,8 @@ def _composed(config: DictConfig) -> Experiment:
 
     command = HydraConfig.get()
     own = [source.path for source in command.runtime.config_sources if source.provider == "command-line"]
-    words = list(command.overrides.task)
+    places = [word for word in command.overrides.hydra if word.startswith("hydra.searchpath=")]
+    words = [*places, *command.overrides.task]
     return Experiment.compose(config, words, command.runtime.choices, own[0] if own else None)
 
 
@@ -132,8 +133,16 @@ def main() -> None:
             return
         if os.getcwd() not in sys.path and "" not in sys.path:  # as `python -m kvp` has it
             sys.path.insert(0, os.getcwd())
-        for plugin in (KvpSweeper, RayLauncher):  # Hydra overlooks those of an editable install
-            Plugins.instance().register(plugin)
+        if dispatch():
+            return
+        flags, words = parted(sys.argv[1:])
+        if {"-h", "--help"} & {*flags} and len(words) == 1 and "=" not in words[0]:
+            print(described(words[0]))
+            return
+        sys.argv[1:] = [*flags, *words]
+        register()
+        for line in overshadowed():
+            print(f"kvp: {line}", file=sys.stderr)
         job()
 
 

@@ -18,12 +18,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hydra_plugins.kvp import register
+from kvp.choices import choices as options
 from kvp.hints import CONF, words
 
 
 def _options_of(group: str) -> str:
     """Return the options of a group for --help, in lines of 80 characters."""
-    names = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.endswith("_shape"))
+    names = [name for name in options(group) if not name.endswith("_shape")]
     indent = " " * 13
     return textwrap.fill(" ".join(names), 80, initial_indent=indent, subsequent_indent=indent).strip()
 
@@ -43,6 +45,7 @@ def _hydra() -> Iterator[None]:
     """Let Hydra read conf/ in the block, also inside an application of the caller's that uses Hydra itself."""
     outside = Singleton.get_state()
     GlobalHydra.instance().clear()
+    register()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             yield

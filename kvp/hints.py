@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra.errors import HydraException
@@ -14,15 +13,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
-HERE = Path(__file__).resolve().parent
-CONF = next(path for path in (HERE / "conf", HERE.parent / "conf") if path.is_dir())
+from kvp.choices import choices, config_dirs, file, own
+from kvp.commands import COMMANDS
+from kvp.plugins import CONF, lacking
+
 EXTRAS = {
     "joblib": "joblib",
     "ray": "ray",
     "submitit_local": "slurm",
     "submitit_slurm": "slurm",
 }  # of launchers
-DOORS = ("bench", "check", "export", "report", "status")  # commands of their own
 
 
 def words(error: BaseException) -> str:
@@ -64,16 +64,14 @@ def _unparsed() -> str:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     for word in sys.argv[1:]:
-        if word.startswith("-") or word in _config_dirs():
+        if word.startswith("-") or word in config_dirs():
             continue
         try:
             OverridesParser.create().parse_override(word)
         except (HydraException, ValueError):
             key, equals, value = word.partition("=")
-            if word in DOORS:
-                return f"{word} is a command of its own: python -m kvp.{word} --help"
             if not equals:
-                return f"{word!r} is no option: options have the form option=value, see --help"
+                return _no_command(word)
             quoted = value.replace("'", r"\'")
             return (
                 f"{key}={value} cannot be read: quote a value with special characters for the shell and for kvp, "
@@ -82,63 +80,83 @@ def _unparsed() -> str:
     return "an option cannot be read: quote a value with special characters twice, \"option='value'\""
 
 
+def _no_command(word: str) -> str:
+    """Return how a word without a value is a command, or an option."""
+    if word in COMMANDS:
+        return f"{word} comes first: kvp {word} ..., see kvp {word} --help"
+    close = difflib.get_close_matches(word, COMMANDS, n=1)
+    hint = f"Did you mean kvp {close[0]}? " if close else ""
+    return (
+        f"{word!r} is no option: options have the form option=value. Nor is it a command. {hint}"
+        f"Commands: {', '.join(COMMANDS)}"
+    )
+
+
 def _no_choice_of_a_group() -> str:
     """Return which word gives a group a value that names no option."""
     for word in sys.argv[1:]:
         group, _, value = word.partition("=")
-        if (value == "null" or not re.search(r"[A-Za-z]", value)) and (choices := _choices(group)):
-            return f"{group} must be one of {', '.join(choices)}, got {value or 'nothing'}"
+        if (value == "null" or not re.search(r"[A-Za-z]", value)) and (known := choices(group)):
+            return f"{group} must be one of {', '.join(known)}, got {value or 'nothing'}"
     return "an option of a group must be a name, see --help"
 
 
-def _config_dirs() -> list[str]:
-    """Return the user's own folders of options: of --config-dir, which is on the command line."""
-    argv = sys.argv[1:]
-    given = [word.partition("=")[2] for word in argv if re.match(r"(--config-dir|-cd)=", word)]
-    return given + [argv[n + 1] for n, word in enumerate(argv[:-1]) if word in ("--config-dir", "-cd")]
+def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the flags of a command with their values, and its other words: Hydra reads each in one piece only."""
+    from hydra._internal.utils import get_args_parser
+
+    takes = {
+        flag: action.choices or ()
+        for action in get_args_parser()._actions
+        for flag in action.option_strings
+        if action.nargs in (None, "?")
+    }
+    flags: list[str] = []
+    others: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        is_value = before in takes and (word in takes[before] or not takes[before])
+        (flags if word.startswith("-") or is_value else others).append(word)
+    return flags, others
 
 
-def _folders() -> list[Path]:
-    """Return the folders of options, the shipped one last."""
-    return [*map(Path, _config_dirs()), CONF]
-
-
-def _choices(group: str) -> list[str]:
-    """Return the options of a group, those of --config-dir too."""
-    return sorted({path.stem for folder in _folders() for path in (folder / group).glob("*.yaml")})
+def overshadowed() -> list[str]:
+    """Return a line for each option of the command that a plugin has, too, and that is kvp's."""
+    pairs = (word.partition("=") for word in sys.argv[1:])
+    found = [(group, option, lacking(group, option)) for group, _, option in pairs]
+    return [
+        f"{group}={option} is kvp's own: {plugin.left_out}"
+        for group, option, plugin in found
+        if plugin and (CONF / group / f"{option}.yaml").is_file()
+    ]
 
 
 def _no_such_choice(group: str, name: str) -> str:
     if group == "hydra/launcher":
         return f"launcher={name} needs another package: pip install 'kvp[{EXTRAS.get(name, '...')}]'"
-    choices = _choices(group)
-    if not choices:
+    if plugin := lacking(group, name):
+        return f"there is no {group}={name}: {plugin.left_out}"
+    known = choices(group)
+    if not known:
         return f"there is no group {group!r}. See --help for all groups."
-    close = difflib.get_close_matches(name, choices, n=1)
+    close = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
-    return f"there is no {group}={name}.{hint} There are: {', '.join(choices)}"
+    return f"there is no {group}={name}.{hint} There are: {', '.join(known)}"
 
 
 def _nearest(name: str) -> str:
     """Return where a misspelt option may be meant, or which choice of a group has it."""
     known = [key for key in _known() if key != name]
     group, _, rest = name.partition(".")
-    if having := [choice for choice in _choices(group) if rest in _keys(_read(group, choice), "")]:
+    if having := [choice for choice in choices(group) if rest in _keys(_read(group, choice), "")]:
         return f" It is one of {group}={having[0]}: choose that first."
     same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or same_leaf[:3]
     return f" Did you mean {' or '.join(close)}?" if close else " See --cfg job for all options."
 
 
-def _file(group: str, choice: str) -> Path | None:
-    """Return the YAML of a choice, the user's own before the shipped one."""
-    paths = (folder / group / f"{choice}.yaml" for folder in _folders())
-    return next((path for path in paths if path.is_file()), None)
-
-
 def _read(group: str, choice: str) -> Any:
     """Return the plain keys of a choice; what its defaults add is not read."""
-    path = _file(group, choice)
+    path = file(group, choice)
     try:
         return OmegaConf.to_container(OmegaConf.load(path)) if path else {}
     except (OSError, ValueError, YAMLError):
@@ -151,12 +169,12 @@ def _known() -> list[str]:
     from hydra.core.global_hydra import GlobalHydra
 
     pairs = [(word, word.partition("=")) for word in sys.argv[1:] if re.fullmatch(r"[\w/]+=\w+", word)]
-    chosen = [word for word, (group, _, choice) in pairs if _file(group, choice) and group != "launcher"]
-    own = ",".join(f"'{folder.absolute()}'" for folder in _folders()[:-1])
+    chosen = [word for word, (group, _, choice) in pairs if file(group, choice) and group != "launcher"]
+    places = ",".join(f"'{folder.absolute()}'" for folder in own())
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            config = compose("config", overrides=[*chosen, f"hydra.searchpath=[{own}]"])
+            config = compose("config", overrides=[*chosen, f"hydra.searchpath=[{places}]"])
             return [*_keys(OmegaConf.to_container(config), "")]
     except HydraException:
         return []

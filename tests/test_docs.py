@@ -63,14 +63,17 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:
-    """Return module and arguments of every `python -m kvp...` line without a placeholder in capitals."""
+    """Return module and arguments of every `python -m kvp...` line without a placeholder in capitals.
+
+    Lines with options of their own (--config-dir) are left to tests/blocks, which writes those options first.
+    """
     text = re.sub(r"\\\n\s*", "", page.read_text())
     found = []
     for line in re.findall(r"^.*python -m (?:kvp|experiments).*$", text, flags=re.MULTILINE):
         for module, rest in COMMAND.findall(line):
             words = re.split(r"\s#|`|[;|<&]|\)$", rest)[0]
             if (
-                not re.search(r"(?<![\w{])[A-Z]{2,}|\$|\.\.\.|^.*[\"'].*\n", words)
+                not re.search(r"(?<![\w{])[A-Z]{2,}|\$|\.\.\.|--config-dir|^.*[\"'].*\n", words)
                 and words.count('"') % 2 == 0
             ):
                 found.append((module, shlex.split(words)))

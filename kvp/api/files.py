@@ -13,7 +13,7 @@ from kvp.api.memory import check_in_memory
 from kvp.composing import choices
 from kvp.models.checkpoint.check import check_checkpoint
 from kvp.models.load import load_model, load_tokenizer, save
-from kvp.serving.write import Target
+from kvp.serving.forms import Target
 from kvp.serving.write import export as write_export
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from inspect import getdoc
 
 from kvp.composing import choices, target_of
+from kvp.trust import find
 
 
 def methods() -> dict[str, str]:
@@ -15,6 +15,9 @@ def methods() -> dict[str, str]:
     """
     found = {}
     for option in choices("strategy"):
-        module, _, name = target_of("strategy", option).rpartition(".")
-        found[option] = (getdoc(getattr(import_module(module), name)) or "").partition("\n")[0]
+        try:
+            method = find(f"strategy={option}", target_of("strategy", option), ())
+            found[option] = (getdoc(method) or "").partition("\n")[0]
+        except ValueError as error:  # of a plugin that is broken
+            found[option] = str(error)
     return found

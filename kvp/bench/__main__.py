@@ -1,11 +1,11 @@
 """Compare the speed and memory of models, with the limit next to every number.
 
-    python -m kvp.bench llama_7b_shape --cut 0.25,0.5 --path eager,static          # shapes, random weights
-    python -m kvp.bench llama_7b_shape --cut 0.5 --rivals --protocol long_context  # and other methods' shapes
-    python -m kvp.bench outputs/runs/NAME/run.json --protocol prefill              # a run's dense and pruned
+  kvp bench llama_7b_shape --cut 0.25,0.5        shapes, with random weights
+  kvp bench llama_7b_shape --cut 0.5 --rivals    and other methods' shapes
+  kvp bench outputs/runs/NAME/run.json           a run's dense and pruned model
 
-Writes bench.json, results.jsonl (a line about the benchmark, then one per row), table.md and plots. Rounds of all
-models alternate in one process. A benchmark that was stopped goes on with its next round: repeat the command.
+It writes bench.json, results.jsonl, table.md and plots. Rounds of all models
+alternate in one process. A stopped benchmark goes on: repeat the command.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvp.bars import only_on_terminals
+from kvp.commands import called
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
 
@@ -127,7 +128,7 @@ def compose(options: argparse.Namespace) -> Bench:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
     made = argparse.ArgumentParser(
-        prog="python -m kvp.bench",
+        prog=called("bench"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -136,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
         "models",
         nargs="+",
         metavar="MODEL",
-        help="a checkpoint's directory, a run.json, or a shape of conf/model; the first is compared with",
+        help="a checkpoint, a run.json, or a shape of conf/model; the first is compared with",
     )
     add(
         "--cut",
@@ -145,9 +146,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="R,R",
         help="cut the first's KV cache by R, uniformly",
     )
-    add("--rivals", action="store_true", help="and LLM-Pruner's and Shortened-LLM's shapes of equal size")
+    add("--rivals", action="store_true", help="and LLM-Pruner's and Shortened-LLM's shapes")
     add("--plan", type=Path, action="append", default=[], metavar="DIR", help="and this plan.json's shape")
-    add("--protocol", choices=NAMES, default=NAMES[0], help="what is run (default: %(default)s)")
+    add("--protocol", choices=NAMES, default=NAMES[0], metavar="NAME", help=f"of {', '.join(NAMES)}")
     add("--path", type=_words, default=PATHS[:2], metavar="PATH,PATH", help=f"of {', '.join(PATHS)}")
     for name, what in (
         ("batch", "batch sizes"),
@@ -161,13 +162,13 @@ def parser() -> argparse.ArgumentParser:
         "--memory",
         type=float,
         metavar="GIB",
-        help="what a model and its cache may take (default: what is free)",
+        help="memory for a model and its cache (default: free)",
     )
     add("--device", default="auto", help="cpu or cuda (default: cuda if there is one)")
     add(
         "--dtype",
         default="auto",
-        help="bfloat16, float16 or float32 (default: what the device has in hardware)",
+        help="bfloat16, float16, float32 (default: the hardware's)",
     )
     add("--seed", type=int, default=0, help="of prompts and random weights")
     add("--out", type=Path, default=Path("outputs/bench"), metavar="DIR", help="default: %(default)s")

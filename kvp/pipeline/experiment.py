@@ -28,6 +28,7 @@ from kvp.models.mustafar import Mustafar
 from kvp.models.sources import ModelSource
 from kvp.pipeline.settings import NOT_INPUTS, OPTIONAL, check_places, check_settings
 from kvp.pipeline.targets import check_targets, check_trusted
+from kvp.plugins import owner
 from kvp.recovery.lora import Lora
 from kvp.store import Store
 from kvp.strategies.base import Strategy
@@ -69,6 +70,7 @@ def _built(name: str, node: Any) -> Any:
     if not isinstance(made, MEANINGS[name]):
         raise ValueError(
             f"{name} must be a {MEANINGS[name].__name__}, got a {type(made).__name__}: choose an option of {name}"
+            f"{owner(type(made).__module__)}"
         )
     return made
 

@@ -1,4 +1,4 @@
-"""`python -m kvp.report`: tables, plots and a page from the records of runs; no model, no GPU, no network."""
+"""Make tables, plots and a page from the records of runs; no model, no GPU, no network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvp.commands import called
 from kvp.report.records.keys import where
 from kvp.report.records.runs import collect, collected, read_runs
 from kvp.report.studies import write_studies
@@ -62,7 +63,7 @@ def report(options: argparse.Namespace) -> list[Path | str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kvp.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog=called("report"), description=__doc__)
     shipped = ", ".join(sorted(path.stem for path in SPECS.glob("*.yaml")))
     add = parser.add_argument
     add(

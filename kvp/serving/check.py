@@ -1,12 +1,13 @@
-"""Check that an engine gives the answers that the checkpoint gave when it was exported: `python -m kvp.check DIR`.
+"""Check that an engine gives the answers of the exported checkpoint.
 
-DIR is what `python -m kvp.export` wrote. The engine opens it in a process that does not import kvp (but for `--to
-custom`, which only kvp opens), reads the text that serving.json carries, and must give the same log-probabilities,
-and the same greedy tokens up to near ties. Exit code 0: it does; 1: it does not, or cannot be asked.
+DIR is what `kvp export` wrote. The engine opens it in a process without kvp
+(`--to custom` needs kvp), and reads the text that serving.json carries. Its
+log-probabilities must be the same, its greedy tokens up to near ties. Exit
+code 0: they are; 1: they are not, or the engine cannot be asked.
 
-    python -m kvp.check DIR                       # transformers, or llama.cpp for a GGUF
-    python -m kvp.check DIR --engine vllm         # needs a GPU and vLLM; never run by the authors
-    python -m kvp.check DIR --engine vllm --python /path/to/vllm/venv/bin/python
+  kvp check DIR                  transformers, or llama.cpp for a GGUF
+  kvp check DIR --engine vllm    needs a GPU and vLLM; never run by the authors
+  kvp check DIR --engine vllm --python /path/to/vllm/venv/bin/python
 """
 
 from __future__ import annotations
@@ -14,20 +15,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
+from kvp.commands import called
 from kvp.models.checkpoint.check import check_checkpoint
 from kvp.models.checkpoint.files import read_json
+from kvp.serving.forms import Target, imports_of, own_form
 from kvp.serving.sample import Sample
 from kvp.serving.verify import Engine, ask, compare
-from kvp.serving.write import Target
 from kvp.types import DTYPES
 
 
-def check(directory: Path, engine: Engine | None = None, python: str = sys.executable) -> dict[str, Any]:
+def check(
+    directory: Path,
+    engine: Engine | None = None,
+    python: str = sys.executable,
+    trusted: Collection[str] = (),
+) -> dict[str, Any]:
     """Ask `engine` (None: the one that the export is for), and compare its answer with the sample.
 
     Returns:
@@ -49,18 +57,19 @@ def check(directory: Path, engine: Engine | None = None, python: str = sys.execu
     if "sample" not in serving:
         raise ValueError(f"{file} has no sample: it was written by an older kvp, export the checkpoint again")
     form, sample = str(serving.get("form")), _sample(file, serving["sample"])
-    if form not in get_args(Target) or serving.get("dtype") not in DTYPES:
+    if (form not in get_args(Target) and ":" not in form) or serving.get("dtype") not in DTYPES:
         raise ValueError(f"{file} names no form and dtype of an export: export the checkpoint again")
+    own = own_form(form, trusted)
     able: tuple[Engine, ...] = {
         "gguf": ("llama_cpp",),
         "custom": ("transformers",),
-    }.get(form, ("transformers", "vllm"))  # type: ignore[assignment]
+    }.get(form, ("transformers", "vllm") if own is None else ("transformers",))  # type: ignore[assignment]
     engine = engine or able[0]
     if engine not in able:
         raise ValueError(f"an export of form {form} opens in {' and '.join(able)}, not in {engine}")
     if form != "gguf":
         check_checkpoint(directory)
-    answer = ask(directory, sample, engine, imports=("kvp",) if form == "custom" else (), python=python)
+    answer = ask(directory, sample, engine, imports=imports_of(form, own), python=python)
     return {"engine": engine, **compare(sample, answer, exact=engine != "vllm" and _is_float32(serving))}
 
 
@@ -79,7 +88,7 @@ def _is_float32(serving: dict[str, Any]) -> bool:
 def main() -> None:
     """Run the command; exit code 1 if the engine gives another answer, or cannot be asked."""
     parser = argparse.ArgumentParser(
-        prog="python -m kvp.check",
+        prog=called("check"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -88,9 +97,12 @@ def main() -> None:
     parser.add_argument(
         "--python", default=sys.executable, help="the engine's interpreter (default: this one)"
     )
+    parser.add_argument(
+        "--trust", action="append", default=[], metavar="PACKAGE", help="packages with forms of your own"
+    )
     arguments = parser.parse_args()
     try:
-        report = check(arguments.directory, arguments.engine, arguments.python)
+        report = check(arguments.directory, arguments.engine, arguments.python, arguments.trust)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"kvp.check: error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -74,7 +74,10 @@ def ask(
 
 def _that_finds_kvp() -> dict[str, str]:
     here = str(Path(__file__).parents[2])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", ""), os.getcwd()]),
+    }
 
 
 def has(engine: Engine) -> bool:

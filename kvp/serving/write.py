@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvp.models.checkpoint.check import check_weights
 from kvp.models.checkpoint.tokens import check_tokenizer, open_tokenizer
 from kvp.models.family import PRUNED_PREFIX
-from kvp.models.load import load_model, load_tokenizer, save
+from kvp.models.load import load_config, load_model, load_tokenizer, save
 from kvp.models.rope import switches
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
 from kvp.serving.card import card
+from kvp.serving.forms import Write, imports_of, own_form
 from kvp.serving.layout import stock_layout
 from kvp.serving.rope import require_fixed_factors
 from kvp.serving.sample import Sample, make_sample, require_positions
@@ -26,7 +28,6 @@ from kvp.serving.whole import whole
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Target = Literal["stock", "stock_arithmetic", "custom", "padded", "gguf"]
 DISTRIBUTIONS = {"transformers": "transformers", "llama_cpp": "llama-cpp-python"}
 SERVING = "serving.json"
 FLASH_STEP = 8  # head sizes that flash-attention kernels take
@@ -36,8 +37,14 @@ NOT_RUN = (
 )
 
 
-def export(checkpoint: Path, out: Path, to: Target) -> dict[str, Any]:
+def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) -> dict[str, Any]:
     """Write `checkpoint` for other engines, and check it in a process that does not know kvp (custom: does).
+
+    Args:
+        checkpoint: Directory of a checkpoint.
+        out: Directory to write.
+        to: Name of a form, or a user's own as "mypkg.forms:half".
+        trusted: Packages whose forms may run, beside those that `kvp.trust` trusts.
 
     Returns:
         What `serving.json` says.
@@ -49,27 +56,29 @@ def export(checkpoint: Path, out: Path, to: Target) -> dict[str, Any]:
         ArithmeticError: The export does not give the answer of the checkpoint; it was removed.
         RuntimeError: The engine cannot open it; it was removed.
     """
-    config = _checked(checkpoint, out, to)
+    own = own_form(to, trusted)
+    config = _checked(checkpoint, out, to if own is None else None)
     with whole(out, SERVING) as partial:
         model = load_model(checkpoint, dtype=_stored_dtype(config), device="cpu")
-        exported = _write(model, checkpoint, partial, to)
+        exported = _write(model, checkpoint, partial, to, own)
         del model
-        sample, check = _proof(checkpoint, partial, to, exported)
+        sample, check = _proof(checkpoint, partial, to, exported, imports_of(to, own))
         serving = {
             "form": to,
             "dtype": _name(exported),
-            **_facts(config, exported),
-            "engines": _engines(exported, to, check),
+            **({} if own else _facts(config, exported)),
+            "engines": _own_engines(own) if own else _engines(exported, to, check),
             "check": check,
             "sample": sample.stored(),
         }
         (partial / SERVING).write_text(json.dumps(serving, indent=2))
-        (partial / "README.md").write_text(card(exported, gguf=to == "gguf"))
+        if own is None:
+            (partial / "README.md").write_text(card(exported, gguf=to == "gguf"))
     return serving
 
 
-def _checked(checkpoint: Path, out: Path, to: Target) -> PretrainedConfig:
-    """Return the checkpoint's config, once everything that its files can tell allows the export."""
+def _checked(checkpoint: Path, out: Path, to: str | None) -> PretrainedConfig:
+    """Return the checkpoint's config, once everything that its files can tell allows the export (None: own form)."""
     if out.exists():
         raise FileExistsError(f"{out} is there already: choose another directory")
     config = check_weights(checkpoint).config
@@ -78,9 +87,11 @@ def _checked(checkpoint: Path, out: Path, to: Target) -> PretrainedConfig:
     return config
 
 
-def _check_form(checkpoint: Path, config: PretrainedConfig, to: Target) -> None:
-    """Refuse a form that the config cannot have."""
+def _check_form(checkpoint: Path, config: PretrainedConfig, to: str | None) -> None:
+    """Refuse a form that the config cannot have; a user's own form knows itself what it can write."""
     require_positions(config)
+    if to is None:
+        return
     if to == "custom":
         if not config.model_type.startswith(PRUNED_PREFIX):
             raise ValueError(
@@ -106,9 +117,14 @@ def _check_form(checkpoint: Path, config: PretrainedConfig, to: Target) -> None:
         check_gguf(config)
 
 
-def _write(model: PreTrainedModel, checkpoint: Path, directory: Path, to: Target) -> PretrainedConfig:
+def _write(
+    model: PreTrainedModel, checkpoint: Path, directory: Path, to: str, own: Write | None
+) -> PretrainedConfig:
     """Write everything but serving.json; the config of what was written."""
     tokenizer = load_tokenizer(checkpoint)
+    if own:
+        own(model, tokenizer, directory)
+        return load_config(directory)
     if to == "custom":
         save(model, tokenizer, directory)
         return model.config
@@ -118,14 +134,14 @@ def _write(model: PreTrainedModel, checkpoint: Path, directory: Path, to: Target
         stock = to_stock(model, "stock")
         write_gguf(stock, checkpoint, directory)
         return stock.config
-    stock = to_stock(model, to)
+    stock = to_stock(model, to)  # type: ignore[arg-type]  # one of the three that are left
     save(stock, tokenizer, directory)
     _add_old_keys(directory / "config.json")
     return stock.config
 
 
 def _proof(
-    checkpoint: Path, exported: Path, to: Target, config: PretrainedConfig
+    checkpoint: Path, exported: Path, to: str, config: PretrainedConfig, imports: Sequence[str]
 ) -> tuple[Sample, dict[str, Any] | None]:
     """The checkpoint's sample in float32, and how near the export comes; None if its engine is not here."""
     model = load_model(checkpoint, dtype=torch.float32, device="cpu")
@@ -134,7 +150,7 @@ def _proof(
     engine: Engine = "llama_cpp" if to == "gguf" else "transformers"
     if engine == "llama_cpp" and not has(engine):
         return sample, None
-    answer = ask(exported, sample, engine, imports=("kvp",) if to == "custom" else ())
+    answer = ask(exported, sample, engine, imports=imports)
     exact = _stored_dtype(config) == torch.float32
     check = compare(sample, answer, exact=exact, logits=logits)
     if not check["passed"]:
@@ -187,7 +203,12 @@ def _one(values: set[int]) -> int | None:
     return next(iter(values)) if len(values) == 1 else None
 
 
-def _engines(config: PretrainedConfig, to: Target, check: dict[str, Any] | None) -> dict[str, str]:
+def _own_engines(own: Write) -> dict[str, str]:
+    after = "".join(f", after `import {name}`" for name in imports_of("", own))
+    return {"transformers": f"yes{after}: verified, see check"}
+
+
+def _engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) -> dict[str, str]:
     """Return which engine opens it, or why not; only transformers and llama.cpp have ever been run."""
     if to == "custom":
         only = "no: its shapes or RoPE are kvp's own"

@@ -1,14 +1,18 @@
 """See and clean a store: what is in it, which runs need it, what may go.
 
-    python -m kvp.store ls                        every stage and run, with bytes
-    python -m kvp.store ls --whole                the same; reads every file to find damage
-    python -m kvp.store gc                        what no run needs, and what is damaged, replaced or left unfinished
-    python -m kvp.store gc --yes                  removes it
-    python -m kvp.store rm RUN --yes              a run and the stages that only it needs
-    python -m kvp.store rm RUN --keep-record --yes   only the stages: its numbers stay for reports
-    python -m kvp.store rm prune/a98d5ad79c3ef390 --yes   a stage that no run needs
+  kvp store ls                    every stage and run, with bytes
+  kvp store ls --whole            the same; reads every file to find damage
+  kvp store gc                    what no run needs, and what is damaged,
+                                  replaced or left unfinished
+  kvp store gc --yes              removes it
+  kvp store rm RUN --yes          a run and the stages that only it needs
+  kvp store rm RUN --keep-record --yes
+                                  the stages alone; numbers stay for reports
+  kvp store rm prune/a98d5ad79c3ef390 --yes
+                                  a stage that no run needs
 
-gc and rm only show what they would do, until they are given --yes. A stage that a process computes always stays.
+gc and rm only show what they would do, until they are given --yes. A stage
+that a process computes always stays.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvp.commands import called
 from kvp.store.contents import Entry, Run, entries, is_store, runs_in, users
 from kvp.store.housekeeping import Verdict, discard, remove, sizes, tidy, tidy_runs, verdicts
 from kvp.store.locks import alone
@@ -42,7 +47,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m kvp.store",
+        prog=called("store"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
-"""Status of runs: finished, running, died or failed, and how to retry. It reads JSON files and imports nothing heavy.
+"""Show which runs are finished, running, died or failed, and how to retry.
 
-python -m kvp.status [outputs/runs] [--store outputs/store]
+It reads JSON files and imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from kvp.commands import called
 from kvp.record import RunRecord
 from kvp.store.contents import Entry, entries, is_alive
 from kvp.sweep.words import makers, reason, removed, stages
@@ -114,10 +115,15 @@ def _column(entry: Entry) -> str:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=called("status"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="?", type=Path, default=Path("outputs/runs"))
-    parser.add_argument("--store", type=Path, help="tell of the stages in a store, too")
+    add = parser.add_argument
+    add(
+        "runs", nargs="?", type=Path, default=Path("outputs/runs"), metavar="DIR", help="default: %(default)s"
+    )
+    add("--store", type=Path, metavar="DIR", help="show the stages in a store, too")
     args = parser.parse_args()
     looks = [look(file) for file in sorted(args.runs.glob("*/run.json"))]
     if args.store and not args.store.is_dir():

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from kvp.report.page.about import about
 from kvp.report.page.entries import find_entries
 from kvp.report.records.runs import Run
 from kvp.report.table.table import Table, letter
@@ -51,6 +52,8 @@ def write_html(
         entries=entries,
         numbers=list(dict.fromkeys(heading for entry in entries for heading in entry.numbers)),
         runs=runs,
+        title=tables[0].title if tables else "kvp report",
+        about=about(runs),
         tables=tables,
         pictures=[(_caption(path.stem), _embedded(path)) for path in pictures],
         href=partial(_href, out=home or out),

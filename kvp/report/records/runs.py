@@ -108,7 +108,8 @@ def _files(path: Path) -> list[Path]:
     places = [path, *(root / path for root in EXPERIMENTS if not path.is_absolute())]
     directory = next((place for place in places if place.is_dir()), None)
     known = sorted({results.parent.name for root in EXPERIMENTS for results in root.glob("*/results.jsonl")})
-    way_out = f"name a run.json, a directory of runs, a results.jsonl, or an experiment ({', '.join(known)})"
+    studies = ", ".join(known) or "which only a clone of the repository has"
+    way_out = f"name a run.json, a directory of runs, a results.jsonl, or an experiment ({studies})"
     if directory is None:
         raise ValueError(f"{path} is neither a path nor an experiment: {way_out}")
     files = sorted(directory.rglob("run.json")) or sorted(directory.glob("results.jsonl"))

@@ -13,7 +13,7 @@ from kvp.report.records.keys import PRUNING, identity
 from kvp.report.records.runs import Run
 from kvp.report.table.compare import Comparison, Number, compare
 from kvp.report.table.lines import Line
-from kvp.report.table.spec import UNITS, ColumnSpec, as_model, read
+from kvp.report.table.spec import UNITS, ColumnSpec, as_model, read, stderr_of
 from kvp.report.table.table import Cell, Column
 from kvp.tables import plain
 
@@ -176,8 +176,12 @@ def _cell(column: ColumnSpec, gathered: Gathered) -> Cell:
     scale = UNITS[column.unit]
     value = scale * fmean(gathered.by_setting)
     std = scale * stdev(gathered.by_setting) if len(gathered.by_setting) > 1 else None
-    text = f"{value:,.{column.decimals}f}" + (f" ± {std:,.{column.decimals}f}" if std else "")
-    return Cell(text=text, value=value, std=std, runs=tuple(run for run, _ in gathered.found))
+    error = None
+    if column.stderr and len(gathered.found) == 1:
+        error = read(gathered.found[0][0].record, stderr_of(gathered.metric))
+    spread = std or (error and scale * error)
+    text = f"{value:,.{column.decimals}f}" + (f" ± {spread:,.{column.decimals}f}" if spread else "")
+    return Cell(text=text, value=value, std=std, stderr=error, runs=tuple(run for run, _ in gathered.found))
 
 
 def _with_delta(column: ColumnSpec, lines: Sequence[Line], cells: Sequence[Cell], i: int) -> Cell:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-from kvp.report.records.facts import phrases
+from kvp.report.records.facts import Facts, phrase, phrases
 from kvp.report.records.keys import recovers
 from kvp.report.table.cells import Draft
 from kvp.report.table.lines import Line
@@ -23,15 +23,15 @@ def make_notes(drafts: Sequence[Draft], lines: Sequence[Line], extra: Sequence[s
     protocols: dict[str, list[str]] = {}
     for draft in drafts:
         common = draft.comparison.common
-        if words := phrases(common, leave_out=("corpus", "join", "kv_bytes", "data_hash")):
+        subject, said = _subject(draft.spec.metric, common)
+        if words := phrases(common, leave_out=(*said, "corpus", "join", "kv_bytes", "data_hash")):
             subjects = protocols.setdefault("; ".join(words), [])
-            subject = (
-                f"perplexity of {common['corpus']}" if "corpus" in common else _subject(draft.spec.metric)
-            )
             subjects += [subject] if subject not in subjects else []
     notes = [f"{', '.join(subjects)}: {words}" for words, subjects in protocols.items()]
     if any(cell.std for draft in drafts for cell in draft.cells):
         notes.append("± is the standard deviation over seeds")
+    if any(cell.stderr for draft in drafts for cell in draft.cells):
+        notes.append("± of a task in one run is the standard error over its documents")
     if any(cell.delta is not None for draft in drafts for cell in draft.cells):
         notes.append("in brackets: distance to dense, of recovered numbers to dense tuned alike")
     if any(draft.spec.model == "recovered" for draft in drafts):
@@ -41,10 +41,17 @@ def make_notes(drafts: Sequence[Draft], lines: Sequence[Line], extra: Sequence[s
     return notes
 
 
-def _subject(metric: str) -> str:
+def _subject(metric: str, common: Facts) -> tuple[str, Collection[str]]:
+    """Return what a protocol belongs to, and the facts that it says already."""
     if metric.startswith("pruning."):
-        return "pruning"
-    return "zero-shot" if ".evaluation." in metric else "speed and memory"
+        return "pruning", ()
+    if "corpus" in common:
+        return f"perplexity of {common['corpus']}", ()
+    if ".evaluation." not in metric:
+        return "speed and memory", ()
+    if ".average." in metric or "metrics" not in common or "version" not in common:
+        return "zero-shot", ()
+    return f"{common['metrics']} ({phrase('version', common['version'])})", ("metrics", "version")
 
 
 def _controlled(lines: Sequence[Line]) -> bool:

@@ -32,6 +32,7 @@ class ColumnSpec:
         unit: One of `UNITS`, what the number is shown in.
         delta: Show the distance to the unpruned model treated alike: to dense, or for a recovered number to
             the dense model tuned alike.
+        stderr: Show the standard error that the record has beside the number, where it is that of one run.
     """
 
     title: str
@@ -40,12 +41,15 @@ class ColumnSpec:
     decimals: int = 2
     better: Better | None = None
     delta: bool = False
+    stderr: bool = False
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise ValueError(f"unit must be one of {', '.join(filter(None, UNITS))}, got {self.unit!r}")
         if self.better not in ("lower", "higher", None):
             raise ValueError(f"better must be lower or higher, got {self.better!r}")
+        if self.stderr and " - " in self.metric:
+            raise ValueError(f"stderr: a difference of two numbers has none, got {self.metric!r}")
 
     @property
     def model(self) -> str:
@@ -118,6 +122,12 @@ def as_model(metric: str, model: str) -> str:
     """Return the metric of another of the three models; a metric of the run stays."""
     paths = [path.strip().partition(".") for path in metric.split(" - ")]
     return " - ".join(f"{model if root in MODELS else root}{dot}{rest}" for root, dot, rest in paths)
+
+
+def stderr_of(metric: str) -> str:
+    """Return the path of a number's standard error: `stderr` beside `value`, `acc_stderr` beside `acc`."""
+    stem, _, name = metric.rpartition(".")
+    return f"{stem}.stderr" if name == "value" else f"{metric}_stderr"
 
 
 def of_any_model(metric: str) -> list[str]:

@@ -37,6 +37,7 @@ class Cell:
         text: What is shown, without marks: "41.50 ± 0.93", "—" (missing) or a failure's reason ("OOM").
         value: The mean in the column's unit, not rounded; None without a number.
         std: The sample standard deviation over seeds; None for one seed.
+        stderr: The standard error that one run's record has, not in the column's unit; None if it is not shown.
         delta: Distance to the unpruned model treated alike, if the column asks for it.
         runs: The runs behind it.
         best: 1 best, 2 second best of its section, 0 neither.
@@ -46,6 +47,7 @@ class Cell:
     text: str = MISSING
     value: float | None = None
     std: float | None = None
+    stderr: float | None = None
     delta: float | None = None
     runs: tuple[Run, ...] = ()
     best: Literal[0, 1, 2] = 0

@@ -219,7 +219,7 @@ def column(page: Any, heading: str, table: str = "#runs") -> list[str]:
 
 @pytest.mark.slow
 def test_sorting_by_mouse_and_keyboard(opened):
-    heading = "perplexity: squad, window 128"
+    heading = "perplexity: squad, window 128, cpu (x86_64)"
     button = opened.get_by_role("button", name=heading)
     button.click()
     values = [float(text) for text in column(opened, heading) if text]

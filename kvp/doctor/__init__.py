@@ -1,0 +1,1 @@
+"""Report of what works here, what is missing, and how to get it."""

@@ -1,0 +1,50 @@
+"""Forms of an export: those of kvp by name, and a user's own as `mypkg.module:function`.
+
+    def half(model, tokenizer, directory):
+        save(to_stock(model, "stock").to(torch.float16), tokenizer, directory)
+
+kvp calls it with the pruned model on the CPU, in the dtype of its weights. `directory` is empty. The proof is the same
+as for kvp's forms: transformers opens the directory in a process without kvp, and answers the sample. A form that
+needs imports there names them: `half.imports = ("kvp",)`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from kvp.trust import find
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Target = Literal["stock", "stock_arithmetic", "custom", "padded", "gguf"]
+Write = Callable[["PreTrainedModel", "PreTrainedTokenizerBase", Path], None]
+
+
+def own_form(name: str, trusted: Collection[str] = ()) -> Write | None:
+    """Return the function that a user's form names; None for a form of kvp.
+
+    Raises:
+        ValueError: There is no such form, or its package is not trusted.
+    """
+    if name in get_args(Target):
+        return None
+    module, colon, function = name.partition(":")
+    if not (colon and module and function):
+        close = difflib.get_close_matches(name, get_args(Target), n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(
+            f"--to must be one of {', '.join(get_args(Target))}, or a function of yours such as mypkg.forms:half; "
+            f"got {name!r}.{hint}"
+        )
+    return find("form", f"{module}.{function}", trusted, say="--trust {}")
+
+
+def imports_of(name: str, own: Write | None) -> tuple[str, ...]:
+    """Return the modules that transformers needs to open a form."""
+    if own is None:
+        return ("kvp",) if name == "custom" else ()
+    return tuple(getattr(own, "imports", ()))

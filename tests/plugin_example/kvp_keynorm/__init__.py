@@ -1,0 +1,1 @@
+"""A plugin of kvp: KV groups by the norm of their keys, and what goes with it."""
