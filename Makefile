@@ -27,8 +27,9 @@ run: install ## prune SmolLM2-135M's KV cache by 25 %, recover, evaluate, measur
 test: install ## the tests, without the slow ones
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile -m 'not slow and not gpu and not hub' $(ARGS)
 
-test-docs: install ## every command and Python block of README and docs, on a tiny model
+test-docs: install ## every command and Python block of README and docs, the examples and the notebook
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 0 tests/blocks $(ARGS)
+	$(PY) -m pytest -n 0 tests/test_examples.py $(ARGS)
 
 test-all: install ## the slow tests too
 	$(PY) -m pytest -m 'not gpu and not hub' $(ARGS)

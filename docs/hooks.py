@@ -8,7 +8,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from docs.generate import all_options, methods, outside
+from docs.generate import all_options, examples, methods, outside
 from docs.generate.settings import ROOT
 
 GRAPH = re.compile(
@@ -35,7 +35,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     REPOSITORY.clear()
     REPOSITORY.update({file.src_uri: f"docs/{file.src_uri}" for file in files.documentation_pages()})
     made = {f"methods/{name}.md": methods.page(name) for name in methods.names()}
-    made["reference/options.md"] = all_options.page()
+    made |= {"reference/options.md": all_options.page(), "guides/examples.md": examples.page()}
     for path in (*outside.PAGES, *outside.studies()):
         made[outside.place(path)] = outside.titled(path, (ROOT / path).read_text())
         REPOSITORY[outside.place(path)] = path

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import kvp
-from docs.generate import all_options, methods, outside
+from docs.generate import all_options, examples, methods, outside
 from docs.generate.settings import CONF, settings
 from tests.test_docs import BANNED, COMMAND, OPENER, composed, jobs, prose
 
@@ -31,8 +31,15 @@ def navigation() -> list[str]:
 def test_the_navigation_lists_every_page():
     written = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")}
     generated = {f"methods/{name}.md" for name in methods.names()}
-    brought = {"reference/options.md", *outside.PAGES.values(), "results/index.md"}
+    brought = {"reference/options.md", "guides/examples.md", *outside.PAGES.values(), "results/index.md"}
     assert sorted(navigation()) == sorted((written - generated) | brought)
+
+
+def test_the_page_of_examples_shows_their_code():
+    text = examples.page()
+    for path in ROOT.glob("examples/*.py"):
+        assert path.read_text().strip() in text
+    assert "## notebooks/" in text
 
 
 def test_every_study_has_a_row():
@@ -91,6 +98,7 @@ def test_the_page_of_all_options_has_each_with_a_meaning_of_its_class():
         ("docs/methods/index.md", "../../experiments/rivals", "../results/rivals/index.md"),
         ("docs/methods/index.md", "../../kvp/strategies/methods/flap.py", "flap.md"),
         ("docs/index.md", "../CONTRIBUTING.md", "contributing.md"),
+        ("docs/index.md", "../examples/prune.py", "guides/examples.md"),
         ("docs/guides/options.md", "../../conf", "../reference/options.md"),
         ("experiments/rivals/README.md", "table.md", "table.md"),
         ("experiments/rivals/README.md", "../rivals_params", "../rivals_params/index.md"),

@@ -10,6 +10,7 @@ Every link of a page is written for GitHub, relative to the file. In the site a 
 | experiments/STUDY, its README, tables, pictures and records | results/STUDY/... |
 | kvp/strategies/methods/NAME.py | methods/NAME.md |
 | conf/... | reference/options.md |
+| examples/..., notebooks/... | guides/examples.md |
 | any other file that a page links | files/... |
 """
 
@@ -35,6 +36,8 @@ def place(path: str) -> str:
     room, _, rest = path.partition("/")
     if room == "docs":
         return rest
+    if room in ("examples", "notebooks"):
+        return "guides/examples.md"
     if room == "conf":
         return "reference/options.md"
     if method := re.fullmatch(r"kvp/strategies/methods/(\w+)\.py", path):
