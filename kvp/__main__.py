@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,32 +33,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+import kvp.composing  # noqa: F401  (what the interpolations of conf/ mean)
 from hydra_plugins.kvp.ray import RayLauncher
 from hydra_plugins.kvp.sweeper import KvpSweeper
-from kvp.hints import CONF, words
+from kvp.hints import CONF, DRY_RUN, words
 
 if TYPE_CHECKING:
     from kvp.pipeline.experiment import Experiment
 
-
-def _compute_dtype(dtype: str, device: str) -> str:
-    from kvp.models.load import resolve_device, resolve_dtype
-
-    return str(resolve_dtype(dtype, resolve_device(device))).removeprefix("torch.")
-
-
-def _options_of(group: str) -> str:
-    """Return the options of a group for --help, in lines of 80 characters."""
-    names = sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.endswith("_shape"))
-    indent = " " * 13
-    return textwrap.fill(" ".join(names), 80, initial_indent=indent, subsequent_indent=indent).strip()
-
-
-OmegaConf.register_new_resolver("options_of", _options_of, replace=True)
-OmegaConf.register_new_resolver("compute_dtype", _compute_dtype, replace=True)
 
 USER_ERRORS = (
     ValueError,
@@ -116,6 +100,11 @@ def job(config: DictConfig) -> str | None:
 
 def _single(config: DictConfig) -> None:
     x = _composed(config)
+    if os.environ.get(DRY_RUN):
+        from kvp.sweep.dry import dry_run
+
+        dry_run([list(x.overrides or ())], [x])
+        return
     from kvp.pipeline.run import run  # modelling code takes seconds, a wrong option need not wait for it
     from kvp.pipeline.summary import print_summary
 
@@ -146,6 +135,9 @@ def main() -> None:
 
             print(f"kvp {__version__}")
             return
+        if "--dry-run" in sys.argv[1:]:  # Hydra refuses flags that it does not know
+            sys.argv.remove("--dry-run")
+            os.environ |= {DRY_RUN: "1", "HF_HUB_OFFLINE": "1"}  # what is not here is named, not downloaded
         if os.getcwd() not in sys.path and "" not in sys.path:  # as `python -m kvp` has it
             sys.path.insert(0, os.getcwd())
         for plugin in (KvpSweeper, RayLauncher):  # Hydra overlooks those of an editable install

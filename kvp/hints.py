@@ -22,7 +22,8 @@ EXTRAS = {
     "submitit_local": "slurm",
     "submitit_slurm": "slurm",
 }  # of launchers
-DOORS = ("bench", "check", "export", "report", "status")  # commands of their own
+DRY_RUN = "KVP_DRY_RUN"  # the environment variable that turns runs and sweeps into dry ones
+DOORS = ("bench", "check", "export", "fit", "report", "status")  # commands of their own
 
 
 def words(error: BaseException) -> str:

@@ -24,8 +24,8 @@ BEHIND = {
     "vllm": {"serving.engine_vllm"},
     "optuna": {"strategies.methods.adapruner"},
     "peft": {"recovery.fit", "recovery.merge"},
-    "hydra": {"__main__", "hints", "pipeline.experiment", "sweep.jobs", "sweep.sweep"},
-    "omegaconf": {"__main__", "hints", "pipeline.experiment", "sweep.jobs"},
+    "hydra": {"__main__", "composing", "hints", "pipeline.experiment", "sweep.jobs", "sweep.sweep"},
+    "omegaconf": {"__main__", "composing", "hints", "pipeline.experiment", "sweep.jobs"},
 }
 
 

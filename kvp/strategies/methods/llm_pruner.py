@@ -23,6 +23,7 @@ Channel-wise mode, which narrows the residual stream itself, is not offered.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -76,6 +77,10 @@ class LLMPruner(CoupledStrategy):
     @override
     def searches(self) -> bool:
         return self.iterative_steps > 1
+
+    @override
+    def backward(self) -> Mapping[str, Collection[str]] | None:
+        return None if self.importance in ("random", "l1", "l2") else super().backward()
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:
