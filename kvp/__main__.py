@@ -39,7 +39,7 @@ import kvp.composing  # noqa: F401  (registers the resolvers of conf/)
 from hydra_plugins.kvp import register
 from kvp.choices import described
 from kvp.commands import dispatch
-from kvp.hints import CONF, overshadowed, parted, words
+from kvp.hints import CONF, DRY_RUN, overshadowed, parted, words
 
 if TYPE_CHECKING:
     from kvp.pipeline.experiment import Experiment
@@ -100,6 +100,11 @@ def job(config: DictConfig) -> str | None:
 
 def _single(config: DictConfig) -> None:
     x = _composed(config)
+    if os.environ.get(DRY_RUN):
+        from kvp.sweep.dry import dry_run
+
+        dry_run([list(x.overrides or ())], [x])
+        return
     from kvp.pipeline.run import run  # modelling code takes seconds, a wrong option need not wait for it
     from kvp.pipeline.summary import print_summary
 
@@ -135,6 +140,9 @@ def main() -> None:
             sys.path.insert(0, os.getcwd())
         if dispatch():
             return
+        if "--dry-run" in sys.argv[1:]:  # Hydra refuses flags that it does not know
+            sys.argv.remove("--dry-run")
+            os.environ |= {DRY_RUN: "1", "HF_HUB_OFFLINE": "1"}  # what is not here is named, not downloaded
         flags, words = parted(sys.argv[1:])
         groups = [word for word in words if "=" not in word]
         if {"-h", "--help"} & {*flags} and len(groups) == 1:

@@ -23,6 +23,7 @@ EXTRAS = {
     "submitit_local": "slurm",
     "submitit_slurm": "slurm",
 }  # of launchers
+DRY_RUN = "KVP_DRY_RUN"  # the environment variable that turns runs and sweeps into dry ones
 
 
 def words(error: BaseException) -> str:

@@ -5,11 +5,15 @@ Hydra imports it at every start, so it imports nothing heavy.
 
 from __future__ import annotations
 
+import os
+
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+from kvp.hints import DRY_RUN
 
 ELSEWHERE = ("SlurmLauncher", "RayLauncher")  # launchers whose jobs compute on other machines
 
@@ -36,4 +40,9 @@ class KvpSweeper(Sweeper):
         jobs = expand(self.config.rows, arguments)
         experiments = compose(self.hydra_context.config_loader, self.config, jobs)
         here = type(self.launcher).__name__ not in ELSEWHERE
+        if os.environ.get(DRY_RUN):
+            from kvp.sweep.dry import dry_run
+
+            dry_run(jobs, experiments, here=here)
+            return
         sweep(jobs, experiments, self.launcher.launch, here=here)

@@ -14,26 +14,27 @@ import torch
 from transformers import PreTrainedModel
 
 from kvp.bench.models import Subject
+from kvp.estimate.serving import BLOCK, SLICE, largest_batch, longest_context, room
 from kvp.measurement import memory
-from kvp.measurement.cache import BLOCK, room
-from kvp.measurement.paths import SLICE, Static, prepare
+from kvp.measurement.paths import Static, prepare
 
 Need = Callable[[int], float]
 
 
 def predicted_batch(subject: Subject, *, length: int, limit: int, dtype: torch.dtype) -> int:
     """Return how many sequences of `length` tokens have a cache that fits beside the weights."""
-    return _left(subject, limit, dtype) // (room(length) * subject.cache_bytes_per_token(dtype))
+    return largest_batch(
+        limit - subject.weights_bytes(dtype), length=length, per_token=subject.cache_bytes_per_token(dtype)
+    )
 
 
 def predicted_context(subject: Subject, *, limit: int, dtype: torch.dtype) -> int:
     """Return how many tokens of one sequence fit beside the weights, in blocks, within the model's positions."""
-    tokens = _left(subject, limit, dtype) // subject.cache_bytes_per_token(dtype)
-    return min(tokens, subject.config.max_position_embeddings) // BLOCK * BLOCK
-
-
-def _left(subject: Subject, limit: int, dtype: torch.dtype) -> int:
-    return max(0, limit - subject.weights_bytes(dtype))
+    return longest_context(
+        limit - subject.weights_bytes(dtype),
+        per_token=subject.cache_bytes_per_token(dtype),
+        positions=subject.config.max_position_embeddings,
+    )
 
 
 def find_batch(

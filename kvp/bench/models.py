@@ -12,9 +12,10 @@ import transformers
 import yaml
 
 import kvp
+from kvp.estimate.passes import weights_bytes
 from kvp.measurement import memory
 from kvp.models.load import load_config, load_model
-from kvp.models.shapes import layer_shapes, size
+from kvp.models.shapes import layer_shapes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -45,7 +46,7 @@ class Subject:
 
     def weights_bytes(self, dtype: torch.dtype) -> int:
         """Return the bytes of the parameters, from the shapes."""
-        return size(self.config, layer_shapes(self.config)).params * dtype.itemsize
+        return weights_bytes(self.config, dtype.itemsize)
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Return the bytes of keys and values per token of one sequence, from the shapes."""

@@ -9,26 +9,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from kvp.bench.models import Subject
-from kvp.models.configs import pruned_config
 from kvp.models.plans import read_plan
-from kvp.models.shapes import cut, layer_shapes, size
-from kvp.models.surgery import kept_blocks
+from kvp.models.shapes import layer_shapes, size
 from kvp.strategies.allocation.allocate import Uniform
+from kvp.strategies.base import Strategy
 from kvp.strategies.methods.kvpruner import KVPruner
 from kvp.strategies.methods.llm_pruner import LLMPruner
 from kvp.strategies.methods.shortened_llm import ShortenedLLM
-from kvp.types import Budget, Denominator, Plan
+from kvp.strategies.shape import after, expected_shape
+from kvp.types import Budget, Denominator
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 TOLERANCE = 0.05  # whole heads and blocks come in coarse steps; what was reached is in the record
 KVPRUNER = KVPruner(allocator=Uniform(), importance="random")
-Method = KVPruner | LLMPruner | ShortenedLLM
-RIVALS: dict[str, Method] = {
+RIVALS: dict[str, Strategy] = {
     "LLM-Pruner": LLMPruner(allocator=Uniform(multiple_of=1), importance="random"),
     "Shortened-LLM": ShortenedLLM(criterion="magnitude"),
 }
@@ -72,20 +69,13 @@ def planned_subject(dense: Subject, directory: Path) -> Subject:
         raise ValueError(
             f"{directory} slices the residual stream: give the checkpoint beside the plan instead"
         )
-    return Subject(name=directory.name, config=_after(dense.config, plan))
+    return Subject(name=directory.name, config=after(dense.config, plan))
 
 
-def _config(config: PretrainedConfig, method: Method, of: Denominator, value: float) -> PretrainedConfig:
-    spaces = [method.space(config)] if isinstance(method, ShortenedLLM) else method.spaces(config)
-    generator = torch.Generator().manual_seed(0)
-    scores = {space: torch.rand(*space.shape, generator=generator) for space in spaces}
-    budget = Budget(value=value, of=of, tolerance=TOLERANCE)
-    return _after(config, method.plan(config, scores, budget, torch.zeros(len(layer_shapes(config)))))
-
-
-def _after(config: PretrainedConfig, plan: Plan) -> PretrainedConfig:
-    shapes = layer_shapes(config)
-    return pruned_config(config, cut(shapes, plan), kept_blocks(plan, len(shapes)))
+def _config(config: PretrainedConfig, method: Strategy, of: Denominator, value: float) -> PretrainedConfig:
+    found = expected_shape(method, config, Budget(value=value, of=of, tolerance=TOLERANCE))
+    assert found is not None  # all methods here plan from scores
+    return found
 
 
 def _params(config: PretrainedConfig) -> int:

@@ -10,11 +10,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvp.estimate.serving import room
 from kvp.models.mustafar import Mustafar
 from kvp.models.shapes import layer_shapes
 from kvp.types import LayerShape
-
-BLOCK = 16  # tokens; kernels want masks of a multiple of it, and engines hand out caches in such blocks
 
 
 @dataclass
@@ -74,11 +73,6 @@ class FixedLayer(CacheLayerMixin):
         """Tokens there is room for."""
         assert self.keys is not None
         return self.keys.shape[-2]
-
-
-def room(length: int) -> int:
-    """Tokens that a cache for `length` tokens has room for."""
-    return -(-length // BLOCK) * BLOCK
 
 
 def check_whole_cache(config: PretrainedConfig, length: int) -> None:

@@ -21,17 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvp.measurement.cache import check_whole_cache, fixed_cache, room
+from kvp.estimate.serving import SLICE, room
+from kvp.measurement.cache import check_whole_cache, fixed_cache
 from kvp.measurement.grouped import GROUPED
 from kvp.models.sparse_cache import cache_for
 
 DecodePath = Literal["eager", "static", "compiled"]
 
 WINDOW = 128  # tokens by which the part of a cache that captured steps read grows: one graph each
-SLICE = {
-    "cpu": 1024,
-    "cuda": 8192,
-}  # tokens of a prompt read at a time, at least one sequence: bounds activations
 WARMUP = 3  # steps before a capture: libraries take their workspaces, compilers compile
 ROPE_BY_LENGTH = ("dynamic", "longrope")
 SDPA = "_scaled_dot_product_"

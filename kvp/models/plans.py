@@ -18,6 +18,12 @@ EDITS, BASES = "edits", "bases"
 SUBLAYERS = ("attention", "mlp")
 
 
+def kept_blocks(plan: Plan, num_layers: int) -> list[int]:
+    """Return the blocks of the given model that the plan keeps."""
+    kept = [keep.tolist() for space, keep in plan.keep.items() if space.kind == "block"]
+    return kept[0] if kept else list(range(num_layers))
+
+
 def write_scores(path: Path, scores: Mapping[Space, Tensor]) -> None:
     """Write one tensor per space, named by its key."""
     save_file({space.key: score.contiguous() for space, score in scores.items()}, path)

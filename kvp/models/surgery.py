@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kvp.models.configs import pruned_config
 from kvp.models.family import family_of
 from kvp.models.masks import masks_of
+from kvp.models.plans import kept_blocks
 from kvp.models.pruned import pruned_class
 from kvp.models.rope import require_fixed_rope, switches
 from kvp.models.shapes import cut, layer_shapes, require_whole_stream, sliced
@@ -131,12 +132,6 @@ def _biased(
         )
         for block, shape in zip(blocks, shapes, strict=True)
     ]
-
-
-def kept_blocks(plan: Plan, num_layers: int) -> list[int]:
-    """Return the blocks of the given model that the plan keeps."""
-    kept = [keep.tolist() for space, keep in plan.keep.items() if space.kind == "block"]
-    return kept[0] if kept else list(range(num_layers))
 
 
 def _selected(tensor: Tensor, axes: dict[int, Tensor]) -> Tensor:

@@ -50,9 +50,13 @@ class Forecast:
         """Note what work of a kind took."""
         self._seconds.setdefault(kind, []).append(seconds)
 
+    def seconds(self, kind: str) -> float | None:
+        """Return what work of a kind took, as a median; None if it was never seen."""
+        return median(self._seconds[kind]) if kind in self._seconds else None
+
     def left(self, kinds: Sequence[str]) -> str:
         """Return "about 6 min left", with the number of stages whose time nobody knows; empty if nothing is left."""
-        known = [median(self._seconds[kind]) for kind in kinds if kind in self._seconds]
+        known = [seconds for kind in kinds if (seconds := self.seconds(kind)) is not None]
         unknown = len(kinds) - len(known)
         words = [f"about {duration(sum(known))}"] if known else []
         words += [f"{unknown} stage{'s' * (unknown > 1)} of unknown time"] if unknown else []

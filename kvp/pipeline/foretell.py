@@ -43,15 +43,17 @@ def foretell(x: Experiment) -> tuple[list[Foretold], Path]:
         OSError, ValueError: The model or a text is out of reach.
     """
     foretold, before, forcing = [], beginning(x.source), Forcing(x)
+    there = x.place.is_dir()  # the store's first use would make it
     for stage, model in zip(chain(x), models_of(x), strict=True):
         inputs = stage.decides(x, before)
         digest = fingerprint(stage.place, stage.version, inputs)
         work = kind_of_work(stage.place, stage.version, inputs, before.get("model", digest))
         since = forcing.since(stage, inputs)
-        stands = x.store.stands(stage.place, digest, since)
+        stands = there and x.store.stands(stage.place, digest, since)
         foretold.append(
             Foretold(stage.place, stage.name, model, work, digest, since, stands, stage.writes_model)
         )
         if stage.precedes:
             before[stage.name] = digest
-    return foretold, x.source.locate() or x.store.place("model", before["model"]) / "model"
+    made = x.store.place("model", before["model"]) if there and "model" in before else x.place
+    return foretold, x.source.locate() or made / "model"

@@ -9,15 +9,16 @@ no weights are read.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
-from functools import cache
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from kvp.data.corpora import find
+from kvp.data.corpora import Part, find
 from kvp.measurement.memory import available_bytes
 from kvp.models.checkpoint.fields import check_fields
 from kvp.models.family import family_of
@@ -25,7 +26,8 @@ from kvp.models.mustafar import Mustafar
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
 from kvp.models.sources import ModelSource, RandomModel
 from kvp.pipeline.experiment import Experiment
-from kvp.pipeline.foretell import foretell
+from kvp.pipeline.foretell import Foretold, foretell
+from kvp.pipeline.needs import needs
 from kvp.pipeline.settings import LONGEST_NAME, check_device
 from kvp.pipeline.stages import check_force
 from kvp.pipeline.texts import check_texts
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from kvp.models.checkpoint.check import Checked
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 COUNTS = (  # fields of a config that are whole numbers above 0
@@ -79,6 +83,8 @@ def check_inputs(x: Experiment, *, here: bool = True) -> None:
     check_model(x, config)
     check_modules(x, checked.linears if checked else _linears(config))
     check_texts(x, dense, config.max_position_embeddings)
+    if here:
+        _warn_of_memory(x, config, foretold)
 
 
 def refusal(x: Experiment, *, here: bool = True) -> str:
@@ -92,15 +98,34 @@ def refusal(x: Experiment, *, here: bool = True) -> str:
 
 def check_sources(x: Experiment, *, here: bool = True) -> None:
     """Refuse missing data before anything expensive."""
+    for check in _source_checks(x, here):
+        check()
+
+
+def missing_sources(x: Experiment, *, here: bool = True) -> list[str]:
+    """Return what is the matter with each source of a run, the model among them; a run stops at the first."""
+    found = []
+    for check in (x.source.locate, *_source_checks(x, here)):
+        try:
+            check()
+        except (ValueError, OSError) as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
+
+
+def _source_checks(x: Experiment, here: bool) -> Iterator[Callable[[], object]]:
     if x.reads_calibration:
-        x.calibration.check(x.corpora)
+        yield partial(x.calibration.check, x.corpora)
     if x.recovery is not None:
-        x.recovery.check(x.corpora, x.device if here else "cpu")
-    for name in x.perplexity.corpora if x.perplexity else ():
-        assert x.perplexity is not None
-        find(x.corpora, name).check(x.perplexity.part)
+        yield partial(x.recovery.check, x.corpora, x.device if here else "cpu")
+    if text := x.perplexity:
+        yield from (partial(_check_corpus, x, name, text.part) for name in text.corpora)
     if x.zero_shot is not None:
-        x.zero_shot.check()
+        yield x.zero_shot.check
+
+
+def _check_corpus(x: Experiment, name: str, part: Part) -> None:
+    find(x.corpora, name).check(part)
 
 
 def check_model(x: Experiment, config: PretrainedConfig) -> None:
@@ -238,6 +263,23 @@ def _check_memory(x: Experiment, config: PretrainedConfig) -> None:
             f"the weights of {x.source.name} take {needed / GIB:.2f} GiB in {str(x.dtype).removeprefix('torch.')}, and "
             f"{free / GIB:.2f} GiB are free on {x.device}: free some, or choose{smaller} another device or a smaller "
             "model"
+        )
+
+
+def _warn_of_memory(x: Experiment, config: PretrainedConfig, foretold: Sequence[Foretold]) -> None:
+    """Warn if a phase that is to do is estimated to take more than is free; an estimate refuses nothing."""
+    done = {stage.kind for stage in foretold} - {stage.kind for stage in foretold if not stage.stands}
+    ahead = [need for need in needs(x, config) if need.phase not in done]
+    most = max(ahead, key=lambda need: need.memory["total"], default=None)
+    free = available_bytes(torch.device(x.device))
+    if most and most.memory["total"] > free:
+        log.warning(
+            "%s is estimated to take %.2f GiB (%s), and %.2f GiB are free on %s: lower batches if it runs out",
+            most.phase,
+            most.memory["total"] / GIB,
+            most.size,
+            free / GIB,
+            x.device,
         )
 
 

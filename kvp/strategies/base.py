@@ -6,14 +6,17 @@ Scoring is expensive and does not know the budget; planning is cheap and does. A
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
 
+from kvp.models.shapes import layer_shapes
 from kvp.options import options
 from kvp.strategies.compensation.compensate import Compensation
+from kvp.strategies.signals.estimate import SUBLAYERS, pass_bytes, scoring_bytes
 from kvp.strategies.target import Scores, Target
 from kvp.types import Budget, Plan, Space
 
@@ -117,6 +120,38 @@ class Strategy(ABC):
             profile: (layers,) what `sensitivity` returned; zeros if the strategy does not probe.
             directory: Keeps the files of a killed search for the next attempt (`kvp.strategies.search.trials`).
         """
+
+    def backward(self) -> Mapping[str, Collection[str]] | None:
+        """Return what a backward pass of scoring keeps, as options of `scoring_bytes`; None: there is no such pass."""
+        return {"gradients": SUBLAYERS} if hasattr(self, "gradient_checkpointing") else None
+
+    def peak_bytes(
+        self, config: PretrainedConfig, *, samples: int, batch_size: int, length: int, on_cpu: bool
+    ) -> dict[str, int]:
+        """Estimate the peak on the device from scoring to the plan, in bytes by part, with the total.
+
+        Args:
+            config: The model's config, in the dtype that it computes in.
+            samples: Calibration windows.
+            batch_size: Windows per pass.
+            length: Tokens of a window.
+            on_cpu: Whether the device is the CPU.
+        """
+        reads, backward = self.needs_calibration or self.compensation is not None, self.backward()
+        one = pass_bytes(
+            config,
+            samples=samples if reads and (backward is None or self.compensation is not None) else 0,
+            tokens=batch_size * length if reads else 0,
+            length=length,
+            variants=len(layer_shapes(config)) if self.probes else 0,
+        )
+        if backward is None:
+            return one
+        checkpointing = getattr(self, "gradient_checkpointing", False)
+        other = scoring_bytes(
+            config, batch_size=batch_size, length=length, gradient_checkpointing=checkpointing, **backward
+        )
+        return max(one, other, key=lambda parts: parts["total"])
 
     def sensitivity(self, target: Target, scores: Scores) -> Tensor:
         """Return (layers,) nats per token that the loss rises without each layer's part.

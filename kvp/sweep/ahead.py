@@ -22,6 +22,8 @@ def time_left(stages: Collection[Foretold], x: Experiment) -> str:
 
     It reads "about 6 min left", and is empty if none is missing.
     """
+    if not x.place.is_dir():
+        return f"{len(stages)} stages of unknown time left" if stages else ""
     missing = [stage for stage in stages if not x.store.stands(stage.name, stage.fingerprint, stage.since)]
     forecast = Forecast(x.store, device_of(x.device))
     forecast.learn(stage.name for stage in missing)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +13,9 @@ from kvp.models.load import load_config
 from kvp.models.shapes import itemsize, layer_shapes, size
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import Foretold, foretell
+from kvp.pipeline.needs import peak
 from kvp.pipeline.runfile import finished_before
 from kvp.pipeline.stages import KINDS
-from kvp.strategies.signals.estimate import scoring_bytes
 from kvp.sweep.ahead import time_left
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def census(experiments: Sequence[Experiment], chains: list[list[Foretold]]) -> I
     """Line by line; a stage that several jobs share is counted once. `chains` gets the stages of each job."""
     before = sum(finished_before(x.directory) is not None for x in experiments)
     yield f"{len(experiments)} jobs, {before} of them finished before"
-    for runs, store in sorted({(str(x.runs), str(x.store.root)) for x in experiments}):
+    for runs, store in sorted({(str(x.runs), str(x.place)) for x in experiments}):
         yield f"runs in {runs}, stages in {store}"
 
     stages: dict[str, Foretold] = {}
@@ -46,7 +45,8 @@ def census(experiments: Sequence[Experiment], chains: list[list[Foretold]]) -> I
                 weights = size(config, layer_shapes(config)).params * itemsize(config)
                 made = [stage for stage in missing if stage.writes_model]
                 checkpoints |= {stage.fingerprint: weights for stage in made}
-                memory = max(memory, _memory(x, missing, config))
+                most = peak(x, configs[dense])
+                memory = max(memory, most.memory["total"] if most else weights)
         except (
             OSError,
             ValueError,
@@ -60,11 +60,11 @@ def census(experiments: Sequence[Experiment], chains: list[list[Foretold]]) -> I
             stages |= {stage.fingerprint: stage for stage in chain}
     yield from _stages(list(stages.values()), unknown)
     if memory:
-        free = shutil.disk_usage(experiments[0].store.root).free
+        place = experiments[0].place
+        free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
         yield (
-            f"memory: about {_bytes(memory)} per job for weights and scoring; evaluation and training add "
-            f"their batches. Disk: at most {_bytes(sum(checkpoints.values()))} for {len(checkpoints)} "
-            f"checkpoints, {_bytes(free)} are free"
+            f"memory: about {in_bytes(memory)} at the peak of a job. Disk: at most "
+            f"{in_bytes(sum(checkpoints.values()))} for {len(checkpoints)} checkpoints, {in_bytes(free)} are free"
         )
     if left := time_left(stages.values(), experiments[0]):
         yield f"time: {left}"
@@ -79,19 +79,6 @@ def _stages(stages: Sequence[Foretold], unknown: int) -> Iterator[str]:
         yield f"of {unknown} jobs the model, a text or the GPU is out of reach here: their stages are not counted"
 
 
-def _bytes(count: int) -> str:
+def in_bytes(count: int) -> str:
+    """Return a size as a person says it: "1.5 GiB"."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _memory(x: Experiment, missing: Sequence[Foretold], config: PretrainedConfig) -> int:
-    """Bytes of the weights as they are computed with, or of scoring them."""
-    config = copy(config)
-    config.dtype = x.dtype
-    if not x.strategy.needs_calibration or all(stage.kind != "score" for stage in missing):
-        return size(config, layer_shapes(config)).params * itemsize(config)
-    return scoring_bytes(
-        config,
-        batch_size=x.calibration.batch_size,
-        length=x.calibration.length,
-        gradient_checkpointing=getattr(x.strategy, "gradient_checkpointing", False),
-    )["total"]

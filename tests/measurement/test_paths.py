@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kvp.estimate.serving import room
 from kvp.measurement import paths
-from kvp.measurement.cache import fixed_cache, room
+from kvp.measurement.cache import fixed_cache
 from kvp.measurement.count import cache_bytes, cache_bytes_per_token
 from kvp.measurement.paths import Eager, Static, attention_kernels, next_token, prepare
 from kvp.models.shapes import layer_shapes, size

@@ -95,6 +95,14 @@ def test_the_weights_must_fit_what_is_free(smoke, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+def test_an_estimate_above_what_is_free_warns_and_refuses_nothing(smoke, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kvp.pipeline.gate.available_bytes", lambda device: 5 * 2**20)  # the weights take 3
+    check_inputs(Experiment.compose(configured(["recovery=none"], smoke)))
+    assert "score is estimated to take" in caplog.text and "0.00 GiB are free on cpu" in caplog.text
+    assert not [*tmp_path.iterdir()]
+
+
 def test_what_stands_needs_neither_memory_nor_text(smoke, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["recovery=none", "strategy=random", "evaluation=none", "store=s", "runs=r"]

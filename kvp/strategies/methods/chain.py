@@ -22,7 +22,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -86,6 +86,11 @@ class Chain(Wrapper):
     @override
     def then(self) -> tuple[Budget, ...]:
         return (self.ratio,)
+
+    @override
+    def peak_bytes(self, config: PretrainedConfig, **sizes: Any) -> dict[str, int]:
+        peaks = (super().peak_bytes(config, **sizes), self.second.peak_bytes(config, **sizes))
+        return max(peaks, key=lambda parts: parts["total"])
 
     @override
     def check(self, config: PretrainedConfig, budget: Budget) -> None:

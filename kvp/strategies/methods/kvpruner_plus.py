@@ -42,7 +42,7 @@ pass. Joined heads make q_proj and o_proj larger.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,7 @@ from kvp.options import options
 from kvp.strategies.allocation.allocate import Allocator, Global
 from kvp.strategies.compensation.compensate import Compensation
 from kvp.strategies.compensation.sequential import Products, Sequential, at_work
+from kvp.strategies.signals.estimate import SUBLAYERS
 from kvp.strategies.signals.gradients import backward_by_sample, require_finite
 from kvp.strategies.signals.heads import Turned, first_folded, turn
 from kvp.strategies.signals.importance import Importance, announce_memory, score_spaces
@@ -129,6 +130,10 @@ class KVPrunerPlus(ChannelStrategy):
     @override
     def searches(self) -> bool:
         return self.values == "rank" or self.context is not None
+
+    @override
+    def backward(self) -> Mapping[str, Collection[str]] | None:
+        return {"gradients": () if self.importance == "output" else SUBLAYERS}
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:

@@ -39,6 +39,7 @@ of a batch and gradients are in memory. `second_order` and `mixed` go back sampl
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -94,6 +95,10 @@ class LLMPruner(CoupledStrategy):
     @override
     def searches(self) -> bool:
         return self.iterative_steps > 1
+
+    @override
+    def backward(self) -> Mapping[str, Collection[str]] | None:
+        return None if self.importance in ("random", "l1", "l2") else super().backward()
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:

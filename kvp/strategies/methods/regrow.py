@@ -30,7 +30,7 @@ their gradients are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -110,6 +110,10 @@ class Regrow(Wrapper):
                 f"strategy.growth={self.growth} cuts {self.deeper(budget).value:.4f} before it grows back to "
                 f"{budget.value}, lower it: {error}"
             ) from error
+
+    @override
+    def backward(self) -> Mapping[str, Collection[str]]:
+        return {"gradients": ()}
 
     @override
     def search(

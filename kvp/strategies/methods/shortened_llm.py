@@ -29,6 +29,7 @@ memory. `magnitude` reads no data.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -71,6 +72,10 @@ class ShortenedLLM(DepthStrategy):
     @override
     def needs_calibration(self) -> bool:
         return self.criterion != "magnitude"
+
+    @override
+    def backward(self) -> Mapping[str, Collection[str]] | None:
+        return None if self.criterion in ("ppl", "magnitude") else super().backward()
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:

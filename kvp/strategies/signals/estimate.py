@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
+from kvp.estimate.kept import until_backward
+from kvp.estimate.passes import FLOAT32, weights_bytes, with_total, working_bytes
 from kvp.models.linears import all_linears, linears
-from kvp.models.nll import ROWS
+from kvp.models.nll import ROWS, WORDS
 from kvp.models.shapes import itemsize, layer_shapes, size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FLOAT64 = 8
+TOKENS_PER_PASS = 4096  # go through a layer at once: more gain nothing, and fall out of a CPU's cache
+SUBLAYERS = ("attention", "mlp")
 
 
 def layerwise_bytes(
@@ -65,47 +69,80 @@ def layerwise_bytes(
         "statistics": FLOAT64 * (statistics + 3 * widest**square + 3 * batch * widest) if tokens else 0,
         "work": max(batch * through, *(workspace(linear.rows, linear.columns) for linear in matrices)),
     }
-    return {**parts, "total": sum(parts.values())}
+    return with_total(parts)
+
+
+def pass_bytes(
+    config: PretrainedConfig, *, samples: int, tokens: int, length: int, variants: int
+) -> dict[str, int]:
+    """Estimate the peak of passes without gradients, in bytes: weights, states, activations, total.
+
+    Args:
+        config: The config of the model.
+        samples: Windows whose hidden states a walk through the layers holds, before and after a layer.
+        tokens: Tokens of a batch.
+        length: Tokens of a window.
+        variants: Removals that go through the model together, as a sensitivity analysis has them.
+    """
+    width = itemsize(config)
+    states = max(samples * length, tokens * (1 + variants) * bool(variants))
+    at_once = min(tokens, max(length, TOKENS_PER_PASS)) if tokens else 0
+    parts = {
+        "weights": weights_bytes(config, width),
+        "states": 2 * states * config.hidden_size * width,
+        "activations": working_bytes(config, tokens=at_once, width=width)
+        + FLOAT32 * 3 * min(tokens, ROWS) * WORDS,
+    }
+    return with_total(parts)
 
 
 def scoring_bytes(
-    config: PretrainedConfig, *, batch_size: int, length: int, gradient_checkpointing: bool = False
+    config: PretrainedConfig,
+    *,
+    batch_size: int,
+    length: int,
+    gradient_checkpointing: bool = False,
+    gradients: Collection[str] = SUBLAYERS,
+    watched: Collection[str] = (),
 ) -> dict[str, int]:
-    """Estimate the peak memory of a gradient criterion, in bytes: weights, activations, constant, total.
+    """Estimate the peak memory of a gradient criterion, in bytes: weights, activations, logits, constant, total.
 
-    Activations are what autograd keeps per token and layer, in the model's dtype: residual stream, norms (with float32
-    copies), projections and the attention output. With checkpointing they are the layer inputs and one layer at a
-    time. Three times one layer is added for gradients and workspace, and the logits. The constant is the largest
-    gradient with float32 copies.
+    | part | holds |
+    |---|---|
+    | activations | what autograd keeps of all layers (`kvp.estimate.kept`) |
+    | logits | all of them in float32, and the pieces of a chunk |
+    | constant | the largest gradient with its float32 copies |
+
+    Args:
+        config: The config of the model.
+        batch_size: Sequences per pass.
+        length: Tokens of a sequence.
+        gradient_checkpointing: Whether layers are computed again in the backward pass.
+        gradients: Sublayers whose weights get gradients.
+        watched: Sublayers whose channels a hook holds, as for gates.
     """
     shapes, width = layer_shapes(config), itemsize(config)
     tokens = batch_size * length
-    per_layer = [
-        width
-        * (
-            6 * config.hidden_size
-            + 3 * shape.num_attention_heads * shape.qk_head_dim
-            + 3 * shape.num_key_value_heads * (shape.qk_head_dim + shape.v_head_dim)
-            + 2 * shape.num_attention_heads * shape.v_head_dim
-            + 4 * shape.intermediate_size
-        )
-        + 4 * 4 * config.hidden_size
-        for shape in shapes
-    ]
-    kept = (
-        len(shapes) * width * config.hidden_size + max(per_layer)
-        if gradient_checkpointing
-        else sum(per_layer)
+    channels = sum(
+        s.kv_width * ("attention" in watched) + s.intermediate_size * ("mlp" in watched) for s in shapes
     )
-    logits = tokens * config.vocab_size * (width + 4) + 4 * min(tokens, ROWS) * config.vocab_size * 4
     largest = max(
         config.hidden_size
         * max(s.num_attention_heads * max(s.qk_head_dim, s.v_head_dim), s.intermediate_size)
         for s in shapes
     )
     parts = {
-        "weights": width * size(config, shapes).params,
-        "activations": tokens * (kept + 3 * max(per_layer)) + logits,
-        "constant": largest * (2 * width + 3 * 4),
+        "weights": weights_bytes(config, width),
+        **until_backward(
+            config,
+            tokens=tokens,
+            width=width,
+            checkpointing=gradient_checkpointing,
+            loss=FLOAT32 * (tokens * config.vocab_size + 3 * min(tokens, ROWS) * WORDS),
+            held=tokens * width * channels,
+            gradients=gradients,
+            watched=watched,
+        ),
+        "constant": largest * (2 * width + 3 * FLOAT32) * bool(gradients),
     }
-    return {**parts, "total": sum(parts.values())}
+    return with_total(parts)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from kvp.models.spaces import Member, axis_sums, fold, members
-from kvp.strategies.signals.estimate import scoring_bytes
+from kvp.strategies.signals.estimate import SUBLAYERS, scoring_bytes
 from kvp.strategies.signals.fisher import FisherReduce, fisher_sums
 from kvp.strategies.signals.gradients import (
     Reduce,
@@ -125,8 +125,14 @@ def row_sums(
 def announce_memory(target: Target, importance: str, gradient_checkpointing: bool) -> None:
     """Log what a gradient criterion will need, before it begins."""
     batch_size, length = target.batches[0].shape
+    gates = importance in ("taylor_gate", "output", "regrowth")  # no weight gets a gradient
     estimate = scoring_bytes(
-        target.config, batch_size=batch_size, length=length, gradient_checkpointing=gradient_checkpointing
+        target.config,
+        batch_size=batch_size,
+        length=length,
+        gradient_checkpointing=gradient_checkpointing,
+        gradients=() if gates else SUBLAYERS,
+        watched=("attention",) if importance == "taylor_gate" else (),
     )
     parts = ", ".join(f"{part} {count / 2**30:.2f} GiB" for part, count in estimate.items())
     log.info("scoring by %s needs about %s", importance, parts)

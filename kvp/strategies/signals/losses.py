@@ -17,12 +17,11 @@ from tqdm.auto import tqdm
 
 from kvp.models.nll import ROWS, next_token_nll
 from kvp.models.shapes import layer_shapes
+from kvp.strategies.signals.estimate import TOKENS_PER_PASS
 from kvp.strategies.signals.walk import hidden_states, window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TOKENS_PER_PASS = 4096  # go through a layer at once: more gain nothing, and fall out of a CPU's cache
 
 
 @torch.inference_mode()

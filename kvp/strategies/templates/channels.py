@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -13,6 +13,7 @@ from typing_extensions import override
 from kvp.models.spaces import find_spaces
 from kvp.options import options
 from kvp.strategies.allocation.pools import Part, Pool
+from kvp.strategies.signals.estimate import SUBLAYERS
 from kvp.strategies.signals.importance import Importance, score_spaces
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.scored import ScoreStrategy
@@ -120,6 +121,15 @@ class ImportanceStrategy(ChannelStrategy):
     @override
     def needs_calibration(self) -> bool:
         return self.probes or self.criterion not in ("random", "l1", "l2")
+
+    @override
+    def backward(self) -> Mapping[str, Collection[str]] | None:
+        if self.criterion in ("random", "l1", "l2", "activation"):
+            return None
+        cut = ("mlp",) if self.grouping in ("ffn", "mlp") else ("attention",)
+        sublayers = SUBLAYERS if self.grouping == "block" else cut
+        gates = self.criterion == "taylor_gate"
+        return {"gradients": () if gates else sublayers, "watched": sublayers if gates else ()}
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:

@@ -173,13 +173,26 @@ class SparseStrategy(Strategy):
                 new[linear.weight] = prune(exact, ratios[linear.module]).to(weight.dtype).cpu().contiguous()
         return new
 
-    def _tell(self, target: Target, batches: Sequence[Tensor]) -> None:
-        estimate = layerwise_bytes(
-            target.config,
-            tokens=sum(ids.numel() for ids in batches),
-            batch=max((ids.numel() for ids in batches), default=0),
+    @override
+    def peak_bytes(
+        self, config: PretrainedConfig, *, samples: int, batch_size: int, length: int, on_cpu: bool
+    ) -> dict[str, int]:
+        return layerwise_bytes(
+            config,
+            tokens=samples * length * self.needs_calibration,
+            batch=batch_size * length * self.needs_calibration,
             covariance=self.needs_covariance,
             workspace=self.workspace,
+            on_cpu=on_cpu,
+        )
+
+    def _tell(self, target: Target, batches: Sequence[Tensor]) -> None:
+        batch_size, length = batches[0].shape if batches else (0, 0)
+        estimate = self.peak_bytes(
+            target.config,
+            samples=sum(map(len, batches)),
+            batch_size=batch_size,
+            length=length,
             on_cpu=target.model.device.type == "cpu",
         )
         parts = ", ".join(f"{part} {taken / 2**30:.2f}" for part, taken in estimate.items())

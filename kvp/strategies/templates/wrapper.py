@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
@@ -11,6 +11,9 @@ from kvp.options import options
 from kvp.strategies.base import Strategy
 from kvp.strategies.target import Scores, Target
 from kvp.types import Space
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @options
@@ -38,6 +41,11 @@ class Wrapper(Strategy):
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:
         return self.first.score(target)
+
+    @override
+    def peak_bytes(self, config: PretrainedConfig, **sizes: Any) -> dict[str, int]:
+        peaks = (self.first.peak_bytes(config, **sizes), super().peak_bytes(config, **sizes))
+        return max(peaks, key=lambda parts: parts["total"])
 
     @override
     def sensitivity(self, target: Target, scores: Scores) -> Tensor:

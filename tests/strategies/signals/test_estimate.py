@@ -1,8 +1,9 @@
-"""The printed estimate of scoring is an upper bound of what a process really takes."""
+"""The estimate of scoring agrees with what a process really takes within 10 %."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,9 @@ score_spaces(Target(model, ids[:1, :8], 1, 0), find_spaces(config, ["qk"]), sys.
 Path("/proc/self/clear_refs").write_text("5")
 before, checkpointing = memory("VmRSS"), sys.argv[2] == "True"
 score_spaces(Target(model, ids, 4, 0), find_spaces(config, ["qk", "vo"]), sys.argv[1], checkpointing)
-estimate = scoring_bytes(config, batch_size=4, length=256, gradient_checkpointing=checkpointing)
+gates, kv = sys.argv[1] == "taylor_gate", ("attention",)
+estimate = scoring_bytes(config, batch_size=4, length=256, gradient_checkpointing=checkpointing,
+                         gradients=() if gates else kv, watched=kv if gates else ())
 print(json.dumps([memory("VmHWM") - before, estimate["total"] - estimate["weights"]]))
 """
 
@@ -45,14 +48,15 @@ print(json.dumps([memory("VmHWM") - before, estimate["total"] - estimate["weight
         pytest.param("taylor_element", True, marks=pytest.mark.slow),
     ],
 )
-def test_scoring_stays_within_its_estimate(importance, checkpointing):
+def test_scoring_takes_what_is_estimated(importance, checkpointing):
+    mapped = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what lives, not what the heap keeps of freed blocks
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, importance, str(checkpointing)],
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
         check=True,
+        env=os.environ | mapped,
     )
     taken, estimate = json.loads(done.stdout.splitlines()[-1])
-    assert taken <= estimate
-    assert taken > 0.2 * estimate or checkpointing, "an estimate this far off helps nobody"
+    assert 0.9 * estimate < taken < 1.1 * estimate

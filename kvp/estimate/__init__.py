@@ -1,0 +1,1 @@
+"""Bytes and arithmetic that work will take, from a config alone: no weights, no modelling code."""

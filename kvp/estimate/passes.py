@@ -1,0 +1,58 @@
+"""Bytes of a forward pass without gradients: the layer at work, the logits, and their negative log-likelihood."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvp.models.nll import ROWS
+from kvp.models.shapes import layer_shapes, size, stream
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FLOAT32 = 4  # bytes
+Parts = dict[str, int]  # bytes by what they hold; "total" is their sum
+
+
+def with_total(parts: Parts) -> Parts:
+    """Return parts with their "total"."""
+    return {**parts, "total": sum(parts.values())}
+
+
+def weights_bytes(config: PretrainedConfig, width: int) -> int:
+    """Return the bytes of the parameters, each shared one once."""
+    return width * size(config, layer_shapes(config)).params
+
+
+def working_bytes(config: PretrainedConfig, *, tokens: int, width: int) -> int:
+    """Return the largest sum of what one layer holds at a time, with the states around it.
+
+    | moment   | holds, per token                                                                  |
+    | -------- | --------------------------------------------------------------------------------- |
+    | norm     | states and result; below float32 three float32 copies                             |
+    | rotation | states, norm's result, queries, keys, values, and three temporaries of the queries |
+    | MLP      | states, norm's result, and three temporaries of the intermediate size             |
+    """
+    most = 0
+    for shape in layer_shapes(config):
+        hidden = max(stream(config, shape))
+        queries = shape.num_attention_heads * shape.qk_head_dim
+        norm = 2 * width * hidden + FLOAT32 * hidden * (1 if width == FLOAT32 else 3)
+        rotation = width * (2 * hidden + 4 * queries + shape.kv_width)
+        mlp = width * (2 * hidden + 3 * shape.intermediate_size)
+        most = max(most, norm, rotation, mlp)
+    return tokens * most
+
+
+def nll_bytes(config: PretrainedConfig, *, tokens: int, width: int) -> int:
+    """Return the bytes of all logits of a pass and of their NLL, which takes `ROWS` tokens at a time."""
+    copies = 1 if width == FLOAT32 else 2
+    return config.vocab_size * (tokens * width + min(tokens, ROWS) * copies * FLOAT32)
+
+
+def evaluation_bytes(config: PretrainedConfig, *, batch_size: int, length: int, width: int) -> Parts:
+    """Return the peak of scoring whole sequences, as perplexity and zero-shot tasks do: weights, activations, total."""
+    tokens = batch_size * length
+    layer = working_bytes(config, tokens=tokens, width=width)
+    head = nll_bytes(config, tokens=tokens, width=width) + tokens * config.hidden_size * width
+    return with_total({"weights": weights_bytes(config, width), "activations": max(layer, head)})

@@ -1,0 +1,1 @@
+"""Answers before anything is computed: does a model fit, what does pruning it take."""

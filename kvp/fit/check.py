@@ -1,0 +1,104 @@
+"""Estimates beside measured peaks: each phase runs in a process of its own, on random tokens.
+
+Every block above 64 KiB is mapped by itself, so that a peak on a CPU holds what lives, not what the heap keeps of
+freed blocks. The last row shows what the heap adds where its blocks are small and many.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from kvp import children
+from kvp.composing import compose
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.needs import Need, needs
+from kvp.tables import markdown
+
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "PASSIVE"}
+HEADS = ("work", "size", "estimate (MiB)", "measured (MiB)", "measured / estimate")
+CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("measure", "decode", ("measure.batch_size=1", "measure.prompt_length=256", "measure.new_tokens=16")),
+    ("measure", "decode", ("measure.batch_size=4", "measure.prompt_length=512", "measure.new_tokens=16")),
+    ("measure", "decode", ("measure.batch_size=8", "measure.prompt_length=512", "measure.new_tokens=16")),
+    ("measure", "decode", ("measure.batch_size=2", "measure.prompt_length=2048", "measure.new_tokens=16")),
+    ("score", "scoring, kvpruner", ("strategy=kvpruner",)),
+    ("score", "scoring, weight gradients", ("strategy=kvpruner", "strategy.importance=taylor_element")),
+    ("score", "scoring, checkpointing", ("strategy=kvpruner", "strategy.gradient_checkpointing=true")),
+    ("score", "scoring, flap", ("strategy=flap",)),
+    ("recover", "LoRA", ()),
+    ("recover", "LoRA, twice the tokens", ("recovery.data.length=256",)),
+    ("recover", "LoRA, checkpointing", ("recovery.data.length=256", "recovery.gradient_checkpointing=true")),
+    ("recover", "LoRA, a teacher", ("recovery/distillation=logits",)),
+    ("perplexity", "perplexity", ()),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One phase: its estimate and its measured peak, in bytes, without the interpreter."""
+
+    work: str
+    size: str
+    estimate: int
+    measured: int
+
+    def cells(self) -> list[str]:
+        """Return the row of a table."""
+        sizes = [f"{count / 2**20:,.0f}" for count in (self.estimate, self.measured)]
+        return [self.work, self.size, *sizes, f"{self.measured / self.estimate:.3f}"]
+
+
+def check(model: Sequence[str]) -> Iterator[Row]:
+    """Measure every phase of `CASES` for a model of conf/model.
+
+    Args:
+        model: Options that choose the model, such as ["model=smollm2_135m"].
+
+    Raises:
+        RuntimeError: A process failed; the message holds the end of what it printed.
+    """
+    with TemporaryDirectory() as directory:
+        plain = [*model, "tracker=none", "measure.warmup=1", "measure.runs=1"]
+        source = Experiment.compose(compose(plain), plain).source
+        checkpoint = source.locate() or Path(directory) / "model"
+        if source.locate() is None:
+            source.write(checkpoint)
+        for phase, work, options in CASES:
+            words = [*plain, *options]
+            x = Experiment.compose(compose(words), words)
+            need = next(need for need in needs(x, source.expected()) if need.phase == phase)
+            yield Row(
+                work=work,
+                size=need.size,
+                estimate=need.memory["total"],
+                measured=_measured(x, need, words, checkpoint),
+            )
+
+
+def _measured(x: Experiment, need: Need, words: Sequence[str], checkpoint: Path) -> int:
+    if need.phase == "measure":
+        assert x.protocol is not None
+        os.environ |= MAPPED
+        dtype = str(x.dtype).removeprefix("torch.")
+        memory = x.protocol.measure(checkpoint, device=x.device, dtype=dtype)["memory"]
+        return memory["peak_bytes"] - memory["baseline_bytes"]
+    spec = {"phase": need.phase, "words": list(words), "checkpoint": str(checkpoint)}
+    command = [sys.executable, "-m", "kvp.fit.child", json.dumps(spec)]
+    done = children.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **MAPPED}
+    )
+    if done.returncode:
+        raise RuntimeError("\n".join([f"{need.phase} failed:", *done.stderr.splitlines()[-20:]]))
+    return json.loads(done.stdout.splitlines()[-1])["bytes"]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as Markdown."""
+    return markdown(HEADS, [row.cells() for row in rows], labels=2)

@@ -1,0 +1,145 @@
+"""The process that measures the peak of one phase of a run: its argument is a JSON spec, its last line JSON.
+
+python -m kvp.fit.child '{"phase": "score", "words": ["model=smollm2_135m"], "checkpoint": "outputs/..."}'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers import PreTrainedModel
+
+import kvp  # noqa: F401  (registers the pruned classes)
+from kvp.bars import only_on_terminals
+from kvp.composing import compose
+from kvp.measurement import memory
+from kvp.models.load import load_config, load_model
+from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.needs import recipe_length
+
+WARM = (1, 16)  # sequences and tokens after which libraries have taken what they take once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A phase that can be run.
+
+    Attributes:
+        work: The phase on random tokens of a batch size and a length.
+        batch_size: Sequences of the run's passes.
+        length: Tokens of its sequences.
+        held: Bytes of weights in memory between two calls.
+    """
+
+    work: Callable[[int, int], None]
+    batch_size: int
+    length: int
+    held: int = 0
+
+
+def scoring(x: Experiment, checkpoint: Path) -> Trial:
+    """Return the scoring of a run's strategy, and its sensitivity analysis."""
+    from kvp.strategies.target import Target
+
+    model = _loaded(x, checkpoint)
+
+    def work(batch_size: int, length: int) -> None:
+        ids = _ids(model.config.vocab_size, batch_size, length)
+        target = Target(model, ids, batch_size, 0)
+        scores = x.strategy.score(target)
+        if x.strategy.probes:
+            x.strategy.sensitivity(target, scores)
+
+    data = x.calibration
+    return Trial(work=work, batch_size=data.batch_size, length=data.length, held=memory.weights_bytes(model))
+
+
+def evaluating(x: Experiment, checkpoint: Path) -> Trial:
+    """Return the NLL of a batch of windows."""
+    from kvp.evaluation.perplexity import window_nll
+
+    model, data = _loaded(x, checkpoint), x.perplexity
+    assert data is not None
+
+    @torch.inference_mode()
+    def work(batch_size: int, length: int) -> None:
+        window_nll(model, _ids(model.config.vocab_size, batch_size, length).to(model.device), length - 1)
+
+    return Trial(work=work, batch_size=data.batch_size, length=data.window, held=memory.weights_bytes(model))
+
+
+def recovering(x: Experiment, checkpoint: Path) -> Trial:
+    """Return two steps of a run's LoRA training."""
+    from kvp.recovery.fit import Job, fit
+
+    recipe, vocabulary = x.recovery, load_config(checkpoint).vocab_size
+    assert recipe is not None
+
+    def work(batch_size: int, length: int) -> None:
+        ids = _ids(vocabulary, 2 * batch_size, length).tolist()
+        two = replace(
+            recipe,
+            max_steps=2,
+            epochs=None,
+            warmup_steps=0,
+            batch_size=batch_size,
+            micro_batch_size=batch_size,
+        )
+        with TemporaryDirectory() as directory:
+            job = Job(
+                checkpoint=str(checkpoint),
+                directory=directory,
+                seed=0,
+                device=x.device,
+                resume=None,
+                teacher=str(checkpoint),
+            )
+            fit(two, job, [{"input_ids": row, "labels": row} for row in ids], [])
+
+    return Trial(work=work, batch_size=recipe.micro_batch_size, length=recipe_length(recipe))
+
+
+PHASES: dict[str, Callable[[Experiment, Path], Trial]] = {
+    "score": scoring,
+    "perplexity": evaluating,
+    "recover": recovering,
+}
+
+
+def _loaded(x: Experiment, checkpoint: Path) -> PreTrainedModel:
+    return memory.place(load_model(checkpoint, dtype=x.dtype, device="cpu"), torch.device(x.device))
+
+
+def _ids(vocabulary: int, batch_size: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (batch_size, length), generator=generator)
+
+
+def measure(phase: str, words: list[str], checkpoint: Path) -> int:
+    """Return the bytes that a phase takes, beside the interpreter and what libraries take once."""
+    x = Experiment.compose(compose(words), words)
+    device = torch.device(x.device)
+    trial = PHASES[phase](x, checkpoint)
+    trial.work(*WARM)
+    memory.reset_peak(device)  # hands back what the first pass has freed
+    before = memory.begin(device) - trial.held
+    trial.work(trial.batch_size, trial.length)
+    return memory.peak_bytes(device) - before
+
+
+def main() -> None:
+    """Measure what the spec in argv[1] names, and print the bytes."""
+    only_on_terminals()
+    spec = json.loads(sys.argv[1])
+    taken = measure(spec["phase"], spec["words"], Path(spec["checkpoint"]))
+    print(json.dumps({"bytes": taken}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
