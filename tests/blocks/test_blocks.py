@@ -65,7 +65,7 @@ def test_most_is_run():
     )
     assert count["run"] >= 60
     assert (
-        len([c for c in of(Command) if reason(c) and not re.match(r"make|pip|python -m pip", c.text)]) <= 16
+        len([c for c in of(Command) if reason(c) and not re.match(r"make|pip|python -m pip", c.text)]) <= 26
     )
 
 
@@ -102,11 +102,8 @@ def test_pip_lines_name_what_there_is():
 
 
 def test_runs_that_do_not_run_pass_the_gate(tmp_path):
-    gated = [
-        command
-        for command in of(Command)
-        if reason(command) and split(command.words)[0] == "kvp" and "-sc" not in command.words
-    ]
+    gated = [c for c in of(Command) if (reason(c) or "").startswith(("Slurm", "Ray", "an account"))]
+    gated = [command for command in gated if split(command.words)[0] == "kvp"]
     assert len(gated) >= 3
     for command in gated:
         words = small("kvp", split(command.words)[1])
