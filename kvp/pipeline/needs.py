@@ -25,7 +25,7 @@ REQUEST = 256  # tokens of a zero-shot request; the tasks' longest are about as 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """What one phase takes.
+    """A phase of a run, and what it takes.
 
     Attributes:
         phase: Its kind, as `force` names it; "score" stands for every step up to the plan.
