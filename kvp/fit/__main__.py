@@ -13,6 +13,7 @@ from kvp.commands import called
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
 
 HELP = """
+
 Does a model fit? From its config alone: bytes, batches, contexts, and what
 pruning, tuning and evaluating it take. No weights are read or downloaded.
 
@@ -40,8 +41,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the command; exit code 1 and one clear error for whatever a user can mend."""
     given = list(sys.argv[1:] if words is None else words)
     if not given or "-h" in given or "--help" in given:
-        print(f"usage: {called('fit')} model=NAME [option=value ...] [--json | --check]
-{HELP}", end="")
+        print(f"usage: {called('fit')} model=NAME [option=value ...] [--json | --check]{HELP}", end="")
         return
     from kvp.bars import only_on_terminals
     from kvp.hints import words as worded
