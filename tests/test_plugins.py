@@ -232,7 +232,10 @@ def test_a_form_of_the_users_own_is_proved_like_others(checkpoint, site):
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ("stok", "--to must be one of stock, .*mypkg.forms:half; got 'stok'. Did you mean stock"),
+        (
+            "stok",
+            r"the form \(--to\) must be one of stock, .*mypkg.forms:half; got 'stok'. Did you mean stock",
+        ),
         ("pandas.io:half", "names code of pandas.*say --trust pandas on the command line"),
         ("kvp_keynorm.forms:hlaf", "kvp_keynorm.forms has no hlaf; did you mean kvp_keynorm.forms.half"),
     ],

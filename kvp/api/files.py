@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,7 +13,6 @@ from kvp.api.memory import check_in_memory
 from kvp.composing import choices
 from kvp.models.checkpoint.check import check_checkpoint
 from kvp.models.load import load_model, load_tokenizer, save
-from kvp.serving.forms import Target
 from kvp.serving.write import export as write_export
 
 
@@ -50,7 +49,7 @@ def load(
 
 
 def export(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path, to: Target = "stock"
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path, to: str = "stock"
 ) -> dict[str, Any]:
     """Write a directory that other engines open, prove it by an answer, and return what its serving.json says.
 
@@ -60,7 +59,8 @@ def export(
         model: A Hugging Face decoder, pruned or not.
         tokenizer: The model's.
         out: The directory to write; must not exist.
-        to: stock, stock_arithmetic, gguf, custom or padded (`kvp export --help` explains them).
+        to: stock, stock_arithmetic, gguf, custom or padded (`kvp export --help` explains them), or a form of your own
+            as "mypkg.forms:half".
 
     Raises:
         FileExistsError: `out` is there already.
@@ -68,8 +68,6 @@ def export(
         ArithmeticError: The export does not give the answer of the model; it was removed.
     """
     check_in_memory(model)
-    if to not in get_args(Target):
-        raise ValueError(f"to must be one of {', '.join(get_args(Target))}, got {to!r}")
     with tempfile.TemporaryDirectory(prefix="kvp-export-") as directory:
         save(model, tokenizer, Path(directory))
         return write_export(Path(directory), Path(out), to)

@@ -36,7 +36,7 @@ def packages() -> Iterator[Finding]:
         needed = [Requirement(line) for line in requires("kvp") or ()]
     except PackageNotFoundError:
         yield Finding(
-            "packages", "ranges", "missing", "kvp runs from a folder", "pip install kvp checks versions"
+            "packages", "ranges", "missing", "kvp runs from a folder", "pip install -e . checks versions"
         )
         return
     for each in needed:

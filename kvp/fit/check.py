@@ -31,7 +31,6 @@ CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("score", "scoring, kvpruner", ("strategy=kvpruner",)),
     ("score", "scoring, weight gradients", ("strategy=kvpruner", "strategy.importance=taylor_element")),
     ("score", "scoring, checkpointing", ("strategy=kvpruner", "strategy.gradient_checkpointing=true")),
-    ("score", "scoring, flap", ("strategy=flap",)),
     ("recover", "LoRA", ()),
     ("recover", "LoRA, twice the tokens", ("recovery.data.length=256",)),
     ("recover", "LoRA, checkpointing", ("recovery.data.length=256", "recovery.gradient_checkpointing=true")),

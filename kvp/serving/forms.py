@@ -37,7 +37,7 @@ def own_form(name: str, trusted: Collection[str] = ()) -> Write | None:
         close = difflib.get_close_matches(name, get_args(Target), n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ValueError(
-            f"--to must be one of {', '.join(get_args(Target))}, or a function of yours such as mypkg.forms:half; "
+            f"the form (--to) must be one of {', '.join(get_args(Target))}, or your own such as mypkg.forms:half; "
             f"got {name!r}.{hint}"
         )
     return find("form", f"{module}.{function}", trusted, say="--trust {}")

@@ -54,6 +54,7 @@ class ShortGPT(DepthStrategy):
     distance: Distance = "cosine"
 
     @override
+    @torch.no_grad()
     def score(self, target: Target) -> dict[Space, Tensor]:
         space = self.space(target.config)
         influence = torch.zeros(space.shape, dtype=torch.float64)
