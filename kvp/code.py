@@ -168,10 +168,21 @@ def _with_packages(name: str) -> Iterator[str]:
 def _import_nodes(file: Path, sha256: str) -> list[Any]:
     """Return the imports of a file, and the strings that may name a module: import_module("mypkg.rule")."""
     try:
-        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        nodes = list(_running(ast.parse(file.read_bytes())))
     except (SyntaxError, ValueError):  # a module that nobody can import imports nothing
         return []
     return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) or _may_name(node, file)]
+
+
+def _running(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes of a tree; what stands under `if TYPE_CHECKING:` runs never."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING"):
+            for other in child.orelse:
+                yield from _running(other)
+        else:
+            yield from _running(child)
 
 
 def _may_name(node: ast.AST, file: Path) -> bool:

@@ -184,3 +184,9 @@ def test_a_named_package_is_followed_even_if_it_is_installed(user, monkeypatch):
     write(place / "plugin" / "rule.py", "class Rule: ...\n")
     monkeypatch.syspath_prepend(place)
     assert {"plugin", "plugin.rule"} <= edits(reachable(["plugin.Rule"])).keys()
+
+
+def test_the_names_that_kvp_offers_are_not_behind_every_stage():
+    found = reachable(["kvp.models.load"])
+    assert "kvp" in found and "kvp.models.pruned" in found
+    assert not [name for name in found if name.startswith(("kvp.api", "kvp.pipeline", "kvp.composing"))]

@@ -99,7 +99,7 @@ TYPES = [
     (["+model.config.rope_theta=inf"], "model.config.rope_theta must be a finite number, got inf"),
     (["model=local"], "model.path is not set, and this configuration needs it: say model.path=VALUE"),
     (["model.name=a(b"], "quote a value with special characters"),
-    (["report"], "report is a command of its own: python -m kvp.report"),
+    (["report"], "report comes first: kvp report ..., see kvp report --help"),
     (["ratio"], "'ratio' is no option: options have the form option=value"),
     (["strategy=minee"], "there is no strategy=minee."),
     (["hydra.launcher.n_jobs=3"], "there is no option 'hydra.launcher.n_jobs' of this launcher"),
