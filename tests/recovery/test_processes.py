@@ -20,6 +20,7 @@ def rows(directory):
     return [json.loads(line) for line in (directory / "losses.jsonl").open()]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does_even_when_killed(checkpoint, corpora, tmp_path):
     killed, losses = tmp_path / "killed", tmp_path / "killed" / "losses.jsonl"
     train_until_killed(checkpoint, killed, corpora, num_processes=2, dropout=0.0, data=DATA)

@@ -216,6 +216,7 @@ def test_an_export_that_differs_is_removed(checkpoint, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_custom_is_any_shape_and_opens_with_kvp_only(tmp_path):
     model = tiny_model(vocab_size=259)
     save(apply(model, random_plan(model, ["qk", "vo", "ffn"])), byte_tokenizer(), tmp_path / "pruned")

@@ -332,12 +332,13 @@ def test_two_sweeps_over_one_store_at_once_compute_every_stage_once(tmp_path):
     assert {record["status"] for record in records(tmp_path)} == {"finished"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "package"),
     [
         ("joblib", "hydra_plugins.hydra_joblib_launcher"),
-        pytest.param("submitit_local", "submitit", marks=pytest.mark.slow),
-        pytest.param("ray", "ray", marks=pytest.mark.slow),
+        ("submitit_local", "submitit"),
+        ("ray", "ray"),
     ],
 )
 def test_launchers_run_the_jobs_in_other_processes(swept, tmp_path, monkeypatch, capsys, launcher, package):

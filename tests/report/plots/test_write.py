@@ -61,6 +61,7 @@ def names(files: list[Path]) -> set[str]:
     return {path.name for path in files}
 
 
+@pytest.mark.slow
 def test_a_full_study_has_every_plot_and_the_same_bytes_in_another_process(tmp_path):
     runs = write(tmp_path / "runs", *study())
     files = write_plots(read_runs([runs]), tmp_path / "here")

@@ -38,15 +38,11 @@ print(json.dumps([memory("VmHWM") - before, estimate["total"] - estimate["weight
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize(
     ("importance", "checkpointing"),
-    [
-        ("taylor_gate", True),
-        pytest.param("taylor_element", False, marks=pytest.mark.slow),
-        pytest.param("taylor_gate", False, marks=pytest.mark.slow),
-        pytest.param("taylor_element", True, marks=pytest.mark.slow),
-    ],
+    [("taylor_gate", True), ("taylor_element", False), ("taylor_gate", False), ("taylor_element", True)],
 )
 def test_scoring_takes_what_is_estimated(importance, checkpointing):
     mapped = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what lives, not what the heap keeps of freed blocks

@@ -253,6 +253,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from /proc")
 def test_pruning_stays_within_its_estimate():
     given_back = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what one method frees is not there for the next
