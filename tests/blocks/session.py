@@ -14,6 +14,7 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -107,7 +108,11 @@ class Session:
         gc.collect()  # a run that has ended would keep its store from `kvp store rm`
         sys.argv = ["kvp" if door == "kvp" else f"kvp.{door}", *words]
         try:
-            with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            with (
+                patch.dict(os.environ),  # what --dry-run sets belongs to one command
+                contextlib.redirect_stdout(stream),
+                contextlib.redirect_stderr(stream),
+            ):
                 main() if door == "kvp" else runpy.run_module(f"kvp.{door}", run_name="__main__")
             code: object = 0
         except SystemExit as end:
