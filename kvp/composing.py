@@ -8,6 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -21,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from hydra_plugins.kvp import register
 from kvp.choices import choices as options
 from kvp.hints import CONF, words
+
+_ALONE = RLock()  # Hydra has one state for all threads
 
 
 def _options_of(group: str) -> str:
@@ -43,14 +46,15 @@ OmegaConf.register_new_resolver("compute_dtype", _compute_dtype, replace=True)
 @contextmanager
 def _hydra() -> Iterator[None]:
     """Let Hydra read conf/ in the block, also inside an application of the caller's that uses Hydra itself."""
-    outside = Singleton.get_state()
-    GlobalHydra.instance().clear()
-    register()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            yield
-    finally:
-        Singleton.set_state(outside)
+    with _ALONE:
+        outside = Singleton.get_state()
+        GlobalHydra.instance().clear()
+        register()
+        try:
+            with initialize_config_dir(str(CONF), version_base="1.3"):
+                yield
+        finally:
+            Singleton.set_state(outside)
 
 
 def compose(overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> DictConfig:

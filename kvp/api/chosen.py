@@ -112,6 +112,10 @@ def calibrated(
     """
     values = {f"calibration.{key}": value for key, value in given.items()}
     if isinstance(calibration, Tensor):
+        if given["num_samples"] is not None or given["length"] is not None:
+            raise ValueError(
+                "num_samples and length choose windows of text; token ids have theirs: slice the ids"
+            )
         ids = check_ids(calibration, model.config.vocab_size)
         batch = given["batch_size"] or min(4, len(ids))
         made = GivenIds(ids=ids, num_samples=len(ids), length=ids.shape[1], batch_size=batch, seed=0)

@@ -49,8 +49,8 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     protocol: str = "packaged",
     *,
-    perplexity: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
-    tasks: Sequence[str] | None = None,
+    perplexity: str | Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    tasks: str | Sequence[str] | None = None,
     limit: int | None = None,
     window: int | None = None,
     max_tokens: int | None = None,
@@ -77,6 +77,8 @@ def evaluate(
         FloatingPointError: A loss is not finite.
     """
     check_in_memory(model)
+    perplexity = [perplexity] if isinstance(perplexity, str) else perplexity
+    tasks = [tasks] if isinstance(tasks, str) else tasks
     own = perplexity if isinstance(perplexity, Mapping) else {}
     values = {
         "evaluation.perplexity.corpora": perplexity and [*perplexity],

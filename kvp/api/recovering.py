@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvp.api.chosen import chosen, experiment
 from kvp.api.given import GIVEN, GivenTexts
-from kvp.api.memory import check_in_memory, written
+from kvp.api.memory import check_in_memory, weights_digest, written
+from kvp.code import edits
 from kvp.models.load import load_model, save
+from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.gate import check_lengths, check_modules, check_sources, linear_modules
+from kvp.pipeline.session import origin_of
+from kvp.pipeline.stages import Recover
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ def recover(
     *,
     texts: Sequence[str] | None = None,
     teacher: PreTrainedModel | None = None,
-    directory: str | Path | None = None,
     seed: int = 0,
+    store: str | Path | None = None,
     **options: Any,
 ) -> Recovered:
     """Return a tuned model; the given one stays as it is.
@@ -71,8 +75,8 @@ def recover(
         recipe: An option of conf/recovery.
         texts: Documents to train on; None: those that the recipe names.
         teacher: The dense model; with distillation="logits" the model learns from its logits.
-        directory: Keeps adapter, losses and checkpoints; a killed training resumes there. None keeps nothing.
         seed: The seed of every draw.
+        store: Directory where a finished training is kept and found, and a killed one resumes; None keeps nothing.
         options: Options of the recipe, such as `max_steps=100` or `rank=16`.
 
     Raises:
@@ -83,7 +87,7 @@ def recover(
     words, values = chosen("recovery", recipe, options)
     if texts is not None:
         values["recovery.data.corpora"] = [GIVEN]
-    x = experiment(model, [*words, "strategy=none"], {**values, "seed": seed})
+    x = experiment(model, [*words, "strategy=none"], {**values, "seed": seed}, store=store)
     if texts is not None:
         x = replace(x, corpora={**x.corpora, GIVEN: GivenTexts(texts=texts)})
     if x.recovery is None:
@@ -95,24 +99,52 @@ def recover(
     check_sources(x)
     check_lengths(x, model.config)
     check_modules(x, linear_modules(model))
+    with tempfile.TemporaryDirectory(prefix="kvp-recover-") as place:
+        work = partial(_trained, x, {"given": model, "teacher": teacher}, tokenizer, Path(place))
+        if store is None:
+            done = Path(place) / "work"
+            done.mkdir()
+            figures = work(done)
+        else:
+            stage, before = Recover(), {"model": weights_digest(model)}
+            if teacher is not None:
+                before["teacher"] = weights_digest(teacher)
+            inputs = {**before, "recovery": x.recovery.identity(x.corpora), "seed": seed}
+            inputs |= {"code": changed} if (changed := edits(stage.modules(x))) else {}
+            found = x.store.once(
+                stage.name,
+                inputs,
+                work,
+                version=stage.version,
+                resumable=True,
+                origin=lambda: origin_of(x, stage),
+            )
+            done, figures = found.path, found.result
+        losses = [json.loads(line) for line in (done / "losses.jsonl").read_text().splitlines()]
+        tuned = load_model(done / "model", dtype=model.dtype, device=str(model.device))
+    return Recovered(tuned, losses, figures)
+
+
+def _trained(
+    x: Experiment,
+    models: Mapping[str, PreTrainedModel | None],
+    tokenizer: PreTrainedTokenizerBase,
+    place: Path,
+    directory: Path,
+) -> dict[str, Any]:
+    """Train in a directory on copies of the models that lie in `place`, and return the figures."""
     from kvp.recovery.training import train  # imports seconds of peft and Trainer
 
-    with ExitStack() as stack:
-        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvp-recover-")))
-        work = place / "work" if directory is None else Path(directory)
-        work.mkdir(parents=True, exist_ok=True)
-        for name, each in {"given": model, "teacher": teacher}.items():
-            if each is not None:
-                save(each, tokenizer, place / name)
-        figures = train(
-            x.recovery,
-            place / "given",
-            work,
-            corpora=x.corpora,
-            seed=seed,
-            device=x.device,
-            teacher=place / "teacher" if teacher is not None else None,
-        )
-        losses = [json.loads(line) for line in (work / "losses.jsonl").read_text().splitlines()]
-        tuned = load_model(work / "model", dtype=model.dtype, device=str(model.device))
-    return Recovered(tuned, losses, figures)
+    assert x.recovery is not None
+    for name, each in models.items():
+        if each is not None:
+            save(each, tokenizer, place / name)
+    return train(
+        x.recovery,
+        place / "given",
+        directory,
+        corpora=x.corpora,
+        seed=x.node["seed"],
+        device=x.device,
+        teacher=place / "teacher" if models["teacher"] is not None else None,
+    )

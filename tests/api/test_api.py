@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
@@ -193,6 +194,13 @@ def test_recover_evaluate_save_and_load(model, tmp_path):
         pruned.model, tokenizer, texts=TEXTS, max_steps=3, warmup_steps=0, data={"length": 32}, rank=2
     )
     assert weights_digest(pruned.model) == before
+    kept = {"texts": TEXTS, "max_steps": 3, "warmup_steps": 0, "data": {"length": 32}, "rank": 2}
+    first = kvp.recover(pruned.model, tokenizer, store=tmp_path / "store", **kept)
+    found = kvp.recover(pruned.model, tokenizer, store=tmp_path / "store", **kept)
+    assert equal(first.model, tuned.model) and equal(found.model, tuned.model)
+    other = kvp.recover(model, tokenizer, store=tmp_path / "store", **kept)
+    assert not equal(other.model, tuned.model)
+    assert len([*(tmp_path / "store" / "recover").glob("[!.]*")]) == 2
     assert len(tuned.losses) == tuned.figures["steps"] == 3
     assert not equal(tuned.model, pruned.model)
     quality = [
@@ -266,6 +274,7 @@ BAD = {  # arguments of prune, and the beginning of their error
     "ids of one sample": ({"calibration": IDS[0]}, "calibration must be token ids of shape"),
     "ids of another model": ({"calibration": IDS + 1000}, r"calibration must hold token ids in \[0, 264\)"),
     "long ids": ({"calibration": IDS.repeat(1, 9)}, "calibration.length must be <= 128"),
+    "windows of ids": ({"num_samples": 2}, "num_samples and length choose windows of text"),
     "seed": ({"seed": -1}, "seed must be in"),
     "samples": (
         {"calibration": "drop", "num_samples": 0, "tokenizer": byte_tokenizer()},
@@ -319,6 +328,14 @@ def test_methods_have_descriptions():
     found = kvp.methods()
     assert {*found} == {*choices("strategy")}
     assert all(len(line) > 10 for line in found.values())
+
+
+def test_two_threads_prune_as_one_does():
+    models = [tiny_model(), tiny_model()]
+    with ThreadPoolExecutor(2) as pool:
+        both = [*pool.map(lambda model: kvp.prune(model, calibration=IDS, **FINE), models)]
+    alone = kvp.prune(tiny_model(), calibration=IDS, **FINE)
+    assert all(equal(each.model, alone.model) for each in both)
 
 
 def test_the_api_works_inside_an_application_that_uses_hydra():
