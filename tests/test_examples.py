@@ -61,7 +61,7 @@ def test_prune_and_compare(tmp_path):
     out = example(
         "prune.py", "--model", "tiny", "--ratio", "0.3333", "--steps", "8", "--out", "pruned", cwd=tmp_path
     )
-    assert re.search(r"asked 33.33 % of kv_cache; achieved kv_cache 33.33 %", out)
+    assert re.search(r"asked 33.33 % of kv_cache; achieved kv_cache 32.50 %", out)
     assert len(re.findall("perplexity squad", out)) == 4
     assert (tmp_path / "pruned" / "model.safetensors").exists()
 
