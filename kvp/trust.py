@@ -38,9 +38,9 @@ def find(key: str, target: str, trusted: Collection[str], say: str = "trusted=[{
     module_name, _, name = target.rpartition(".")
     try:
         module = import_module(module_name)
-    except (ImportError, SyntaxError) as error:
+    except Exception as error:  # whatever the user's code raises
         raise ValueError(
-            f"{key}={target}: {module_name} cannot be imported ({error}){owner(root)}"
+            f"{key}={target}: {module_name} cannot be imported ({type(error).__name__}: {error}){owner(root)}"
         ) from error
     found = getattr(module, name, None)
     if found is None:

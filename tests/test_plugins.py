@@ -178,7 +178,12 @@ def test_other_applications_of_hydra_do_not_see_plugins(site, tmp_path):
         (
             "mine = gt_p.method:Mine",
             {"gt_p/method.py": "import gt_gone"},
-            "gt_p.method cannot be imported (No module named 'gt_gone'). It is of the plugin gt-p",
+            "gt_p.method cannot be imported (ModuleNotFoundError: No module named 'gt_gone'). It is of the plugin gt-p",
+        ),
+        (
+            "mine = gt_p.method:Mine",
+            {"gt_p/method.py": "raise KeyError('boom')"},
+            "gt_p.method cannot be imported (KeyError: 'boom'). It is of the plugin gt-p",
         ),
         (
             "mine = gt_p.method:Mine",

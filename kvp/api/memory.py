@@ -8,15 +8,19 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvp.models.family import family_of
 from kvp.models.load import check_finite, save
+from kvp.models.pruned import pruned_class
 from kvp.serving.card import card
 from kvp.serving.whole import whole
 from kvp.types import DTYPES
+
+_BUSY: WeakSet[PreTrainedModel] = WeakSet()  # models that a call has changed for its time
 
 
 def check_in_memory(model: Any) -> None:
@@ -31,7 +35,12 @@ def check_in_memory(model: Any) -> None:
         raise ValueError(
             f"model must be a transformers PreTrainedModel, got {type(model).__name__}: see kvp.load"
         )
-    family_of(model.config)
+    if not isinstance(model, family_of(model.config).causal_lm | pruned_class(model.config)):
+        raise ValueError(
+            f"model must be a causal language model, got {type(model).__name__}: load it by AutoModelForCausalLM"
+        )
+    if any(".lora_" in name or ".base_layer." in name for name, _ in model.named_parameters()):
+        raise ValueError("model has an adapter inside: merge it first, or load the model without it")
     if getattr(model, "is_quantized", False):
         raise ValueError(
             "model is quantised, and channels of packed weights cannot be cut: prune first, then quantise"
@@ -63,21 +72,29 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 @contextmanager
 def as_loaded(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into the state that loading leaves: eval mode, every parameter differentiable; undo it at the end."""
-    training, frozen = model.training, [each for each in model.parameters() if not each.requires_grad]
-    gradients = [(each, each.grad) for each in model.parameters()]
+    """Put a model into the state that loading leaves: eval mode, every parameter differentiable; undo it at the end.
+
+    Raises:
+        ValueError: Another call has it at work.
+    """
+    if model in _BUSY:
+        raise ValueError("model is at work in another call of kvp: one at a time, or give each thread a copy")
+    _BUSY.add(model)
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(each, each.grad, each.requires_grad) for each in model.parameters()]
     model.eval()
     try:
-        for parameter, _ in gradients:
+        for parameter, _, _ in gradients:
             parameter.grad = None
             parameter.requires_grad_(True)
         yield
     finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        for parameter, gradient in gradients:
+        for parameter, gradient, learns in gradients:
             parameter.grad = gradient
-        model.train(training)
+            parameter.requires_grad_(learns)
+        for module, mode in modes:
+            module.training = mode
+        _BUSY.discard(model)
 
 
 @contextmanager

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvp.composing import compose
 from kvp.estimate.serving import (
+    BLOCK,
     CACHES,
     FLOAT32_CACHE,
     CacheType,
     largest_batch,
-    longest_context,
     serving_bytes,
     token_bytes,
 )
@@ -162,21 +164,23 @@ def _serving(
 ) -> Iterator[Serving]:
     width = x.dtype.itemsize
     caches: tuple[CacheType, ...] = CACHES if width == 2 else (FLOAT32_CACHE, *CACHES[1:])
+    blocks = range(BLOCK, config.max_position_embeddings + 1, BLOCK)
     for cache in caches:
-        parts = serving_bytes(
-            config, batch_size=asked.batch, context=context, width=width, cache=cache, device=x.device
+        parts_of = partial(serving_bytes, config, width=width, cache=cache, device=x.device)
+        parts, per_token = parts_of(batch_size=asked.batch, context=context), token_bytes(config, cache)
+        most = largest_batch(memory - parts["weights"], length=context, per_token=per_token)
+        batch = bisect(
+            range(1, most + 1), memory, key=lambda n: parts_of(batch_size=n, context=context)["total"]
         )
-        left, per_token = memory - parts["weights"] - parts["activations"], token_bytes(config, cache)
+        longest = bisect(blocks, memory, key=lambda n: parts_of(batch_size=asked.batch, context=n)["total"])
         yield Serving(
             model=name,
             cache_type=cache.name,
             bytes_per_token=per_token,
             **parts,
             fits=parts["total"] <= memory,
-            batch=largest_batch(left, length=context, per_token=per_token),
-            context=longest_context(
-                left, per_token=asked.batch * per_token, positions=config.max_position_embeddings
-            ),
+            batch=batch,
+            context=BLOCK * longest,
         )
 
 

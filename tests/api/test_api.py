@@ -13,10 +13,10 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification, LlamaModel
 
 import kvp
-from kvp.api.memory import weights_digest
+from kvp.api.memory import as_loaded, weights_digest
 from kvp.composing import choices, target_of
 from kvp.hints import CONF
 from kvp.models.load import byte_tokenizer
@@ -299,6 +299,11 @@ def other_models(model):
     mixed.lm_head.half()
     yield mixed, "must have one dtype of bfloat16, float16, float32, got float16, float32"
     yield tiny_model().double(), "got float64"
+    inside = tiny_model()
+    inside.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    yield inside, "has an adapter inside"
+    yield LlamaModel(tiny_model().config), "must be a causal language model, got LlamaModel"
+    yield LlamaForSequenceClassification(tiny_model().config), "must be a causal language model"
     broken = tiny_model()
     broken.lm_head.weight.data[3, 3] = float("nan")
     yield broken, "values that are not finite"
@@ -336,6 +341,12 @@ def test_two_threads_prune_as_one_does():
         both = [*pool.map(lambda model: kvp.prune(model, calibration=IDS, **FINE), models)]
     alone = kvp.prune(tiny_model(), calibration=IDS, **FINE)
     assert all(equal(each.model, alone.model) for each in both)
+
+
+def test_a_model_at_work_is_refused_to_another_call(model):
+    with as_loaded(model), pytest.raises(ValueError, match="model is at work in another call"):
+        kvp.prune(model, calibration=IDS, **FINE)
+    assert kvp.prune(model, calibration=IDS, **FINE).achieved["kv_cache"] > 0.2
 
 
 def test_the_api_works_inside_an_application_that_uses_hydra():

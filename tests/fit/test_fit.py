@@ -53,13 +53,19 @@ def test_an_8b_model_is_answered_without_network_and_weights(llama3):
     assert rows["dense", "q4_0"].cache / dense.cache == 18 / 64
 
 
-def test_what_fits_is_the_most_that_fits(llama3):
-    for row in llama3.serving:
-        left = llama3.memory - row.weights - row.activations
-        assert row.batch * llama3.context * row.bytes_per_token <= left
-        assert (row.batch + 1) * llama3.context * row.bytes_per_token > left
-        longer = min(row.context + 16, llama3.positions)
-        assert longer == row.context or longer * llama3.batch * row.bytes_per_token > left
+def serving(batch, context):
+    words = f"model=llama3_8b memory=24GiB context={context} batch={batch} device=cuda tflops=100 ratio=0.25"
+    return {(row.model, row.cache_type): row for row in answer(question(words.split())).serving}
+
+
+@pytest.mark.parametrize(("batch", "context"), [(1, 128), (16, 8192)])
+def test_what_is_said_to_fit_fits_when_it_is_asked_and_no_more_does(batch, context, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said, key = serving(batch, context)["dense", "16-bit"], ("dense", "16-bit")
+    assert serving(said.batch, context)[key].fits
+    assert not serving(said.batch + 1, context)[key].fits
+    assert serving(batch, said.context)[key].fits
+    assert said.context == 8192 or not serving(batch, said.context + 16)[key].fits
 
 
 def test_phases_have_peaks_and_times(llama3):
