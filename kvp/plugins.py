@@ -18,6 +18,8 @@ from importlib.metadata import Distribution, EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
+import yaml
+
 GROUP = "kvp.strategies"
 HERE = Path(__file__).resolve().parent
 CONF = next(path for path in (HERE / "conf", HERE.parent / "conf") if path.is_dir())
@@ -124,6 +126,8 @@ def _faults(package: str, points: list[EntryPoint], conf: Path | None, others: l
             yield f"there is no conf/strategy/{point.name}.yaml in {package}"
     for file in sorted(conf.rglob("*.yaml")):
         option = file.relative_to(conf)
+        if why := _unreadable(file):
+            yield f"its conf/{option} cannot be read ({why})"
         if option.parts[0] == "machine":
             yield f"its conf/{option} would change every run"
         if (CONF / option).is_file():
@@ -131,3 +135,12 @@ def _faults(package: str, points: list[EntryPoint], conf: Path | None, others: l
         for other in others:
             if not other.fault and (other.conf / option).is_file():
                 yield f"its conf/{option} has the name of an option of {other.distribution}"
+
+
+def _unreadable(file: Path) -> str:
+    """Return why a file is no YAML; empty if it is."""
+    try:
+        yaml.safe_load(file.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return " ".join(str(error).split())
+    return ""

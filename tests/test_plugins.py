@@ -166,6 +166,11 @@ def test_other_applications_of_hydra_do_not_see_plugins(site, tmp_path):
             "there is no strategy=mine: the plugin gt-p is left out: its conf/machine/local.yaml would change",
         ),
         (
+            "mine = gt_p.method:Mine",
+            {"gt_p/conf/strategy/mine.yaml": ": : bad yaml ["},
+            "there is no strategy=mine: the plugin gt-p is left out: its conf/strategy/mine.yaml cannot be read (",
+        ),
+        (
             "mine = pandas.api:Mine",
             {},
             "there is no strategy=mine: the plugin gt-p is left out: its entry point names pandas, which is not its",
