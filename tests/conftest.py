@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MethodType
@@ -18,6 +20,14 @@ from kvp.types import Kind, Plan
 
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
+
+
+@pytest.fixture(autouse=True)
+def _logging_is_left_on() -> Iterator[None]:
+    """Fail a test whose command left logging off, because later tests would not see their messages."""
+    before = logging.root.manager.disable
+    yield
+    assert logging.root.manager.disable == before, "logging.disable was left on"
 
 
 def tiny_config(family: str = "llama", heads: str = "gqa", **changes):

@@ -47,6 +47,7 @@ def main(words: Sequence[str] | None = None) -> None:
     from kvp.hints import words as worded
 
     only_on_terminals()
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # of libraries that are asked for a config only
     try:
         run(given)
@@ -55,6 +56,8 @@ def main(words: Sequence[str] | None = None) -> None:
             raise
         print(f"kvp.fit: error: {worded(error)}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        logging.disable(before)
 
 
 def run(given: Sequence[str]) -> None:
