@@ -9,24 +9,18 @@ from pathlib import Path
 
 from kvp.bars import only_on_terminals
 from kvp.commands import called
+from kvp.serving.forms import FORMS
 from kvp.serving.write import export
-
-FORMS = """
-  stock             one shared set of rope pairs: transformers, vLLM, SGLang
-  stock_arithmetic  rope of another theta, for pairs at equal distances
-  gguf              model.gguf for llama.cpp, for any shared set of rope pairs
-  custom            any shape: opens in transformers after `import kvp` only
-  padded            the dense shapes, zeros where channels were cut: for checks
-  mypkg.forms:half  a function of yours: docs/extend/plugin.md
-"""
 
 
 def main() -> None:
     """The command; exit code 1 and one clear error for whatever a user can mend."""
+    lines = [f"  {name:<18}{form.summary}" for name, form in FORMS.items()]
+    lines.append("  mypkg.forms:half  a function of yours: docs/extend/plugin.md")
     parser = argparse.ArgumentParser(
         prog=called("export"),
         description=__doc__,
-        epilog=f"forms:{FORMS}",
+        epilog="\n".join(["forms:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, help="a pruned (or dense) checkpoint, as run.json names it")

@@ -24,9 +24,9 @@ from pydantic import TypeAdapter, ValidationError
 from kvp.commands import called
 from kvp.models.checkpoint.check import check_checkpoint
 from kvp.models.checkpoint.files import read_json
-from kvp.serving.forms import Target, imports_of, own_form
+from kvp.serving.forms import Engine, Target, engines_of, imports_of, own_form
 from kvp.serving.sample import Sample
-from kvp.serving.verify import Engine, ask, compare
+from kvp.serving.verify import ask, compare
 from kvp.types import DTYPES
 
 
@@ -60,10 +60,7 @@ def check(
     if (form not in get_args(Target) and ":" not in form) or serving.get("dtype") not in DTYPES:
         raise ValueError(f"{file} names no form and dtype of an export: export the checkpoint again")
     own = own_form(form, trusted)
-    able: tuple[Engine, ...] = {
-        "gguf": ("llama_cpp",),
-        "custom": ("transformers",),
-    }.get(form, ("transformers", "vllm") if own is None else ("transformers",))  # type: ignore[assignment]
+    able = engines_of(form)
     engine = engine or able[0]
     if engine not in able:
         raise ValueError(f"an export of form {form} opens in {' and '.join(able)}, not in {engine}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -21,6 +22,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Target = Literal["stock", "stock_arithmetic", "custom", "padded", "gguf"]
+Engine = Literal["transformers", "llama_cpp", "vllm"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of an export.
+
+    Attributes:
+        summary: What it is, in one line.
+        engines: Those that open it; the first one proves it.
+    """
+
+    summary: str
+    engines: tuple[Engine, ...]
+
+
+FORMS: dict[str, Form] = {
+    "stock": Form("one shared set of rope pairs: transformers, vLLM, SGLang", ("transformers", "vllm")),
+    "stock_arithmetic": Form("rope of another theta, for pairs at equal distances", ("transformers", "vllm")),
+    "gguf": Form("model.gguf for llama.cpp, for any shared set of rope pairs", ("llama_cpp",)),
+    "custom": Form("any shape: opens in transformers after `import kvp` only", ("transformers",)),
+    "padded": Form("the dense shapes, zeros where channels were cut: for checks", ("transformers", "vllm")),
+}
 Write = Callable[["PreTrainedModel", "PreTrainedTokenizerBase", Path], None]
 
 
@@ -48,3 +72,8 @@ def imports_of(name: str, own: Write | None) -> tuple[str, ...]:
     if own is None:
         return ("kvp",) if name == "custom" else ()
     return tuple(getattr(own, "imports", ()))
+
+
+def engines_of(name: str) -> tuple[Engine, ...]:
+    """Return the engines that open a form; the first one proves it. A user's own form opens in transformers."""
+    return FORMS[name].engines if name in FORMS else ("transformers",)

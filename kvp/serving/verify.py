@@ -9,15 +9,15 @@ import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from kvp import children
+from kvp.serving.forms import Engine
 from kvp.serving.sample import NEW_TOKENS, Sample, token_logprobs
 
-Engine = Literal["transformers", "llama_cpp", "vllm"]
 EXACT = 1e-4  # nats, root mean square over the tokens: float32 throughout
 ROUNDED = 5e-2  # the same where weights, activations or the cache have 16 bits
 SLACK = 4.0  # in the largest difference: the margin below which another greedy token is no error

@@ -17,12 +17,12 @@ from kvp.models.load import load_config, load_model, load_tokenizer, save
 from kvp.models.rope import switches
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
 from kvp.serving.card import card
-from kvp.serving.forms import Write, imports_of, own_form
+from kvp.serving.forms import Engine, Write, engines_of, imports_of, own_form
 from kvp.serving.layout import stock_layout
 from kvp.serving.rope import require_fixed_factors
 from kvp.serving.sample import Sample, make_sample, require_positions
 from kvp.serving.stock import to_stock
-from kvp.serving.verify import Engine, ask, compare, has
+from kvp.serving.verify import ask, compare, has
 from kvp.serving.whole import whole
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _proof(
     model = load_model(checkpoint, dtype=torch.float32, device="cpu")
     sample, logits = make_sample(model, load_tokenizer(checkpoint))
     del model
-    engine: Engine = "llama_cpp" if to == "gguf" else "transformers"
+    engine: Engine = engines_of(to)[0]
     if engine == "llama_cpp" and not has(engine):
         return sample, None
     answer = ask(exported, sample, engine, imports=imports)
