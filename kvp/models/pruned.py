@@ -18,9 +18,8 @@ from kvp.models.sparse_cache import SparseDecoding
 from kvp.types import LayerShape
 
 
-def _twin(family: Family) -> type[PreTrainedModel]:
-    """Make the model class of a family's pruned twin, and register it with the Auto class."""
-    Config = PRUNED_CONFIGS[family.name]
+def model_twin(family: Family, Config: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """Make the model class of a family's pruned twin; an export `--to remote_code` carries this code."""
 
     class Attention(PrunedAttention, family.attention_class):  # type: ignore[name-defined]
         has_qk_norm = family.qk_norm
@@ -31,7 +30,7 @@ def _twin(family: Family) -> type[PreTrainedModel]:
     class Layer(SlicedLayer, family.layer_class):  # type: ignore[name-defined]
         pass
 
-    class Model(SparseDecoding, family.causal_lm):  # type: ignore[name-defined]
+    class Model(family.causal_lm):  # type: ignore[name-defined]
         config_class = Config
 
         def __init__(self, config: PretrainedConfig) -> None:
@@ -59,7 +58,6 @@ def _twin(family: Family) -> type[PreTrainedModel]:
     for cls, suffix in suffixes.items():
         cls.__name__ = cls.__qualname__ = f"Kvp{family.prefix}{suffix}"
     Model.config = Config
-    AutoModelForCausalLM.register(Config, Model)
     return Model
 
 
@@ -73,7 +71,16 @@ def _resize_mlp(layer: Any, config: PretrainedConfig, shape: LayerShape) -> None
     resize(layer.mlp, "down_proj", intermediate, after, bias=shape.down_bias)
 
 
-PRUNED_CLASSES: dict[str, type[PreTrainedModel]] = {name: _twin(family) for name, family in FAMILIES.items()}
+def _sparse(model: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the class with the cache that its config asks for."""
+    return type(model.__name__, (SparseDecoding, model), {"__module__": __name__})
+
+
+PRUNED_CLASSES = {
+    name: _sparse(model_twin(family, PRUNED_CONFIGS[name])) for name, family in FAMILIES.items()
+}
+for name, model_class in PRUNED_CLASSES.items():
+    AutoModelForCausalLM.register(PRUNED_CONFIGS[name], model_class)
 
 
 def pruned_class(config: PretrainedConfig) -> type[PreTrainedModel]:

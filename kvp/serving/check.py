@@ -25,6 +25,7 @@ from kvp.commands import called
 from kvp.models.checkpoint.check import check_checkpoint
 from kvp.models.checkpoint.files import read_json
 from kvp.serving.forms import Engine, Target, engines_of, imports_of, own_form
+from kvp.serving.remote_code import require_own_code
 from kvp.serving.sample import Sample
 from kvp.serving.verify import ask, compare
 from kvp.types import DTYPES
@@ -64,9 +65,11 @@ def check(
     engine = engine or able[0]
     if engine not in able:
         raise ValueError(f"an export of form {form} opens in {' and '.join(able)}, not in {engine}")
-    if form != "gguf":
+    if own_code := form == "remote_code":
+        require_own_code(directory)
+    elif form != "gguf":
         check_checkpoint(directory)
-    answer = ask(directory, sample, engine, imports=imports_of(form, own), python=python)
+    answer = ask(directory, sample, engine, imports=imports_of(form, own), own_code=own_code, python=python)
     return {"engine": engine, **compare(sample, answer, exact=engine != "vllm" and _is_float32(serving))}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 
 @torch.no_grad()
@@ -23,8 +23,9 @@ def main() -> None:
         ask = json.load(file)
     for name in ask["imports"]:
         import_module(name)
+    dynamic_module_utils.HF_MODULES_CACHE = f"{work}/modules"  # no copy of own code outlives this process
     model = AutoModelForCausalLM.from_pretrained(
-        directory, torch_dtype=torch.float32, trust_remote_code=False
+        directory, torch_dtype=torch.float32, trust_remote_code=ask["own_code"]
     ).eval()
     output = model(torch.tensor([ask["ids"]]), use_cache=True)
     logits, cache, greedy = output.logits[0], output.past_key_values, []

@@ -29,6 +29,7 @@ def ask(
     engine: Engine,
     *,
     imports: Sequence[str] = (),
+    own_code: bool = False,
     python: str = sys.executable,
 ) -> dict[str, torch.Tensor]:
     """Return the answer of `engine` to the sample.
@@ -38,6 +39,7 @@ def ask(
         sample: The text and its tokens.
         engine: Whose process it is.
         imports: Modules that transformers needs to open the checkpoint; none for a stock one.
+        own_code: Whether transformers runs the modelling file of the directory, which must be kvp's own.
         python: Interpreter that has the engine.
 
     Returns:
@@ -55,6 +57,7 @@ def ask(
             "ids": sample.ids,
             "new_tokens": NEW_TOKENS,
             "imports": list(imports),
+            "own_code": own_code,
             "passages": [[start, len(logprobs) + 1] for start, logprobs in sample.passages],
         }
         Path(work, "ask.json").write_text(json.dumps(question))

@@ -19,6 +19,7 @@ from kvp.models.shapes import layer_shapes, require_whole_stream, size
 from kvp.serving.card import card
 from kvp.serving.forms import Engine, Write, engines_of, imports_of, own_form
 from kvp.serving.layout import stock_layout
+from kvp.serving.remote_code import NEEDS, write_code
 from kvp.serving.rope import require_fixed_factors
 from kvp.serving.sample import Sample, make_sample, require_positions
 from kvp.serving.stock import to_stock
@@ -92,10 +93,15 @@ def _check_form(checkpoint: Path, config: PretrainedConfig, to: str | None) -> N
     require_positions(config)
     if to is None:
         return
-    if to == "custom":
+    if to in ("custom", "remote_code"):
         if not config.model_type.startswith(PRUNED_PREFIX):
             raise ValueError(
                 f"{checkpoint} is an ordinary {config.model_type} checkpoint: export it --to stock"
+            )
+        if to == "remote_code" and getattr(config, "kvp_cache", None) is not None:
+            raise ValueError(
+                f"{checkpoint} decodes with a sparse cache, which needs more of kvp than a modelling file: --to "
+                "custom, or export the checkpoint of the same run with cache=none"
             )
         return
     require_whole_stream(
@@ -125,8 +131,10 @@ def _write(
     if own:
         own(model, tokenizer, directory)
         return load_config(directory)
-    if to == "custom":
+    if to in ("custom", "remote_code"):
         save(model, tokenizer, directory)
+        if to == "remote_code":
+            write_code(model.config, directory)
         return model.config
     if to == "gguf":
         from kvp.serving.gguf_file import write_gguf
@@ -150,7 +158,7 @@ def _proof(
     engine: Engine = engines_of(to)[0]
     if engine == "llama_cpp" and not has(engine):
         return sample, None
-    answer = ask(exported, sample, engine, imports=imports)
+    answer = ask(exported, sample, engine, imports=imports, own_code=to == "remote_code")
     exact = _stored_dtype(config) == torch.float32
     check = compare(sample, answer, exact=exact, logits=logits)
     if not check["passed"]:
@@ -210,10 +218,11 @@ def _own_engines(own: Write) -> dict[str, str]:
 
 def _engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) -> dict[str, str]:
     """Return which engine opens it, or why not; only transformers and llama.cpp have ever been run."""
-    if to == "custom":
+    if to in ("custom", "remote_code"):
         only = "no: its shapes or RoPE are kvp's own"
+        way = "after `import kvp`" if to == "custom" else f"by trust_remote_code=True, {NEEDS}"
         return {
-            "transformers": "yes, after `import kvp`: verified, see check",
+            "transformers": f"yes, {way}: verified, see check",
             **dict.fromkeys(("vllm", "sglang", "llama.cpp"), only),
         }
     if to == "gguf":
