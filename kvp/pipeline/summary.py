@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 
-from kvp.record import RunRecord
+from kvp.record import RunRecord, removed_words
 from kvp.results import MeasureRecord, ModelRecord, Storage, TimingRecord
 from kvp.tables import console_table, print_table
 from kvp.tracking import upload_command
@@ -109,13 +109,6 @@ def _rate(timing: TimingRecord) -> str:
 
 def _mebibytes(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
-
-
-def removed_words(asked: Iterable[tuple[str, float]], achieved: Mapping[str, float]) -> str:
-    """Return "asked 25 % of kv_cache; achieved kv_cache 25.00 %, params 4.93 %"."""
-    words = ", then ".join(f"{100 * value:g} % of {of}" for of, value in asked)
-    found = ", ".join(f"{of} {100 * value:.2f} %" for of, value in achieved.items())
-    return f"{f'asked {words}; ' if words else ''}achieved {found}"
 
 
 def _notes(record: RunRecord) -> Iterator[str]:

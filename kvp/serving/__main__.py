@@ -23,7 +23,11 @@ def main() -> None:
         epilog="\n".join(["forms:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, help="a pruned (or dense) checkpoint, as run.json names it")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="a pruned (or dense) checkpoint, or the run.json that names it",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
     parser.add_argument("--to", default="stock", metavar="FORM", help="default: %(default)s")
     parser.add_argument(

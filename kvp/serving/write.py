@@ -19,6 +19,7 @@ from kvp.models.shapes import layer_shapes, require_whole_stream, size
 from kvp.serving.card import card
 from kvp.serving.forms import Engine, Write, engines_of, imports_of, own_form
 from kvp.serving.layout import stock_layout
+from kvp.serving.made import checkpoint_of, made_by
 from kvp.serving.remote_code import NEEDS, write_code
 from kvp.serving.rope import require_fixed_factors
 from kvp.serving.sample import Sample, make_sample, require_positions
@@ -42,7 +43,7 @@ def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) 
     """Write `checkpoint` for other engines, and check it in a process that does not know kvp (custom: does).
 
     Args:
-        checkpoint: Directory of a checkpoint.
+        checkpoint: Directory of a checkpoint, or the run.json of a run: the model that it made last.
         out: Directory to write.
         to: Name of a form, or a user's own as "mypkg.forms:half".
         trusted: Packages whose forms may run, beside those that `kvp.trust` trusts.
@@ -57,7 +58,7 @@ def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) 
         ArithmeticError: The export does not give the answer of the checkpoint; it was removed.
         RuntimeError: The engine cannot open it; it was removed.
     """
-    own = own_form(to, trusted)
+    own, checkpoint = own_form(to, trusted), checkpoint_of(checkpoint)
     config = _checked(checkpoint, out, to if own is None else None)
     with whole(out, SERVING) as partial:
         model = load_model(checkpoint, dtype=_stored_dtype(config), device="cpu")
@@ -74,7 +75,7 @@ def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) 
         }
         (partial / SERVING).write_text(json.dumps(serving, indent=2))
         if own is None:
-            (partial / "README.md").write_text(card(exported, gguf=to == "gguf"))
+            (partial / "README.md").write_text(card(exported, form=to, made=made_by(checkpoint)))
     return serving
 
 
