@@ -39,7 +39,7 @@ import kvp.composing  # noqa: F401  (registers the resolvers of conf/)
 from hydra_plugins.kvp import register
 from kvp.choices import described
 from kvp.commands import dispatch
-from kvp.hints import CONF, DRY_RUN, overshadowed, parted, words
+from kvp.hints import CONF, DRY_RUN, check_flags, overshadowed, parted, words
 
 if TYPE_CHECKING:
     from kvp.pipeline.experiment import Experiment
@@ -144,6 +144,7 @@ def main() -> None:
             sys.argv.remove("--dry-run")
             os.environ |= {DRY_RUN: "1", "HF_HUB_OFFLINE": "1"}  # what is not here is named, not downloaded
         flags, words = parted(sys.argv[1:])
+        check_flags(flags)
         groups = [word for word in words if "=" not in word]
         if {"-h", "--help"} & {*flags} and len(groups) == 1:
             print(described(groups[0]))

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.kvp import register
-from kvp.choices import choices as options
+from kvp.choices import choices
 from kvp.hints import CONF, words
 
 _ALONE = RLock()  # Hydra has one state for all threads
@@ -28,7 +28,7 @@ _ALONE = RLock()  # Hydra has one state for all threads
 
 def _options_of(group: str) -> str:
     """Return the options of a group for --help, in lines of 80 characters."""
-    names = [name for name in options(group) if not name.endswith("_shape")]
+    names = [name for name in choices(group) if not name.endswith("_shape")]
     indent = " " * 13
     return textwrap.fill(" ".join(names), 80, initial_indent=indent, subsequent_indent=indent).strip()
 
@@ -67,23 +67,23 @@ def compose(overrides: Sequence[str], values: Mapping[str, Any] | None = None) -
     Raises:
         ValueError: An option does not exist, or has a value that no configuration holds.
     """
-    try:
+    with in_words(overrides):
         with _hydra():
             config = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
         OmegaConf.set_struct(config, False)
         for key, value in (values or {}).items():
             if value is not None:
                 OmegaConf.update(config, key, value, force_add=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(words(error)) from error
     return config
 
 
-def choices(group: str) -> list[str]:
-    """Return the options of a group: choices("strategy/allocator")."""
-    with _hydra():
-        loader = GlobalHydra.instance().config_loader()
-        return sorted(loader.get_group_options(group))
+@contextmanager
+def in_words(overrides: Sequence[str]) -> Iterator[None]:
+    """Turn an error of Hydra or OmegaConf into a ValueError in the words of the command line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(words(error, overrides)) from error
 
 
 def target_of(group: str, name: str) -> str:

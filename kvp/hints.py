@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from yaml import YAMLError
 
 from kvp.choices import choices, config_dirs, file, own
 from kvp.commands import COMMANDS
+from kvp.nearest import did_you_mean
 from kvp.plugins import CONF, lacking
 
 EXTRAS = {
@@ -26,8 +26,9 @@ EXTRAS = {
 DRY_RUN = "KVP_DRY_RUN"  # the environment variable that turns runs and sweeps into dry ones
 
 
-def words(error: BaseException) -> str:
-    """Return the innermost message, and the way out for a mistaken word."""
+def words(error: BaseException, command: Sequence[str] | None = None) -> str:
+    """Return the innermost message, and the way out for a mistaken word of `command` (None: the process's own)."""
+    command = sys.argv[1:] if command is None else command
     while error.__cause__ is not None and isinstance(error, HydraException | OmegaConfBaseException):
         if isinstance(error.__cause__, OmegaConfBaseException) and "not in struct" in str(error.__cause__):
             break
@@ -43,10 +44,12 @@ def words(error: BaseException) -> str:
         r"no viable alternative|token recognition error|extraneous input|mismatched input|missing EQUAL",
         message,
     ):
-        return _unparsed()
+        return _unparsed(command)
     if message.startswith("Config group override must be"):
-        return _no_choice_of_a_group()
-    if missing := re.search(r"Could not find '([\w/]+)/([^']+)'", message):
+        return _no_choice_of_a_group(command)
+    if inner := re.match(r"\w+ raised while resolving interpolation: (.*)", message):
+        return inner[1]
+    if missing := re.search(r"Could not find '([\w/]+)/([^']*)'", message):
         return _no_such_choice(*missing.groups())
     if launcher := re.search(r"Key '(\w+)' not in '\w*Conf'\s+full_key: (hydra\.launcher\.\w+)", message):
         return f"there is no option {launcher[2]!r} of this launcher: choose one with it, such as launcher=joblib"
@@ -57,14 +60,16 @@ def words(error: BaseException) -> str:
             if isinstance(error, HydraException | OmegaConfBaseException)
             else message
         )
-    return f"there is no option {misspelt[1] or misspelt[2]!r}.{_nearest(misspelt[1] or misspelt[2])}"
+    return (
+        f"there is no option {misspelt[1] or misspelt[2]!r}.{_nearest(misspelt[1] or misspelt[2], command)}"
+    )
 
 
-def _unparsed() -> str:
+def _unparsed(command: Sequence[str]) -> str:
     """Return which word of the command is no option, and how it would be one."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    for word in sys.argv[1:]:
+    for word in command:
         if word.startswith("-") or word in config_dirs():
             continue
         try:
@@ -85,17 +90,15 @@ def _no_command(word: str) -> str:
     """Return how a word without a value is a command, or an option."""
     if word in COMMANDS:
         return f"{word} comes first: kvp {word} ..., see kvp {word} --help"
-    close = difflib.get_close_matches(word, COMMANDS, n=1)
-    hint = f"Did you mean kvp {close[0]}? " if close else ""
     return (
-        f"{word!r} is no option: options have the form option=value. Nor is it a command. {hint}"
-        f"Commands: {', '.join(COMMANDS)}"
+        f"{word!r} is no option: options have the form option=value. Nor is it a command."
+        f"{did_you_mean(word, COMMANDS)} Commands: {', '.join(COMMANDS)}"
     )
 
 
-def _no_choice_of_a_group() -> str:
+def _no_choice_of_a_group(command: Sequence[str]) -> str:
     """Return which word gives a group a value that names no option."""
-    for word in sys.argv[1:]:
+    for word in command:
         group, _, value = word.partition("=")
         if (value == "null" or not re.search(r"[A-Za-z]", value)) and (known := choices(group)):
             return f"{group} must be one of {', '.join(known)}, got {value or 'nothing'}"
@@ -120,6 +123,21 @@ def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, others
 
 
+def check_flags(flags: Sequence[str]) -> None:
+    """Refuse a long flag that neither kvp nor Hydra has.
+
+    Raises:
+        ValueError: The message names the nearest.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    known = [flag for action in get_args_parser()._actions for flag in action.option_strings]
+    for flag in (word.partition("=")[0] for word in flags if word.startswith("--")):
+        if not any(each.startswith(flag) for each in known):
+            near = did_you_mean(flag, [*known, "--dry-run", "--version"])
+            raise ValueError(f"there is no flag {flag}.{near} Options have no dashes: ratio.value=0.5")
+
+
 def overshadowed() -> list[str]:
     """Return a line for each option of the command that a plugin has, too, and that is kvp's."""
     pairs = (word.partition("=") for word in sys.argv[1:])
@@ -139,20 +157,21 @@ def _no_such_choice(group: str, name: str) -> str:
     known = choices(group)
     if not known:
         return f"there is no group {group!r}. See --help for all groups."
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return f"there is no {group}={name}.{hint} There are: {', '.join(known)}"
+    if not name:
+        return f"{group} must be one of {', '.join(known)}, got nothing"
+    return f"there is no {group}={name}.{did_you_mean(name, known)} There are: {', '.join(known)}"
 
 
-def _nearest(name: str) -> str:
+def _nearest(name: str, command: Sequence[str]) -> str:
     """Return where a misspelt option may be meant, or which choice of a group has it."""
-    known = [key for key in _known() if key != name]
+    known = [key for key in _known(command) if key != name]
     group, _, rest = name.partition(".")
     if having := [choice for choice in choices(group) if rest in _keys(_read(group, choice), "")]:
         return f" It is one of {group}={having[0]}: choose that first."
     same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6) or same_leaf[:3]
-    return f" Did you mean {' or '.join(close)}?" if close else " See --cfg job for all options."
+    if near := did_you_mean(name, known, most=3):
+        return near
+    return f" Did you mean {' or '.join(same_leaf[:3])}?" if same_leaf else " See --cfg job for all options."
 
 
 def _read(group: str, choice: str) -> Any:
@@ -164,12 +183,12 @@ def _read(group: str, choice: str) -> Any:
         return {}
 
 
-def _known() -> list[str]:
+def _known(command: Sequence[str]) -> list[str]:
     """Return every option of the configuration under the choices of the command; none if they do not compose."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    pairs = [(word, word.partition("=")) for word in sys.argv[1:] if re.fullmatch(r"[\w/]+=\w+", word)]
+    pairs = [(word, word.partition("=")) for word in command if re.fullmatch(r"[\w/]+=\w+", word)]
     chosen = [word for word, (group, _, choice) in pairs if file(group, choice) and group != "launcher"]
     places = ",".join(f"'{folder.absolute()}'" for folder in own())
     GlobalHydra.instance().clear()

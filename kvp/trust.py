@@ -5,7 +5,6 @@ Trusted are kvp, packages of the current directory, installed plugins, and what 
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Collection
 from importlib import import_module
@@ -13,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kvp.nearest import did_you_mean
 from kvp.plugins import installed, owner
 
 
@@ -44,9 +44,9 @@ def find(key: str, target: str, trusted: Collection[str], say: str = "trusted=[{
         ) from error
     found = getattr(module, name, None)
     if found is None:
-        close = difflib.get_close_matches(name, dir(module), n=1)
-        hint = f"; did you mean {module_name}.{close[0]}?" if close else ""
-        raise ValueError(f"{key}={target}: {module_name} has no {name}{hint}{owner(root)}")
+        near = did_you_mean(name, dir(module))
+        whose = f".{near}{owner(root).removeprefix('.')}" if near else owner(root)
+        raise ValueError(f"{key}={target}: {module_name} has no {name}{whose}")
     if root == "kvp" and not _is_own(found):
         raise ValueError(f"{key}={target} is no class of kvp: name the class of an option")
     if not callable(found):

@@ -70,7 +70,7 @@ def test_errors_of_a_command_are_a_line_and_exit_code_1(tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["reprot"], "'reprot' is no option: .* Did you mean kvp report"),
+        (["reprot"], "'reprot' is no option: .* Did you mean report"),
         (["run", "zzz"], "'zzz' is no option: options have the form option=value"),
         (["strategy=random", "report"], "report comes first: kvp report"),
         (["--help", "stratgy"], "there is no group 'stratgy'"),

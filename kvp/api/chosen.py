@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -13,8 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvp.api.given import GIVEN, GivenIds, GivenTexts, check_ids, windows_in
-from kvp.composing import choices, compose
+from kvp.api.memory import check_tokenizer
+from kvp.choices import choices
+from kvp.composing import compose, in_words
 from kvp.identity import TARGET, named, targets
+from kvp.nearest import did_you_mean
 from kvp.pipeline.experiment import Experiment
 from kvp.strategies.base import Strategy
 
@@ -40,12 +42,16 @@ def experiment(
     Raises:
         ValueError: A value is out of its bounds, or no option has its name.
     """
+    if store is not None and not (isinstance(store, str | Path) and str(store)):
+        raise ValueError(f"store must be a directory, got {store!r}: None keeps nothing")
     place = Path(store).absolute() if store else Path(tempfile.gettempdir()) / "kvp-store"
     fixed: dict[str, Any] = {"store": str(place), "runs": f"{place}-runs"}
     if model is not None:
         fixed |= {"model.path": ".", "model.name": "model"}
         fixed |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
-    return Experiment.compose(compose([*NOTHING, "model=local", *options], {**fixed, **values}))
+    words = [*NOTHING, "model=local", *options]
+    with in_words(words):
+        return Experiment.compose(compose(words, {**fixed, **values}))
 
 
 def chosen(group: str, name: str, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
@@ -70,9 +76,8 @@ def check_choice(group: str, name: str) -> str:
     """
     if name in (known := choices(group)):
         return name
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"there is no {group} {name!r}.{hint} There are: {', '.join(known)}")
+    near = did_you_mean(name, known)
+    raise ValueError(f"there is no {group} {name!r}.{near} There are: {', '.join(known)}")
 
 
 def with_strategy(x: Experiment, strategy: Strategy) -> Experiment:
@@ -122,6 +127,7 @@ def calibrated(
         return ["calibration=drop"], {}, {"calibration": made}
     if tokenizer is None:
         raise ValueError("calibration text needs a tokenizer: give the model's, or token ids as calibration")
+    check_tokenizer(tokenizer)
     if isinstance(calibration, str):
         if calibration in choices("calibration"):
             return [f"calibration={calibration}"], values, {}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvp.api.chosen import check_choice, chosen, experiment
 from kvp.api.given import GivenTexts
-from kvp.api.memory import as_loaded, check_in_memory
+from kvp.api.memory import as_loaded, check_in_memory, check_tokenizer
 from kvp.evaluation.zeroshot import average
 from kvp.models.load import save
 from kvp.pipeline.gate import check_model, check_sources
@@ -77,8 +77,14 @@ def evaluate(
         FloatingPointError: A loss is not finite.
     """
     check_in_memory(model)
+    check_tokenizer(tokenizer)
+    if protocol == "none":
+        raise ValueError("protocol must be an option that evaluates, such as packaged; got 'none'")
     perplexity = [perplexity] if isinstance(perplexity, str) else perplexity
     tasks = [tasks] if isinstance(tasks, str) else tasks
+    for name, given in (("perplexity", perplexity), ("tasks", tasks)):
+        if not (given is None or isinstance(given, Mapping | Sequence)):
+            raise ValueError(f"{name} must be names, got {given!r}: an empty list asks for none")
     own = perplexity if isinstance(perplexity, Mapping) else {}
     values = {
         "evaluation.perplexity.corpora": perplexity and [*perplexity],

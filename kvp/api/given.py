@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
@@ -26,9 +25,20 @@ class GivenTexts(Corpus):
     """Texts of the caller: every part is all of them."""
 
     node: ClassVar[str] = "given"
-    texts: Sequence[str] = Field(min_length=1, description="documents such as ['one text', 'another']")
+    texts: Any
 
     def __post_init__(self) -> None:
+        if isinstance(self.texts, str | bytes) or not isinstance(self.texts, Sequence) or not self.texts:
+            raise ValueError(
+                f"texts must be a list of text such as ['one', 'another'], got {_kind(self.texts)}"
+            )
+        for number, text in enumerate(self.texts):
+            if not isinstance(text, str):
+                raise ValueError(f"texts[{number}] must be text, got {_kind(text)}")
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(
+                    f"texts[{number}] has half a character (a lone surrogate): read it with the right encoding"
+                )
         if not any(text.strip() for text in self.texts):
             raise ValueError("texts must have text in them, got blanks only")
 
@@ -63,6 +73,11 @@ class GivenIds(Calibration):
     @override
     def check(self, corpora: Mapping[str, Corpus]) -> None:
         """Nothing can be missing."""
+
+
+def _kind(value: Any) -> str:
+    """Return what a value is, in few words: a text may be long."""
+    return "one text" if isinstance(value, str) else f"{type(value).__name__} {value!r:.40}"
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> Tensor:

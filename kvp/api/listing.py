@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from inspect import getdoc
 
-from kvp.composing import choices, target_of
+from kvp.choices import choices
+from kvp.composing import target_of
 from kvp.trust import find
 
 

@@ -23,39 +23,55 @@ from kvp.types import DTYPES
 _BUSY: WeakSet[PreTrainedModel] = WeakSet()  # models that a call has changed for its time
 
 
-def check_in_memory(model: Any) -> None:
-    """Refuse what cannot be cut: no decoder that kvp knows, quantised, sharded, or not loaded.
+def check_in_memory(model: Any, name: str = "model") -> None:
+    """Refuse what cannot be cut: no decoder that kvp knows, quantised, sharded, or not loaded; errors call it `name`.
 
     Raises:
         ValueError: The message says what it is and the way out.
     """
     if hasattr(model, "merge_and_unload"):
-        raise ValueError("model has an adapter: give model.merge_and_unload()")
+        raise ValueError(f"{name} has an adapter: give {name}.merge_and_unload()")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"model must be a transformers PreTrainedModel, got {type(model).__name__}: see kvp.load"
+            f"{name} must be a transformers PreTrainedModel, got {type(model).__name__}: see kvp.load"
         )
     if not isinstance(model, family_of(model.config).causal_lm | pruned_class(model.config)):
         raise ValueError(
-            f"model must be a causal language model, got {type(model).__name__}: load it by AutoModelForCausalLM"
+            f"{name} must be a causal language model, got {type(model).__name__}: load it by AutoModelForCausalLM"
         )
     if any(".lora_" in name or ".base_layer." in name for name, _ in model.named_parameters()):
-        raise ValueError("model has an adapter inside: merge it first, or load the model without it")
+        raise ValueError(f"{name} has an adapter inside: merge it first, or load the model without it")
     if getattr(model, "is_quantized", False):
         raise ValueError(
-            "model is quantised, and channels of packed weights cannot be cut: prune first, then quantise"
+            f"{name} is quantised, and channels of packed weights cannot be cut: prune first, then quantise"
         )
     devices = {str(parameter.device) for parameter in model.parameters()}
     if len(devices) > 1 or "meta" in devices:
         raise ValueError(
-            f"model must lie on one device, got {', '.join(sorted(devices))}: load it without device_map"
+            f"{name} must lie on one device, got {', '.join(sorted(devices))}: load it without device_map"
         )
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     if len(dtypes) > 1 or not dtypes <= {*DTYPES}:
         raise ValueError(
-            f"model must have one dtype of {', '.join(DTYPES)}, got {', '.join(sorted(dtypes))}: model.float()"
+            f"{name} must have one dtype of {', '.join(DTYPES)}, got {', '.join(sorted(dtypes))}: {name}.float()"
         )
-    check_finite(model, "model")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            f"{name} was loaded in torch.inference_mode(), which forbids gradients: load it outside"
+        )
+    check_finite(model, name)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is no tokenizer of transformers.
+
+    Raises:
+        ValueError: The message says what it is.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}: kvp.load returns a model's"
+        )
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -87,7 +103,8 @@ def as_loaded(model: PreTrainedModel) -> Iterator[None]:
         for parameter, _, _ in gradients:
             parameter.grad = None
             parameter.requires_grad_(True)
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         for parameter, gradient, learns in gradients:
             parameter.grad = gradient

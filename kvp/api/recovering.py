@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvp.api.chosen import chosen, experiment
 from kvp.api.given import GIVEN, GivenTexts
-from kvp.api.memory import check_in_memory, weights_digest, written
+from kvp.api.memory import check_in_memory, check_tokenizer, weights_digest, written
 from kvp.code import edits
 from kvp.models.load import load_model, save
 from kvp.pipeline.experiment import Experiment
@@ -84,6 +85,9 @@ def recover(
         FloatingPointError: A loss is not finite.
     """
     check_in_memory(model)
+    check_tokenizer(tokenizer)
+    if teacher is not None:
+        check_in_memory(teacher, "teacher")
     words, values = chosen("recovery", recipe, options)
     if texts is not None:
         values["recovery.data.corpora"] = [GIVEN]
@@ -139,12 +143,13 @@ def _trained(
     for name, each in models.items():
         if each is not None:
             save(each, tokenizer, place / name)
-    return train(
-        x.recovery,
-        place / "given",
-        directory,
-        corpora=x.corpora,
-        seed=x.node["seed"],
-        device=x.device,
-        teacher=place / "teacher" if models["teacher"] is not None else None,
-    )
+    with torch.inference_mode(False), torch.enable_grad():
+        return train(
+            x.recovery,
+            place / "given",
+            directory,
+            corpora=x.corpora,
+            seed=x.node["seed"],
+            device=x.device,
+            teacher=place / "teacher" if models["teacher"] is not None else None,
+        )

@@ -5,7 +5,6 @@ A corpus is packaged (offline), a local file, or files on the Hugging Face hub. 
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from kvp.data.files import form_of
 from kvp.data.hub import HubFile
 from kvp.data.rows import read_texts
 from kvp.data.survey import departures, require_plain, sha256
+from kvp.nearest import did_you_mean
 from kvp.options import options
 
 Part = Literal["train", "test"]
@@ -56,9 +56,7 @@ def find(corpora: Mapping[str, Corpus], name: str) -> Corpus:
     """
     if name in corpora:
         return corpora[name]
-    close = difflib.get_close_matches(name, corpora, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"Unknown corpus {name!r}.{hint} Known: {', '.join(corpora)}")
+    raise ValueError(f"Unknown corpus {name!r}.{did_you_mean(name, corpora)} Known: {', '.join(corpora)}")
 
 
 @options

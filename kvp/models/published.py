@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import transformers
 from kvp.models.family import family_of
 from kvp.models.load import load_config
 from kvp.models.sources import HubModel, ModelSource
+from kvp.nearest import did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -119,8 +119,7 @@ def _downloaded(source: HubModel) -> PretrainedConfig:
         file = hf_hub_download(source.path, "config.json", revision=source.revision)
         return transformers.AutoConfig.from_pretrained(Path(file).parent, trust_remote_code=False)
     except Exception as error:
-        close = difflib.get_close_matches(source.path, PUBLISHED, n=1, cutoff=0.4)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(source.path, PUBLISHED, cutoff=0.4)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(
             f"{source.path} is no directory, and its config.json is out of reach on the hub ({first}).{hint} Ways "

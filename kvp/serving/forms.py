@@ -10,12 +10,12 @@ needs imports there names them: `half.imports = ("kvp",)`.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from kvp.nearest import did_you_mean
 from kvp.trust import find
 
 if TYPE_CHECKING:
@@ -59,13 +59,11 @@ def own_form(name: str, trusted: Collection[str] = ()) -> Write | None:
     """
     if name in get_args(Target):
         return None
-    module, colon, function = name.partition(":")
+    module, colon, function = str(name).partition(":")
     if not (colon and module and function):
-        close = difflib.get_close_matches(name, get_args(Target), n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
         raise ValueError(
             f"the form (--to) must be one of {', '.join(get_args(Target))}, or your own such as mypkg.forms:half; "
-            f"got {name!r}.{hint}"
+            f"got {name!r}.{did_you_mean(name, get_args(Target))}"
         )
     return find("form", f"{module}.{function}", trusted, say="--trust {}")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from kvp.nearest import did_you_mean
 from kvp.store.contents import Entry, Run, users
 from kvp.store.housekeeping import owned
 
@@ -65,9 +65,8 @@ def _only(target: str, matching: Sequence[Thing]) -> Thing:
 
 def _nothing(target: str, found: Sequence[Entry], runs: Sequence[Run]) -> str:
     names = [*(run.name for run in runs), *(f"{entry.kind}/{entry.path.name}" for entry in found)]
-    close = difflib.get_close_matches(target, names, n=2)
-    hint = f"Did you mean {' or '.join(close)}?" if close else "python -m kvp.store ls shows the names."
-    return f"there is no run or stage {target!r}. {hint}"
+    hint = did_you_mean(target, names, most=2) or " python -m kvp.store ls shows the names."
+    return f"there is no run or stage {target!r}.{hint}"
 
 
 def _check_runs(chosen: Sequence[Run], runs: Sequence[Run]) -> None:

@@ -18,7 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassifica
 
 import kvp
 from kvp.api.memory import as_loaded, weights_digest
-from kvp.composing import choices, target_of
+from kvp.choices import choices
+from kvp.composing import target_of
 from kvp.hints import CONF
 from kvp.models.load import byte_tokenizer
 from kvp.models.shapes import layer_shapes
@@ -237,7 +238,7 @@ def test_a_recipe_that_is_none_is_refused(model, recipe):
 
 
 BAD = {  # arguments of prune, and the beginning of their error
-    "strategy": ({"strategy": "kvprunr"}, "there is no strategy 'kvprunr'. Did you mean 'kvpruner'?"),
+    "strategy": ({"strategy": "kvprunr"}, "there is no strategy 'kvprunr'. Did you mean kvpruner?"),
     "no strategy": ({"strategy": 3}, "strategy must be a name or an object such as kvp.FLAP"),
     "options beside an object": (
         {"strategy": kvp.FLAP(), "metric": "ifv"},
@@ -254,18 +255,27 @@ BAD = {  # arguments of prune, and the beginning of their error
     "inner option": ({"allocator": {"multiple": 2}}, "strategy.allocator has no option 'multiple'"),
     "allocator": (
         {"allocator": "unform"},
-        "there is no strategy/allocator 'unform'. Did you mean 'uniform'?",
+        "there is no strategy/allocator 'unform'. Did you mean uniform?",
     ),
     "corpus": ({"calibration": "dropp", "tokenizer": byte_tokenizer()}, "Unknown corpus 'dropp'"),
     "no tokenizer": ({"calibration": "drop"}, "calibration text needs a tokenizer"),
     "no texts": (
         {"calibration": [], "tokenizer": byte_tokenizer()},
-        "given.texts must be a list of at least 1",
+        r"texts must be a list of text such as \['one', 'another'\], got list \[\]",
     ),
     "texts that are none": (
         {"calibration": [1], "tokenizer": byte_tokenizer()},
-        "given.texts.0 must be text, got 1",
+        r"texts\[0\] must be text, got int 1",
     ),
+    "half a character": (
+        {"calibration": ["\ud800"], "tokenizer": byte_tokenizer()},
+        r"texts\[0\] has half a character",
+    ),
+    "no tokenizer of transformers": (
+        {"calibration": "drop", "tokenizer": "tokenizer"},
+        "tokenizer must be a transformers tokenizer, got str",
+    ),
+    "store": ({"store": ""}, "store must be a directory, got ''"),
     "blank texts": ({"calibration": [" "], "tokenizer": byte_tokenizer()}, "texts must have text in them"),
     "short texts": (
         {"calibration": ["a"], "tokenizer": byte_tokenizer()},
@@ -325,8 +335,18 @@ def test_models_out_of_reach_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises((FileNotFoundError, ValueError), match="empty"):
         kvp.load(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"model\.dtype must be one of"):
-        kvp.load("tiny", dtype="int8")
+    with pytest.raises(FileNotFoundError, match=r"no model 'smolm2_135m'. Did you mean smollm2_135m\?"):
+        kvp.load("smolm2_135m")
+    with pytest.raises(ValueError, match=r"model\.path is not set"):
+        kvp.load("local")
+    for given, message in (
+        ({"path": ""}, "path must be a model's name"),
+        ({"dtype": "int8"}, r"model\.dtype must be one of"),
+        ({"dtype": torch.int8}, r"model\.dtype must be one of"),
+        ({"device": "gpu"}, "device must be one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kvp.load(**{"path": "tiny", **given})
     assert not [*Path(tmp_path).glob("**/*.safetensors")]
 
 
@@ -355,3 +375,39 @@ def test_the_api_works_inside_an_application_that_uses_hydra():
         assert "flap" in choices("strategy")
         assert hydra_compose("ratio/params").ratio.of == "params"
     assert not GlobalHydra.instance().is_initialized()
+
+
+def test_every_function_says_what_it_was_not_given(model):
+    tokenizer = byte_tokenizer()
+    for call in (
+        lambda: kvp.evaluate(model, None, perplexity={"own": ["text"]}, tasks=[]),
+        lambda: kvp.recover(model, None),
+        lambda: kvp.export(model, None, "nowhere"),
+    ):
+        with pytest.raises(ValueError, match="tokenizer must be a transformers tokenizer, got NoneType"):
+            call()
+    with pytest.raises(ValueError, match="protocol must be an option that evaluates"):
+        kvp.evaluate(model, tokenizer, "none", perplexity=["squad"])
+    with pytest.raises(ValueError, match="perplexity must be names, got 3"):
+        kvp.evaluate(model, tokenizer, perplexity=3)
+    with pytest.raises(ValueError, match="teacher must be a transformers PreTrainedModel, got str"):
+        kvp.recover(model, tokenizer, teacher="tiny", distillation="logits")
+
+
+def test_inference_mode_around_a_call_does_not_take_the_gradients():
+    with torch.inference_mode():
+        inside = tiny_model()
+    outside = tiny_model()
+    with torch.inference_mode():
+        pruned = kvp.prune(
+            outside,
+            strategy="llm_pruner",
+            ratio=1 / 3,
+            calibration=IDS,
+            allocator={"multiple_of": 2},
+            protect_first=0,
+            protect_last=0,
+        )
+    assert pruned.achieved["kv_cache"] > 0.2
+    with pytest.raises(ValueError, match=r"loaded in torch\.inference_mode"):
+        kvp.prune(inside, calibration=IDS)

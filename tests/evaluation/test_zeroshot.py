@@ -121,7 +121,7 @@ def test_all_seven_are_packaged():
 
 @pytest.mark.parametrize("source", ["packaged", "hub"])
 def test_an_unknown_task_is_refused_with_the_nearest_name(source):
-    with pytest.raises(ValueError, match=r"Unknown .* task 'helaswag'\. Did you mean 'hellaswag'"):
+    with pytest.raises(ValueError, match=r"Unknown .* task 'helaswag'\. Did you mean hellaswag"):
         ZeroShot(tasks=["helaswag"], source=source).check()
 
 

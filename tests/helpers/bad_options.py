@@ -156,7 +156,7 @@ TARGETS = [
     (["strategy._target_=kvp.measurement.measure.subprocess.run"], "cannot be imported"),
     (["tracker._target_=kvp.measurement.memory.psutil"], "is no class of kvp"),
     (["tracker._target_=kvp.models.sources.version"], "is no class of kvp"),
-    (["strategy._target_=kvp.strategies.methods.random.Randm"], "did you mean"),
+    (["strategy._target_=kvp.strategies.methods.random.Randm"], "Did you mean"),
     (["strategy._target_=null"], "strategy._target_ must be a class"),
     (
         ["tracker._target_=kvp.evaluation.zeroshot.ZeroShot", "+tracker.tasks=[piqa]"],
@@ -166,7 +166,7 @@ TARGETS = [
 ]
 SOURCES = [
     (["calibration.corpora=[drop,drop]"], "calibration.corpora names drop twice"),
-    (["calibration.corpora=[squat]"], "Did you mean 'squad'?"),
+    (["calibration.corpora=[squat]"], "Did you mean squad?"),
     (["evaluation.perplexity.corpora=[text]"], "KVP_TEXT"),
     (["evaluation.zero_shot.tasks=[piqua]"], "piqua"),
     (["corpora.text.path=nowhere.txt", "calibration.corpora=[text]"], "There is no file nowhere.txt"),

@@ -257,7 +257,7 @@ def test_an_edited_stage_is_not_trusted(finished):
         (["strategi=random"], "strategi"),
         (["strategy.importance=tailor"], "strategy.importance must be one of random"),
         (["strategy.allocator.temperature=-1"], "temperature must be >= 0"),
-        (["calibration.corpora=[squat]"], "Did you mean 'squad'?"),
+        (["calibration.corpora=[squat]"], "Did you mean squad?"),
         (["evaluation.perplexity.window=1"], "window must be >= 2, got 1"),
         (["evaluation.zero_shot.tasks=[piqua]"], "piqa"),
         (["recovery.rank=0"], "rank must be > 0, got 0"),

@@ -70,10 +70,11 @@ class Allocator(ABC):
         achieved = sum(cost * n for cost, n in zip(costs, removed, strict=True)) / dense
         if abs(achieved - budget.value) > budget.tolerance:
             reachable = limit / dense
+            ask = f"Ask for ratio.value={achieved:.4f}, or change" if achieved else "Change"
             raise ValueError(
                 f"ratio.value={budget.value} of {budget.of} cannot be reached by this strategy on this "
                 f"model: the nearest is {achieved:.4f} (at most {reachable:.4f}; max_ratio={self.max_ratio}, "
-                f"multiple_of={self.multiple_of}). Ask for ratio.value={achieved:.4f}, or change ratio.of, "
+                f"multiple_of={self.multiple_of}). {ask} ratio.of, "
                 "strategy.allocator.max_ratio, strategy.allocator.multiple_of or ratio.tolerance"
             )
         return [pool.units - n for pool, n in zip(pools, removed, strict=True)]
