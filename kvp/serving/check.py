@@ -6,8 +6,7 @@ log-probabilities must be the same, its greedy tokens up to near ties. Exit
 code 0: they are; 1: they are not, or the engine cannot be asked.
 
   kvp check DIR                  transformers, or llama.cpp for a GGUF
-  kvp check DIR --engine vllm    needs a GPU and vLLM; never run by the authors
-  kvp check DIR --engine vllm --python /path/to/vllm/venv/bin/python
+  kvp check DIR --engine vllm    vLLM of `make serve-env`, or of --python
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from kvp.commands import called
 from kvp.models.checkpoint.check import check_checkpoint
 from kvp.models.checkpoint.files import read_json
+from kvp.serving.check_vllm import check_vllm
 from kvp.serving.forms import Engine, Target, engines_of, imports_of, own_form
 from kvp.serving.remote_code import require_own_code
 from kvp.serving.sample import Sample
@@ -69,8 +69,14 @@ def check(
         require_own_code(directory)
     elif form != "gguf":
         check_checkpoint(directory)
-    answer = ask(directory, sample, engine, imports=imports_of(form, own), own_code=own_code, python=python)
-    return {"engine": engine, **compare(sample, answer, exact=engine != "vllm" and _is_float32(serving))}
+    if engine == "vllm":
+        report = check_vllm(directory, serving, sample, own_code=own_code, python=python)
+    else:
+        answer = ask(
+            directory, sample, engine, imports=imports_of(form, own), own_code=own_code, python=python
+        )
+        report = {**answer.facts, **compare(sample, answer, exact=_is_float32(serving))}
+    return {"engine": engine, **report}
 
 
 def _sample(file: Path, stored: Any) -> Sample:

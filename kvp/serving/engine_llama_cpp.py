@@ -35,7 +35,8 @@ def main() -> None:
         model.eval(greedy[-1:])
     read = model.tokenize(ask["text"].encode(), add_bos=True, special=False)
     answer = {"logits": logits, "greedy": np.array(greedy), "ids": np.array(read[: len(ids)])}
-    save_file(answer, f"{work}/answer.safetensors")
+    facts = {"version": llama_cpp.__version__, "dtype": "float32"}
+    save_file(answer, f"{work}/answer.safetensors", {"facts": json.dumps(facts)})
 
 
 if __name__ == "__main__":
