@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from kvp.models.load import load_config
+from kvp.models.shapes import layer_shapes
 from kvp.serving.sample import Sample, token_logprobs
 from kvp.serving.verify import CACHE_BYTES, EXACT, KERNELS, Answer, ask, compare, distance
 
@@ -35,8 +37,8 @@ def check_vllm(
     proof = compare(sample, exact, exact=serving["dtype"] == "float32")
     if not proof["passed"]:
         return {**proof, "why": f"already in transformers: {proof['why']}"}
-    tokens, per_token = len(sample.ids) + len(sample.greedy), bytes_per_token(serving, "float32")
-    room = max(CACHE_BYTES, ROOM * tokens * per_token)
+    numbers = cached_numbers(directory, serving, own_code=own_code)
+    room = max(CACHE_BYTES, ROOM * (len(sample.ids) + len(sample.greedy)) * numbers * torch.float32.itemsize)
     options = {"model_impl": "transformers"} if own_code else {}
     said = ask(directory, sample, "vllm", own_code=own_code, python=python, cache_bytes=room, options=options)
     dtype = said.facts["dtype"]
@@ -50,16 +52,22 @@ def check_vllm(
         passages=[],
     )
     report = compare(reference, said, exact=dtype == "float32", tolerance=tolerance)
-    return {**said.facts, **report, "cache_tokens_predicted": predicted(said, serving)}
+    return {**said.facts, **report, "cache_tokens_predicted": predicted(said, numbers)}
 
 
-def bytes_per_token(serving: Mapping[str, Any], dtype: str) -> int:
-    """Return the bytes of keys and values per token, if the cache has this dtype; 0 for a form that does not say."""
+def cached_numbers(directory: Path, serving: Mapping[str, Any], *, own_code: bool) -> int:
+    """Return how many numbers vLLM caches per token; 0 for a form that does not say."""
+    if own_code:  # of two widths it caches the wider one twice
+        shapes = layer_shapes(load_config(directory))
+        return sum(
+            2 * shape.num_key_value_heads * max(shape.qk_head_dim, shape.v_head_dim) for shape in shapes
+        )
     stored = serving.get("kv_bytes_per_token", {"export": 0})["export"]
-    return stored * getattr(torch, dtype).itemsize // getattr(torch, serving["dtype"]).itemsize
+    return stored // getattr(torch, serving["dtype"]).itemsize
 
 
-def predicted(said: Answer, serving: Mapping[str, Any]) -> int | None:
-    """Return how many tokens the export's bytes per token let the engine's memory hold, in whole blocks."""
-    per_block = said.facts["block_size"] * bytes_per_token(serving, said.facts["dtype"])
-    return said.facts["cache_bytes"] // per_block * said.facts["block_size"] if per_block else None
+def predicted(said: Answer, numbers: int) -> int | None:
+    """Return how many tokens the engine's memory should hold, in whole blocks."""
+    facts = said.facts
+    per_block = facts["block_size"] * numbers * getattr(torch, facts["dtype"]).itemsize
+    return facts["cache_bytes"] // per_block * facts["block_size"] if per_block else None

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MODULE = "modeling_kvp"
-NEEDS = "transformers>=5.20,<6"  # as pyproject says
-ROOTS = (("kvp.models.configs", "config_twin"), ("kvp.models.pruned", "model_twin"))
+NEEDS = "transformers>=5.19,<6"  # 5.19 is that of vLLM 0.32
+ROOTS = (
+    ("kvp.models.configs", "config_twin"),
+    ("kvp.models.pruned", "model_twin"),
+    ("kvp.serving.vllm_layers", "declare_to_vllm"),
+)
 HEAD = '''"""The model of this checkpoint: a pruned {prefix} with widths of its own; made by kvp {version}.
 
     AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
@@ -42,6 +46,8 @@ require_version({needs!r})
 FAMILY = {family!r}
 {config} = config_twin(FAMILY)
 {model} = model_twin(FAMILY, {config})
+{decoder} = {model}.decoder_class
+declare_to_vllm(FAMILY)
 '''
 
 
@@ -75,6 +81,7 @@ def auto_map(family: Family) -> dict[str, str]:
     """Return the field of config.json that names the classes."""
     return {
         "AutoConfig": f"{MODULE}.Kvp{family.prefix}Config",
+        "AutoModel": f"{MODULE}.Kvp{family.prefix}Model",
         "AutoModelForCausalLM": f"{MODULE}.Kvp{family.prefix}ForCausalLM",
     }
 
@@ -96,6 +103,7 @@ def code(name: str) -> str:
         family=family,
         config=classes["AutoConfig"].rpartition(".")[2],
         model=classes["AutoModelForCausalLM"].rpartition(".")[2],
+        decoder=classes["AutoModel"].rpartition(".")[2],
     )
 
 
