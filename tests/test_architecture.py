@@ -20,7 +20,7 @@ BEHIND = {
     "lm_eval": {"evaluation.zeroshot"},
     "jinja2": {"report.page.html"},
     "gguf": {"serving.gguf_file", "serving.gguf_tokens"},
-    "llama_cpp": {"bench.llama_cpp.engine", "serving.engine_llama_cpp"},
+    "llama_cpp": {"bench.llama_cpp.engine", "serving.engine_llama_cpp", "serving.quantize_llama_cpp"},
     "vllm": {"serving.engine_vllm"},
     "optuna": {"strategies.methods.adapruner"},
     "peft": {"recovery.fit", "recovery.merge"},

@@ -70,7 +70,10 @@ def check(
     elif form != "gguf":
         check_checkpoint(directory)
     answer = ask(directory, sample, engine, imports=imports_of(form, own), own_code=own_code, python=python)
-    return {"engine": engine, **compare(sample, answer, exact=engine != "vllm" and _is_float32(serving))}
+    quantized = serving.get("quantized")
+    exact = engine != "vllm" and _is_float32(serving) and not quantized
+    allowed = quantized["logprobs_rms_difference"] if quantized else 0.0
+    return {"engine": engine, **compare(sample, answer, exact=exact, allowed=allowed)}
 
 
 def _sample(file: Path, stored: Any) -> Sample:
