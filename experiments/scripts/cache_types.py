@@ -39,7 +39,7 @@ def main() -> None:
             try:
                 row |= distance(sample, ask(directory, sample, "llama_cpp", cache=cache))
             except RuntimeError as error:
-                row["refused"] = str(error)[-300:]
+                row["refused"] = str(error).splitlines()[-1]
             print(json.dumps(row), flush=True)
 
 

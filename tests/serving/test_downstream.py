@@ -61,12 +61,12 @@ LIMIT = 12
 
 
 def pruned(kind):
-    longer = {"vocab_size": 259, "max_position_embeddings": 4096, "head_dim": 16, "attention_bias": False}
+    longer = {"vocab_size": 259, "max_position_embeddings": 4096, "head_dim": 64, "attention_bias": False}
     model = tiny_model("llama", "gqa", mlp_bias=False, **longer)
     if kind == "uneven":
         return apply(model, random_plan(model, ["qk", "vo", "ffn"]))
     model = joined(model, 1) if kind == "joined" else model
-    return apply(model, shared_plan(model, (0, 2, 3, 5)))
+    return apply(model, shared_plan(model, range(0, 32, 2)))  # heads of 32: what vLLM's kernels take
 
 
 @pytest.mark.slow
@@ -130,11 +130,9 @@ def engine_python(engine: str) -> str:
 def test_lm_eval_says_what_kvp_says(engine, options, tmp_path):
     """lm-eval is this environment's; in vLLM's it stands behind the packages that are there."""
     python = engine_python(engine)
-    checkpoint = os.environ.get("KVP_CHECKPOINT")  # a real one, where there is one
-    if not checkpoint:
-        checkpoint = str(tmp_path / "pruned")
-        save(pruned("one width"), byte_tokenizer(), tmp_path / "pruned")
-    export(Path(checkpoint), tmp_path / "out", "stock")
+    checkpoint = tmp_path / "pruned"
+    save(pruned("one width"), byte_tokenizer(), checkpoint)
+    export(checkpoint, tmp_path / "out", "stock")
     (tmp_path / "tasks").mkdir()
     task = packaged_task(tmp_path / "tasks", "arc_easy")
     command = [python, "-c", LM_EVAL, sysconfig.get_paths()["purelib"], "run", "--model", engine]
@@ -157,9 +155,9 @@ def test_lm_eval_says_what_kvp_says(engine, options, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (tmp_path / "said").rglob("results*.json")
     said = json.loads(file.read_text())["results"][task]
-    model = load_model(Path(checkpoint), dtype=torch.float32, device="cpu")
+    model = load_model(checkpoint, dtype=torch.float32, device="cpu")
     zero_shot = ZeroShot(tasks=["arc_easy"], limit=LIMIT)
-    expected = zero_shot.evaluate(model, load_tokenizer(Path(checkpoint)), "arc_easy")
+    expected = zero_shot.evaluate(model, load_tokenizer(checkpoint), "arc_easy")
     assert (said["acc,none"], said["acc_norm,none"]) == (expected["acc"], expected["acc_norm"])
 
 
