@@ -27,7 +27,7 @@ OPEN = {
 {first}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("DIRECTORY"{more})
-tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY"{more})
 ```""",
     "vllm": """```bash
 vllm serve DIRECTORY

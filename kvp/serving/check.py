@@ -27,7 +27,7 @@ from kvp.serving.check_vllm import check_vllm
 from kvp.serving.forms import Engine, Target, engines_of, imports_of, own_form
 from kvp.serving.remote_code import require_own_code
 from kvp.serving.sample import Sample
-from kvp.serving.verify import ask, compare
+from kvp.serving.verify import ROUNDED, ask, compare
 from kvp.types import DTYPES
 
 
@@ -75,7 +75,10 @@ def check(
         answer = ask(
             directory, sample, engine, imports=imports_of(form, own), own_code=own_code, python=python
         )
-        report = {**answer.facts, **compare(sample, answer, exact=_is_float32(serving))}
+        quantized = serving.get("quantized")
+        exact = serving["dtype"] == "float32" and not quantized
+        tolerance = ROUNDED + quantized["logprobs_rms_difference"] if quantized else None
+        report = {**answer.facts, **compare(sample, answer, exact=exact, tolerance=tolerance)}
     return {"engine": engine, **report}
 
 
@@ -85,10 +88,6 @@ def _sample(file: Path, stored: Any) -> Sample:
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise ValueError(f"{file}: its sample is damaged at {where or 'the top'}: export it again") from None
-
-
-def _is_float32(serving: dict[str, Any]) -> bool:
-    return serving["dtype"] == "float32"
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from kvp.serving.forms import Engine
 from kvp.serving.sample import NEW_TOKENS, Sample, token_logprobs
 
 CACHE_BYTES = 64 << 20  # of vLLM's cache during a check
-SETTINGS = {"dtype": "float32", "cache_bytes": CACHE_BYTES, "options": {}}  # of an engine's process
+SETTINGS = {"dtype": "float32", "cache_bytes": CACHE_BYTES, "options": {}, "cache": "F32"}  # of an engine
 EXACT = 1e-4  # nats, root mean square over the tokens: float32 throughout
 ROUNDED = 5e-2  # the same where weights, activations or the cache have 16 bits
 KERNELS = 2.0  # an engine of other kernels may round twice as much as transformers in the same dtype
@@ -55,7 +55,8 @@ def ask(
         imports: Modules that transformers needs to open the checkpoint; none for a stock one.
         own_code: Whether transformers runs the modelling file of the directory, which must be kvp's own.
         python: Interpreter that has the engine.
-        settings: Of the engine, beside those of SETTINGS: "dtype" of transformers, "cache_bytes" and "options" of vLLM.
+        settings: Of the engine, beside those of SETTINGS: "dtype" of transformers, "cache_bytes" and "options" of vLLM,
+            "cache" of llama.cpp, such as "Q8_0".
 
     Returns:
         "logits" (tokens, vocabulary) or "logprobs" (tokens - 1,), "greedy", "ids" if it read the text itself, and

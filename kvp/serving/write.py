@@ -20,10 +20,11 @@ from kvp.serving.card import card
 from kvp.serving.forms import Engine, Write, engines_of, imports_of, own_form
 from kvp.serving.layout import stock_layout
 from kvp.serving.made import checkpoint_of, made_by
+from kvp.serving.quantize import quantize_gguf, require_quantizer
 from kvp.serving.remote_code import NEEDS, write_code
 from kvp.serving.rope import require_fixed_factors
 from kvp.serving.sample import Sample, make_sample, require_positions
-from kvp.serving.stock import to_stock
+from kvp.serving.stock import add_old_keys, to_stock
 from kvp.serving.verify import ask, compare, has
 from kvp.serving.whole import whole
 
@@ -39,7 +40,9 @@ NOT_RUN = (
 )
 
 
-def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) -> dict[str, Any]:
+def export(
+    checkpoint: Path, out: Path, to: str, trusted: Collection[str] = (), quantize: str | None = None
+) -> dict[str, Any]:
     """Write `checkpoint` for other engines, and check it in a process that does not know kvp (custom: does).
 
     Args:
@@ -47,6 +50,7 @@ def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) 
         out: Directory to write.
         to: Name of a form, or a user's own as "mypkg.forms:half".
         trusted: Packages whose forms may run, beside those that `kvp.trust` trusts.
+        quantize: Type of the weights of a GGUF, as llama.cpp names it; None: that of the checkpoint.
 
     Returns:
         What `serving.json` says.
@@ -57,7 +61,10 @@ def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) 
         ValueError: Its shapes have no such form; nothing was written.
         ArithmeticError: The export does not give the answer of the checkpoint; it was removed.
         RuntimeError: The engine cannot open it; it was removed.
+        ModuleNotFoundError: `quantize` needs llama.cpp.
     """
+    if quantize is not None:
+        require_quantizer(to, quantize)
     own, checkpoint = own_form(to, trusted), checkpoint_of(checkpoint)
     config = _checked(checkpoint, out, to if own is None else None)
     with whole(out, SERVING) as partial:
@@ -65,17 +72,21 @@ def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) 
         exported = _write(model, checkpoint, partial, to, own)
         del model
         sample, check = _proof(checkpoint, partial, to, exported, imports_of(to, own))
+        quantized = quantize_gguf(partial, quantize, sample) if quantize else None
         serving = {
             "form": to,
             "dtype": _name(exported),
             **({} if own else _facts(config, exported)),
             "engines": _own_engines(own) if own else _engines(exported, to, check),
             "check": check,
+            **({"quantized": quantized} if quantized else {}),
             "sample": sample.stored(),
         }
         (partial / SERVING).write_text(json.dumps(serving, indent=2))
         if own is None:
-            (partial / "README.md").write_text(card(exported, form=to, made=made_by(checkpoint)))
+            (partial / "README.md").write_text(
+                card(exported, form=to, made=made_by(checkpoint), quantized=quantized)
+            )
     return serving
 
 
@@ -145,7 +156,7 @@ def _write(
         return stock.config
     stock = to_stock(model, to)  # type: ignore[arg-type]  # one of the three that are left
     save(stock, tokenizer, directory)
-    _add_old_keys(directory / "config.json")
+    add_old_keys(directory / "config.json")
     return stock.config
 
 
@@ -176,20 +187,6 @@ def _stored_dtype(config: PretrainedConfig) -> torch.dtype:
 
 def _name(config: PretrainedConfig) -> str:
     return str(config.dtype or "float32").removeprefix("torch.")
-
-
-def _add_old_keys(path: Path) -> None:
-    """transformers 4 and most engines read `rope_theta`, `rope_scaling` and `torch_dtype`; 5 no longer writes them."""
-    config = json.loads(path.read_text())
-    rope = config["rope_parameters"]
-    config["rope_theta"] = rope["rope_theta"]
-    config["rope_scaling"] = None
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-    if "original_max_position_embeddings" in rope:
-        config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    config["torch_dtype"] = config.get("dtype")
-    path.write_text(json.dumps(config, indent=2))
 
 
 def _facts(before: PretrainedConfig, after: PretrainedConfig) -> dict[str, Any]:

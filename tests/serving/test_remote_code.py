@@ -88,9 +88,8 @@ def test_the_file_needs_torch_and_transformers_only(exported):
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.partition(".")[0])
     assert imported - sys.stdlib_module_names == {"torch", "transformers", "vllm"}
-    assert sorted(get_imports(exported / f"{MODULE}.py")) == ["torch", "transformers"], (
-        "what must be installed"
-    )
+    demanded = {*get_imports(exported / f"{MODULE}.py")} - sys.stdlib_module_names
+    assert demanded == {"torch", "transformers"}
 
 
 @pytest.mark.parametrize("where", ["file", "auto_map", "no file"])
