@@ -76,8 +76,8 @@ def asked(checkpoint: Path, pythons: list[tuple[Engine, str]]) -> Iterator[dict[
                     "status": "refused",
                 }
                 if why or engine not in facts.engines:
-                    reason = why or f"made for {' and '.join(facts.engines)}"
-                    yield record | {"why": reason}
+                    made_for = f"made for {' and '.join(facts.engines)}"
+                    yield record | {"why": why if engine in facts.engines else made_for}
                     continue
                 try:
                     report = check(out, engine, python)

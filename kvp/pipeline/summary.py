@@ -115,6 +115,9 @@ def _notes(record: RunRecord) -> Iterator[str]:
     """Yield what was achieved, who read the evaluated text, and what to compare recovered with."""
     budgets = record.ratio.asked.budgets if record.ratio.asked else ()
     yield f"removed: {removed_words(((b.of, b.value) for b in budgets), dict((record.ratio.achieved or {}).items()))}"
+    removed = record.ratio.achieved or {}
+    if record.ratio.asked and record.ratio.asked.value and not any(removed.values()):
+        yield "warning: nothing was removed: widths come in steps; choose widths=method, or a larger ratio.value"
     models = record.models()
     for corpus in models["dense"].evaluation.perplexity:
         overlaps: dict[str, str] = {}
