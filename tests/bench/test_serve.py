@@ -91,7 +91,8 @@ def test_a_memory_that_holds_no_sequence_is_refused_with_the_least_that_does(den
         ValueError, match=r"hold 32 tokens, and one sequence has 132 \(8 of them spare\)"
     ) as error:
         bench(models, 2 * BLOCK * BYTES, loads=make_loads([120], [4], [1], 1)).check()
-    least = parse_memory(re.search(r"at least ([\d.]+ MiB)", str(error.value))[1])
+    least = parse_memory(re.search(r"at least ([\d.]+MiB)", str(error.value))[1])
+    bench(models, least, loads=make_loads([120], [4], [1], 1)).check()
     tokens = 120 + 4 + SLACK
     assert models[0].bytes_for(tokens) == pytest.approx(least, abs=2**20 / 100)
     assert models[0].tokens_in(models[0].bytes_for(tokens)) >= tokens

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from itertools import product
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,12 @@ class ServeBench:
             for number in range(self.rounds):
                 first = number % len(self.models)
                 for served in [*self.models[first:], *self.models[:first]]:
+                    if (known := turns[served.name]) and "refused" in known[-1]:
+                        known.append(known[-1])
+                        continue
                     own = {**inputs, "model": served.identity(), "round": number}
                     done = store.once("turn", own, partial(turn, served, number))
-                    turns[served.name].append(done.result)
+                    known.append(done.result)
                     seconds += done.seconds if done.found else 0
         record = {
             "schema": SCHEMA,
@@ -159,9 +163,9 @@ class ServeBench:
                         )
                         try:
                             (whole if self.together else this).enter_context(server)
-                        except RuntimeError as error:
+                        except RuntimeError:
                             if served.refusable:
-                                return {"refused": str(error)}
+                                return {"refused": server.why()}
                             raise
                         if self.together:
                             up[served.name] = server
@@ -193,4 +197,5 @@ def make_loads(prompts: Sequence[int], news: Sequence[int], at_once: Sequence[in
 
 
 def _mib(count: int) -> str:
-    return f"{count / 2**20:,.2f} MiB"
+    """Return a size in MiB, rounded up, so that it is enough when it is given back."""
+    return f"{ceil(count / 2**20 * 100) / 100:.2f}MiB"

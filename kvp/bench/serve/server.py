@@ -125,8 +125,12 @@ class Server:
 
     def failure(self, what: str) -> RuntimeError:
         """Return the error of a server that failed, with the engine's own first error."""
-        why = root_error(self.log.read_text(errors="replace"))
-        return RuntimeError(f"{what} while it served {self.served.name}: {why} (all it said: {self.log})")
+        said = f"{what} while it served {self.served.name}: {self.why()}"
+        return RuntimeError(f"{said} (all it said: {self.log})")
+
+    def why(self) -> str:
+        """Return the engine's own first error."""
+        return root_error(self.log.read_text(errors="replace"))
 
     def stop(self) -> None:
         """End the server, which is asked first, and kill whatever it has left."""
