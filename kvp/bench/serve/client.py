@@ -110,9 +110,9 @@ class Client:
         self._process.stdin.flush()
         end = time.monotonic() + self.limit
         while time.monotonic() < end:
+            look()
             if select.select([self._process.stdout], [], [], POLL)[0]:
                 if line := self._process.stdout.readline():
                     return dict(json.loads(line))
                 raise server.failure(f"the client died (see {self._log})")
-            look()
         raise server.failure(f"{requests} requests took more than {self.limit:g} seconds (--limit)")

