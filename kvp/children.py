@@ -2,8 +2,9 @@
 
     run([sys.executable, "-m", "kvp.measurement.child", spec], capture_output=True, text=True)
 
-A parent killed by SIGKILL, SIGTERM or SIGHUP cannot end its children itself, so Linux is asked to do it. Elsewhere
-the functions are those of `subprocess`. The thread that starts a child must live as long as the child.
+A parent killed by SIGKILL, SIGTERM or SIGHUP cannot end its children itself, so Linux is asked to do it. A child that
+has children of its own gets SIGTERM (`ending`), so that it can end them. Elsewhere the functions are those of
+`subprocess`. The thread that starts a child must live as long as the child.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ LINUX = sys.platform == "linux"
 # threads of torch may hold locks, and would copy the page tables of a large parent. Its parent, or the parent's, must
 # be the process that asks for it: otherwise that one, or what it had started, ended in between.
 PRELUDE = f"""
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, signal.SIGKILL)
+import ctypes, os, sys
+ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, int(sys.argv[2]))
 parent = str(os.getppid())
 above = open(f"/proc/{{parent}}/stat").read().rpartition(")")[2].split()[1]
 if sys.argv[1] in (parent, above):
-    os.execv(sys.argv[2], sys.argv[2:])
+    os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
@@ -42,17 +43,17 @@ def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[s
     return subprocess.run(bound(command), **options)
 
 
-def start(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-    """Start a command like `subprocess.Popen`, and end it if this process ends first.
+def start(command: Sequence[str], *, ending: int = signal.SIGKILL, **options: Any) -> subprocess.Popen[str]:
+    """Start a command like `subprocess.Popen`, and end it by the signal `ending` if this process ends first.
 
     Raises:
         FileNotFoundError: The program does not exist, or cannot be executed.
     """
-    return subprocess.Popen(bound(command), **options)
+    return subprocess.Popen(bound(command, ending), **options)
 
 
-def bound(command: Sequence[str]) -> list[str]:
-    """Return a command that ends with its parent, for this process or a child of it to start.
+def bound(command: Sequence[str], ending: int = signal.SIGKILL) -> list[str]:
+    """Return a command that ends with its parent, by a signal, for this process or a child of it to start.
 
     Raises:
         FileNotFoundError: The program does not exist, or cannot be executed.
@@ -62,7 +63,8 @@ def bound(command: Sequence[str]) -> list[str]:
         raise FileNotFoundError(f"there is no program {command[0]} that can be executed")
     if not LINUX:
         return [program, *command[1:]]
-    return [sys.executable, "-I", "-S", "-c", PRELUDE, str(os.getpid()), program, *command[1:]]
+    asks = [sys.executable, "-I", "-S", "-c", PRELUDE, str(os.getpid()), str(int(ending))]
+    return [*asks, program, *command[1:]]
 
 
 def end_with_parent(parent: int) -> None:

@@ -21,7 +21,7 @@ BEHIND = {
     "jinja2": {"report.page.html"},
     "gguf": {"serving.gguf_file", "serving.gguf_tokens"},
     "llama_cpp": {"bench.llama_cpp.engine", "serving.engine_llama_cpp", "serving.quantize_llama_cpp"},
-    "vllm": {"serving.engine_vllm", "serving.vllm_layers"},
+    "vllm": {"bench.serve.client_vllm", "serving.engine_vllm", "serving.vllm_layers"},
     "optuna": {"strategies.methods.adapruner"},
     "peft": {"recovery.fit", "recovery.merge"},
     "hydra": {"__main__", "composing", "hints", "pipeline.experiment", "sweep.jobs", "sweep.sweep"},

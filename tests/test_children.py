@@ -76,13 +76,30 @@ def test_a_child_ends_with_its_parent(how, call):
 
 
 @linux
+def test_a_child_with_children_of_its_own_is_asked_to_end(tmp_path):
+    """SIGTERM instead of SIGKILL: the child has time to end what it started."""
+    said = tmp_path / "said"
+    tidy = (
+        "import signal, sys, time; "
+        f"signal.signal(signal.SIGTERM, lambda *_: (open({str(said)!r}, 'a').write('tidied'), sys.exit())); "
+        f"open({str(said)!r}, 'w').write('ready '); time.sleep(600)"
+    )
+    parent = sleeping_parent(f"children.start([sys.executable, '-S', '-c', {tidy!r}], ending=15).wait()")
+    until(lambda: said.exists() and said.read_text())
+    parent.kill()
+    parent.wait()
+    until(lambda: said.read_text() == "ready tidied", seconds=10)
+
+
+@linux
 def test_a_child_whose_parent_is_gone_never_starts(tmp_path):
     gone = subprocess.Popen([sys.executable, "-S", "-c", ""])
     gone.wait()
     ran = [sys.executable, "-S", "-c", f"open({str(tmp_path / 'ran')!r}, 'w')"]
-    subprocess.run([sys.executable, "-I", "-S", "-c", children.PRELUDE, str(gone.pid), *ran], check=True)
+    asks, kill = [sys.executable, "-I", "-S", "-c", children.PRELUDE], str(int(signal.SIGKILL))
+    subprocess.run([*asks, str(gone.pid), kill, *ran], check=True)
     assert not (tmp_path / "ran").exists()
-    subprocess.run([sys.executable, "-I", "-S", "-c", children.PRELUDE, str(os.getpid()), *ran], check=True)
+    subprocess.run([*asks, str(os.getpid()), kill, *ran], check=True)
     assert (tmp_path / "ran").exists()
 
 

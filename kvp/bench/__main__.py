@@ -3,6 +3,7 @@
   kvp bench llama_7b_shape --cut 0.25,0.5        shapes, with random weights
   kvp bench llama_7b_shape --cut 0.5 --rivals    and other methods' shapes
   kvp bench outputs/runs/NAME/run.json           a run's dense and pruned model
+  kvp bench serve DIR DIR ...                    exports in vLLM: --help says more
 
 It writes bench.json, results.jsonl, table.md and plots. Rounds of all models
 alternate in one process. A stopped benchmark goes on: repeat the command.
@@ -34,6 +35,11 @@ ON_CPU = GIB  # bytes of cache that a CPU's limit leaves by default: trying the 
 
 def main() -> None:
     """Run the command; exit code 1 and one clear error for whatever a user can mend."""
+    if sys.argv[1:2] == ["serve"]:
+        from kvp.bench.serve.__main__ import main as serve
+
+        del sys.argv[1]
+        return serve()
     options = parser().parse_args()
     only_on_terminals()
     try:
