@@ -104,8 +104,9 @@ def _note(record: Record) -> str:
     loads = [cell["load_before"] for turn in turns for cell in turn["loads"]]
     engine = record["provenance"]["engine"]
     rounds = len(record["models"][0]["rounds"])
+    how = "all servers up" if record["together"] else "one server at a time"
     return (
-        f"{rounds} round{'s' * (rounds > 1)} in turns, {'all servers up' if record['together'] else 'one server at a time'}, "
+        f"{rounds} round{'s' * (rounds > 1)} in turns, {how}, "
         f"{record['dtype']}, {', '.join(f'{name} {version}' for name, version in engine.items())}, on "
         f"{record['provenance']['device_name']}. Medians over the rounds. x first: over the first model's in the same "
         f"round, with the least and the most. Per CPU s: written tokens per second of processor time of the server. "
