@@ -291,6 +291,13 @@ class RunRecord(Part):
         return {name: model for name, model in found.items() if model is not None}
 
 
+def removed_words(asked: Iterable[tuple[str, float]], achieved: Mapping[str, float]) -> str:
+    """Return "asked 25 % of kv_cache; achieved kv_cache 25.00 %, params 4.93 %"."""
+    words = ", then ".join(f"{100 * value:g} % of {of}" for of, value in asked)
+    found = ", ".join(f"{of} {100 * value:.2f} %" for of, value in achieved.items())
+    return f"{f'asked {words}; ' if words else ''}achieved {found}"
+
+
 def _worded(error: ValidationError) -> str:
     """Say where a record is wrong: "dense.size.parms: extra inputs are not permitted"."""
     first, *others = error.errors()

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import kvp
-from docs.generate import all_options, examples, methods, outside
+from docs.generate import all_options, engines, examples, methods, outside
 from docs.generate.settings import CONF, settings
 from tests.test_docs import BANNED, COMMAND, OPENER, composed, jobs, prose
 
@@ -140,3 +140,21 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
         assert (tmp_path / page).exists(), page
     for path in tmp_path.rglob("*.html"):
         assert not (found := LOADED.search(path.read_text())), f"{path} loads {found[1]}"
+
+
+def test_the_guide_to_serving_shows_the_newest_records():
+    assert engines.PAGE.read_text() == engines.page(), "run python -m docs.generate.engines"
+
+
+def test_a_cell_says_run_refused_or_not_run():
+    common = {"form": "stock", "model": "a", "engine": "vllm", "version": "1.0", "date": "2026-11-28"}
+    run = common | {"status": "run", "rms": 3.7e-3}
+    refused = common | {"form": "gguf", "status": "refused", "why": "made for llama_cpp"}
+    rows = engines.table([run, run | {"model": "b", "rms": 1e-6}, refused]).splitlines()
+    cells = {
+        line.split("|")[1].strip(): line.split("|")[2].strip() for line in rows if line.startswith("| `")
+    }
+    assert cells["`stock`"] == "run 2026-11-28: 0.004 nats, 2 models"
+    assert cells["`gguf`"] == "refused 2026-11-28 (1)"
+    assert cells["`custom`"] == "not run"
+    assert rows[-1] == "1. made for llama_cpp"

@@ -71,7 +71,7 @@ def export(
         model: A Hugging Face decoder, pruned or not.
         tokenizer: The model's.
         out: The directory to write; must not exist.
-        to: stock, stock_arithmetic, gguf, custom or padded (`kvp export --help` explains them), or a form of your own
+        to: stock, stock_arithmetic, gguf, custom, remote_code or padded (see `kvp export --help`), or your own
             as "mypkg.forms:half".
 
     Raises:

@@ -78,9 +78,12 @@ class PrunedAttention:
         query, key = (_rotate(states, cos, sin).flatten(2, 3).transpose(1, 2) for states in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        kind, width = self.config._attn_implementation, max(self.qk_head_dim, self.v_head_dim)
+        if kind == "vllm":  # which caches keys and values in one width
+            query, key, value = (
+                nn.functional.pad(states, (0, width - states.shape[-1])) for states in (query, key, value)
+            )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
         output, weights = attend(
             self,
             query,
@@ -92,6 +95,8 @@ class PrunedAttention:
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        if kind == "vllm":
+            output = output.reshape(*shape, -1, width)[..., : self.v_head_dim]
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
     def _tables(self, cos: Tensor, sin: Tensor, *gathered: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

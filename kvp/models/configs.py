@@ -18,8 +18,8 @@ from kvp.models.family import FAMILIES, PRUNED_PREFIX, Family, family_of
 from kvp.types import LayerShape
 
 
-def _twin(family: Family) -> type[PretrainedConfig]:
-    """Make the config class of a family's pruned twin, and register it with the Auto class."""
+def config_twin(family: Family) -> type[PretrainedConfig]:
+    """Make the config class of a family's pruned twin."""
 
     class Config(family.config_class):  # type: ignore[name-defined]
         model_type = PRUNED_PREFIX + family.name
@@ -27,11 +27,12 @@ def _twin(family: Family) -> type[PretrainedConfig]:
         kvp_cache: dict[str, Any] | None = None
 
     Config.__name__ = Config.__qualname__ = f"Kvp{family.prefix}Config"
-    AutoConfig.register(Config.model_type, Config)
     return Config
 
 
-PRUNED_CONFIGS: dict[str, type[PretrainedConfig]] = {name: _twin(family) for name, family in FAMILIES.items()}
+PRUNED_CONFIGS = {name: config_twin(family) for name, family in FAMILIES.items()}
+for config_class in PRUNED_CONFIGS.values():
+    AutoConfig.register(config_class.model_type, config_class)
 
 
 def pruned_config(

@@ -61,6 +61,11 @@ class Family:
         return self._class("ForCausalLM")
 
     @property
+    def decoder(self) -> type[PreTrainedModel]:
+        """Return the Hugging Face class of the model without its head."""
+        return self._class("Model")
+
+    @property
     def attention_class(self) -> type:
         """Return the attention class, whose forward the pruned twin replaces."""
         return self._class("Attention")

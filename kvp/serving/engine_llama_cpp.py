@@ -19,13 +19,14 @@ def main() -> None:
     with open(f"{work}/ask.json") as file:
         ask = json.load(file)
     ids = ask["ids"]
+    cache = getattr(llama_cpp, f"GGML_TYPE_{ask['cache']}")
     model = llama_cpp.Llama(
         model_path=f"{directory}/model.gguf",
         n_ctx=len(ids) + ask["new_tokens"],
         logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32,  # the cache is 16 bits otherwise
-        type_v=llama_cpp.GGML_TYPE_F32,
-        flash_attn=False,
+        type_k=cache,
+        type_v=cache,
+        flash_attn=ask["cache"] != "F32",  # values in fewer bits need it
         verbose=False,
     )
     model.eval(ids)
@@ -35,7 +36,8 @@ def main() -> None:
         model.eval(greedy[-1:])
     read = model.tokenize(ask["text"].encode(), add_bos=True, special=False)
     answer = {"logits": logits, "greedy": np.array(greedy), "ids": np.array(read[: len(ids)])}
-    save_file(answer, f"{work}/answer.safetensors")
+    facts = {"version": llama_cpp.__version__, "dtype": "float32"}
+    save_file(answer, f"{work}/answer.safetensors", {"facts": json.dumps(facts)})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from kvp.trust import find
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Target = Literal["stock", "stock_arithmetic", "custom", "padded", "gguf"]
+Target = Literal["stock", "stock_arithmetic", "custom", "remote_code", "padded", "gguf"]
 Engine = Literal["transformers", "llama_cpp", "vllm"]
 
 
@@ -43,6 +43,9 @@ FORMS: dict[str, Form] = {
     "stock_arithmetic": Form("rope of another theta, for pairs at equal distances", ("transformers", "vllm")),
     "gguf": Form("model.gguf for llama.cpp, for any shared set of rope pairs", ("llama_cpp",)),
     "custom": Form("any shape: opens in transformers after `import kvp` only", ("transformers",)),
+    "remote_code": Form(
+        "any shape, with its class: trust_remote_code=True, also in vLLM", ("transformers", "vllm")
+    ),
     "padded": Form("the dense shapes, zeros where channels were cut: for checks", ("transformers", "vllm")),
 }
 Write = Callable[["PreTrainedModel", "PreTrainedTokenizerBase", Path], None]

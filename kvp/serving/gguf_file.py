@@ -9,6 +9,7 @@ graph reads that tensor, which Mistral and Qwen2 fit in too: biases are optional
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,12 @@ def check_gguf(config: PretrainedConfig) -> None:
             f"stock. For texts of up to {window} tokens set sliding_window=null and max_position_embeddings={window} "
             "in config.json, which computes the same"
         )
+
+
+def matrix_types(file: Path) -> dict[str, int]:
+    """Return how many matrices of a GGUF have each type, the most frequent first."""
+    tensors = gguf.GGUFReader(file).tensors
+    return dict(Counter(each.tensor_type.name for each in tensors if len(each.shape) > 1).most_common())
 
 
 def _add_config(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:

@@ -22,6 +22,7 @@ NAMES = {  # what the text is split by, and what llama.cpp calls that
     LETTERS + r"|\p{N}{1,3}" + REST: "llama-bpe",
     LETTERS + r"|\p{N}" + REST: "qwen2",
 }
+NO_MERGE = "\u0100 \u0100"  # llama.cpp refuses an empty list; it splits what no token is into bytes again
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
@@ -35,9 +36,11 @@ def add_tokens(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> Non
     model = tokenizer["model"]
     if model["type"] != "BPE":
         raise ValueError(f"no GGUF for a tokenizer of type {model['type']}: only BPE is supported")
-    if not model["merges"]:
-        raise ValueError("no GGUF for a tokenizer without merges: llama.cpp refuses an empty list of them")
     sentencepiece = model.get("byte_fallback", False)
+    if sentencepiece and not model["merges"]:
+        raise ValueError(
+            "no GGUF for a SentencePiece tokenizer without merges: llama.cpp would score every token 0"
+        )
     pieces, types = _pieces(tokenizer, vocab_size, model.get("unk_token") if sentencepiece else None)
     writer.add_tokenizer_model("llama" if sentencepiece else "gpt2")
     writer.add_tokenizer_pre("default" if sentencepiece else _split_name(tokenizer["pre_tokenizer"]))
@@ -46,6 +49,8 @@ def add_tokens(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> Non
     if sentencepiece:
         writer.add_token_scores(_scores(model["merges"], pieces))
         writer.add_add_space_prefix(_prefixes_space(tokenizer))
+    elif not model["merges"]:
+        writer.add_token_merges([NO_MERGE])
     special = gguf.SpecialVocab(directory, load_merges=not sentencepiece, n_vocab=vocab_size)
     for name in ("bos", "eos"):
         special.add_special_token.setdefault(name, False)  # llama.cpp has other defaults

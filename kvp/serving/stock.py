@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -51,6 +53,23 @@ def to_stock(model: PreTrainedModel, form: Form) -> PreTrainedModel:
     stock.tie_weights()
     stock.generation_config = model.generation_config
     return stock.eval()
+
+
+def add_old_keys(path: Path) -> None:
+    """Add to a config.json the fields that transformers 5 no longer writes, and transformers 4 and most engines read.
+
+    These are `rope_theta`, `rope_scaling` and `torch_dtype`.
+    """
+    config = json.loads(path.read_text())
+    rope = config["rope_parameters"]
+    config["rope_theta"] = rope["rope_theta"]
+    config["rope_scaling"] = None
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if "original_max_position_embeddings" in rope:
+        config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    config["torch_dtype"] = config.get("dtype")
+    path.write_text(json.dumps(config, indent=2))
 
 
 def _head_dim(config: PretrainedConfig) -> int:

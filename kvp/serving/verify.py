@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kvp import children
 from kvp.serving.forms import Engine
 from kvp.serving.sample import NEW_TOKENS, Sample, token_logprobs
 
+CACHE_BYTES = 64 << 20  # of vLLM's cache during a check
+SETTINGS = {"dtype": "float32", "cache_bytes": CACHE_BYTES, "options": {}, "cache": "F32"}  # of an engine
 EXACT = 1e-4  # nats, root mean square over the tokens: float32 throughout
 ROUNDED = 5e-2  # the same where weights, activations or the cache have 16 bits
+KERNELS = 2.0  # an engine of other kernels may round twice as much as transformers in the same dtype
 SLACK = 4.0  # in the largest difference: the margin below which another greedy token is no error
+
+
+class Answer(dict[str, torch.Tensor]):
+    """Tensors of an engine's answer, and `facts`: its "version", its "dtype", and what else it says of itself."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        super().__init__(tensors)
+        self.facts = dict(facts)
 
 
 def ask(
@@ -29,8 +42,10 @@ def ask(
     engine: Engine,
     *,
     imports: Sequence[str] = (),
+    own_code: bool = False,
     python: str = sys.executable,
-) -> dict[str, torch.Tensor]:
+    **settings: Any,
+) -> Answer:
     """Return the answer of `engine` to the sample.
 
     Args:
@@ -38,7 +53,10 @@ def ask(
         sample: The text and its tokens.
         engine: Whose process it is.
         imports: Modules that transformers needs to open the checkpoint; none for a stock one.
+        own_code: Whether transformers runs the modelling file of the directory, which must be kvp's own.
         python: Interpreter that has the engine.
+        settings: Of the engine, beside those of SETTINGS: "dtype" of transformers, "cache_bytes" and "options" of vLLM,
+            "cache" of llama.cpp, such as "Q8_0".
 
     Returns:
         "logits" (tokens, vocabulary) or "logprobs" (tokens - 1,), "greedy", "ids" if it read the text itself, and
@@ -55,7 +73,10 @@ def ask(
             "ids": sample.ids,
             "new_tokens": NEW_TOKENS,
             "imports": list(imports),
+            "own_code": own_code,
             "passages": [[start, len(logprobs) + 1] for start, logprobs in sample.passages],
+            **SETTINGS,
+            **settings,
         }
         Path(work, "ask.json").write_text(json.dumps(question))
         alone, environment = ("-I", None) if not imports else ("-P", _that_finds_kvp())
@@ -67,9 +88,19 @@ def ask(
                 "by --python"
             )
         if done.returncode:
-            tail = "\n".join(done.stderr.splitlines()[-5:])
-            raise RuntimeError(f"{engine} cannot open {directory}:\n{tail}")
-        return load_file(f"{work}/answer.safetensors")
+            raise RuntimeError(f"{engine} cannot open {directory}:\n{root_error(done.stdout + done.stderr)}")
+        with safe_open(f"{work}/answer.safetensors", "pt") as file:
+            facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+        return Answer(load_file(f"{work}/answer.safetensors"), facts)
+
+
+def root_error(output: str) -> str:
+    """Return the error that began it: vLLM's engine dies in a process of its own, whose log holds the reason."""
+    lines = output.splitlines()
+    errors = [re.sub(r"^\(.*?\) (ERROR \S+ \S+ \[.*?\] )?", "", line).strip() for line in lines]
+    named = [line for line in errors if re.match(r"[\w.]*(Error|Exception)\b.*: .", line)]
+    own = [line for line in named if "See root cause above" not in line]
+    return own[0] if own else "\n".join(lines[-5:])
 
 
 def _that_finds_kvp() -> dict[str, str]:
@@ -86,7 +117,12 @@ def has(engine: Engine) -> bool:
 
 
 def compare(
-    sample: Sample, answer: dict[str, torch.Tensor], *, exact: bool, logits: torch.Tensor | None = None
+    sample: Sample,
+    answer: Mapping[str, torch.Tensor],
+    *,
+    exact: bool,
+    tolerance: float | None = None,
+    logits: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """Compare an answer with the sample.
 
@@ -94,15 +130,16 @@ def compare(
         sample: What is expected.
         answer: As `ask` gives it.
         exact: Both were computed in float32 from the same numbers.
+        tolerance: Nats, root mean square; None: EXACT or ROUNDED.
         logits: Those that the sample was made of, for two more figures.
 
     Returns:
         Differences; "passed", and if it did not, "why".
     """
-    said = answer["logprobs"] if "logprobs" in answer else token_logprobs(answer["logits"], sample.ids)
-    difference = torch.as_tensor(said, dtype=torch.float64) - torch.tensor(sample.logprobs).double()
+    said = torch.tensor(_logprobs(answer, sample), dtype=torch.float64)
+    difference = said - torch.tensor(sample.logprobs).double()
     rms, largest = difference.square().mean().sqrt().item(), difference.abs().max().item()
-    tolerance = EXACT if exact else ROUNDED
+    tolerance = tolerance or (EXACT if exact else ROUNDED)
     report: dict[str, Any] = {
         "tokens": len(sample.ids),
         "logprobs_rms_difference": rms,
@@ -137,7 +174,20 @@ def compare(
     return {**report, "passed": not faults, **({"why": "; ".join(faults)} if faults else {})}
 
 
-def _passages(sample: Sample, answer: dict[str, torch.Tensor], tolerance: float) -> list[dict[str, Any]]:
+def distance(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], sample: Sample) -> float:
+    """Return the root mean square in nats between two answers' log-probabilities of the sample's tokens."""
+    said = [torch.tensor(_logprobs(answer, sample)) for answer in (one, other)]
+    return (said[0] - said[1]).square().mean().sqrt().item()
+
+
+def _logprobs(answer: Mapping[str, torch.Tensor], sample: Sample) -> list[float]:
+    """Return log-probabilities in nats of all tokens but the first."""
+    if "logprobs" in answer:
+        return answer["logprobs"].double().tolist()
+    return token_logprobs(answer["logits"], sample.ids)
+
+
+def _passages(sample: Sample, answer: Mapping[str, torch.Tensor], tolerance: float) -> list[dict[str, Any]]:
     """Return how much an answer differs at each other position; rounding of the angles grows with the position."""
     found = []
     for number, (start, expected) in enumerate(sample.passages):

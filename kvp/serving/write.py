@@ -19,9 +19,12 @@ from kvp.models.shapes import layer_shapes, require_whole_stream, size
 from kvp.serving.card import card
 from kvp.serving.forms import Engine, Write, engines_of, imports_of, own_form
 from kvp.serving.layout import stock_layout
+from kvp.serving.made import checkpoint_of, made_by
+from kvp.serving.quantize import quantize_gguf, require_quantizer
+from kvp.serving.remote_code import NEEDS, write_code
 from kvp.serving.rope import require_fixed_factors
 from kvp.serving.sample import Sample, make_sample, require_positions
-from kvp.serving.stock import to_stock
+from kvp.serving.stock import add_old_keys, to_stock
 from kvp.serving.verify import ask, compare, has
 from kvp.serving.whole import whole
 
@@ -37,14 +40,17 @@ NOT_RUN = (
 )
 
 
-def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) -> dict[str, Any]:
+def export(
+    checkpoint: Path, out: Path, to: str, trusted: Collection[str] = (), quantize: str | None = None
+) -> dict[str, Any]:
     """Write `checkpoint` for other engines, and check it in a process that does not know kvp (custom: does).
 
     Args:
-        checkpoint: Directory of a checkpoint.
+        checkpoint: Directory of a checkpoint, or the run.json of a run: the model that it made last.
         out: Directory to write.
         to: Name of a form, or a user's own as "mypkg.forms:half".
         trusted: Packages whose forms may run, beside those that `kvp.trust` trusts.
+        quantize: Type of the weights of a GGUF, as llama.cpp names it; None: that of the checkpoint.
 
     Returns:
         What `serving.json` says.
@@ -55,25 +61,32 @@ def export(checkpoint: Path, out: Path, to: str, trusted: Collection[str] = ()) 
         ValueError: Its shapes have no such form; nothing was written.
         ArithmeticError: The export does not give the answer of the checkpoint; it was removed.
         RuntimeError: The engine cannot open it; it was removed.
+        ModuleNotFoundError: `quantize` needs llama.cpp.
     """
-    own = own_form(to, trusted)
+    if quantize is not None:
+        require_quantizer(to, quantize)
+    own, checkpoint = own_form(to, trusted), checkpoint_of(checkpoint)
     config = _checked(checkpoint, out, to if own is None else None)
     with whole(out, SERVING) as partial:
         model = load_model(checkpoint, dtype=_stored_dtype(config), device="cpu")
         exported = _write(model, checkpoint, partial, to, own)
         del model
         sample, check = _proof(checkpoint, partial, to, exported, imports_of(to, own))
+        quantized = quantize_gguf(partial, quantize, sample) if quantize else None
         serving = {
             "form": to,
             "dtype": _name(exported),
             **({} if own else _facts(config, exported)),
             "engines": _own_engines(own) if own else _engines(exported, to, check),
             "check": check,
+            **({"quantized": quantized} if quantized else {}),
             "sample": sample.stored(),
         }
         (partial / SERVING).write_text(json.dumps(serving, indent=2))
         if own is None:
-            (partial / "README.md").write_text(card(exported, gguf=to == "gguf"))
+            (partial / "README.md").write_text(
+                card(exported, form=to, made=made_by(checkpoint), quantized=quantized)
+            )
     return serving
 
 
@@ -92,10 +105,15 @@ def _check_form(checkpoint: Path, config: PretrainedConfig, to: str | None) -> N
     require_positions(config)
     if to is None:
         return
-    if to == "custom":
+    if to in ("custom", "remote_code"):
         if not config.model_type.startswith(PRUNED_PREFIX):
             raise ValueError(
                 f"{checkpoint} is an ordinary {config.model_type} checkpoint: export it --to stock"
+            )
+        if to == "remote_code" and getattr(config, "kvp_cache", None) is not None:
+            raise ValueError(
+                f"{checkpoint} decodes with a sparse cache, which needs more of kvp than a modelling file: --to "
+                "custom, or export the checkpoint of the same run with cache=none"
             )
         return
     require_whole_stream(
@@ -125,8 +143,10 @@ def _write(
     if own:
         own(model, tokenizer, directory)
         return load_config(directory)
-    if to == "custom":
+    if to in ("custom", "remote_code"):
         save(model, tokenizer, directory)
+        if to == "remote_code":
+            write_code(model.config, directory)
         return model.config
     if to == "gguf":
         from kvp.serving.gguf_file import write_gguf
@@ -136,7 +156,7 @@ def _write(
         return stock.config
     stock = to_stock(model, to)  # type: ignore[arg-type]  # one of the three that are left
     save(stock, tokenizer, directory)
-    _add_old_keys(directory / "config.json")
+    add_old_keys(directory / "config.json")
     return stock.config
 
 
@@ -150,7 +170,7 @@ def _proof(
     engine: Engine = engines_of(to)[0]
     if engine == "llama_cpp" and not has(engine):
         return sample, None
-    answer = ask(exported, sample, engine, imports=imports)
+    answer = ask(exported, sample, engine, imports=imports, own_code=to == "remote_code")
     exact = _stored_dtype(config) == torch.float32
     check = compare(sample, answer, exact=exact, logits=logits)
     if not check["passed"]:
@@ -167,20 +187,6 @@ def _stored_dtype(config: PretrainedConfig) -> torch.dtype:
 
 def _name(config: PretrainedConfig) -> str:
     return str(config.dtype or "float32").removeprefix("torch.")
-
-
-def _add_old_keys(path: Path) -> None:
-    """transformers 4 and most engines read `rope_theta`, `rope_scaling` and `torch_dtype`; 5 no longer writes them."""
-    config = json.loads(path.read_text())
-    rope = config["rope_parameters"]
-    config["rope_theta"] = rope["rope_theta"]
-    config["rope_scaling"] = None
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-    if "original_max_position_embeddings" in rope:
-        config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    config["torch_dtype"] = config.get("dtype")
-    path.write_text(json.dumps(config, indent=2))
 
 
 def _facts(before: PretrainedConfig, after: PretrainedConfig) -> dict[str, Any]:
@@ -210,10 +216,11 @@ def _own_engines(own: Write) -> dict[str, str]:
 
 def _engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) -> dict[str, str]:
     """Return which engine opens it, or why not; only transformers and llama.cpp have ever been run."""
-    if to == "custom":
+    if to in ("custom", "remote_code"):
         only = "no: its shapes or RoPE are kvp's own"
+        way = "after `import kvp`" if to == "custom" else f"by trust_remote_code=True, {NEEDS}"
         return {
-            "transformers": "yes, after `import kvp`: verified, see check",
+            "transformers": f"yes, {way}: verified, see check",
             **dict.fromkeys(("vllm", "sglang", "llama.cpp"), only),
         }
     if to == "gguf":

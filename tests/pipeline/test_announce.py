@@ -165,6 +165,12 @@ def test_accuracies_of_one_document_have_no_error_and_are_shown(tmp_path, capsys
     assert re.search(r"zero-shot average % \(2 tasks\) *│ +37\.5 │ +37\.5 │", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize(("achieved", "warns"), [(0.0, True), (0.25, False)])
+def test_a_run_that_removed_nothing_says_so(achieved, warns, capsys):
+    print_summary(RunRecord.read(make_record(ratio__achieved={"kv_cache": achieved, "params": 0.0})))
+    assert ("warning: nothing was removed" in capsys.readouterr().out) == warns
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Where a run finished without a tracker."""

@@ -43,19 +43,23 @@ def test_whole_rope_needs_no_factors(tmp_path, monkeypatch):
     assert "rope_freqs.weight" not in fields(tmp_path / "out")[1]
 
 
-@pytest.mark.parametrize(
-    ("case", "message"), [("merges", "without merges"), ("split", "pre-tokenizer is known")]
-)
-def test_a_tokenizer_that_llama_cpp_has_not_is_refused(case, message, tmp_path):
-    tokens = byte_tokenizer() if case == "merges" else trained()
-    if case == "split":
-        tokens.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(r"\w+"), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
-        )
+def test_a_tokenizer_that_llama_cpp_has_not_is_refused(tmp_path):
+    tokens = trained()
+    tokens.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"\w+"), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
+    )
     save(stock_model("llama", "gqa", vocab_size=len(tokens)), tokens, tmp_path / "pruned")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="pre-tokenizer is known"):
         export(tmp_path / "pruned", tmp_path / "out", "gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+@pytest.mark.slow
+def test_bytes_alone_are_a_tokenizer(tmp_path):
+    """The tiny model of debug=smoke has a token per byte and no merges."""
+    pytest.importorskip("llama_cpp")
+    save(stock_model("llama", "gqa", vocab_size=259), byte_tokenizer(), tmp_path / "pruned")
+    assert export(tmp_path / "pruned", tmp_path / "out", "gguf")["check"]["passed"]
 
 
 def test_qwen3_takes_default_rope_only(tmp_path):

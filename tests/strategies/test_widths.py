@@ -38,6 +38,7 @@ WITHOUT = {
 CONFIG = tiny_config(
     "llama", "mha", hidden_size=256, intermediate_size=512, head_dim=64, num_hidden_layers=8, vocab_size=64
 )
+CHOSEN = [("kernels", 8), ("tensor_cores", 16), ("engines", 32), ("quantized_cache", 64)]
 
 
 def multiples(node):
@@ -53,7 +54,9 @@ def cutter(strategy):
     return getattr(strategy, "first", strategy)
 
 
-@pytest.mark.parametrize(("widths", "multiple"), [("kernels", 8), ("tensor_cores", 16), ("engines", 32)])
+@pytest.mark.parametrize(
+    ("widths", "multiple"), [("kernels", 8), ("tensor_cores", 16), ("engines", 32), ("quantized_cache", 64)]
+)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_chosen_width_is_every_strategys(option, widths, multiple):
     assert found(option, widths) == ([] if option in WITHOUT else [multiple])
