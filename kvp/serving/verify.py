@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from kvp import children
 from kvp.serving.forms import Engine
 from kvp.serving.sample import NEW_TOKENS, Sample, token_logprobs
 
+LOGGED = re.compile(r"^\(\w+ pid=\d+\)\s*(?:ERROR \S+ \S+ \[\S+\])?\s*")
+ERROR = re.compile(r"^[\w.]*(?:Error|Exception): .+")
 CACHE_BYTES = 64 << 20  # of vLLM's cache during a check
 SETTINGS = {"dtype": "float32", "cache_bytes": CACHE_BYTES, "options": {}, "cache": "F32"}  # of an engine
 EXACT = 1e-4  # nats, root mean square over the tokens: float32 throughout
@@ -80,7 +83,13 @@ def ask(
         }
         Path(work, "ask.json").write_text(json.dumps(question))
         alone, environment = ("-I", None) if not imports else ("-P", _that_finds_kvp())
-        command = [python, alone, str(script), str(directory.absolute()), work]
+        found = shutil.which(python)
+        if found is None:
+            raise ModuleNotFoundError(
+                f"there is no interpreter {python}: name the one that has {engine} by --python"
+                + (", or make one by make serve-env" if engine == "vllm" else "")
+            )
+        command = [str(Path(found).absolute()), alone, str(script), str(directory.absolute()), work]
         done = children.run(command, capture_output=True, text=True, cwd=work, env=environment)
         if f"No module named '{engine}'" in done.stderr:
             raise ModuleNotFoundError(
@@ -94,13 +103,11 @@ def ask(
         return Answer(load_file(f"{work}/answer.safetensors"), facts)
 
 
-def root_error(output: str) -> str:
-    """Return the error that began it: vLLM's engine dies in a process of its own, whose log holds the reason."""
-    lines = output.splitlines()
-    errors = [re.sub(r"^\(.*?\) (ERROR \S+ \S+ \[.*?\] )?", "", line).strip() for line in lines]
-    named = [line for line in errors if re.match(r"[\w.]*(Error|Exception)\b.*: .", line)]
-    own = [line for line in named if "See root cause above" not in line]
-    return own[0] if own else "\n".join(lines[-5:])
+def root_error(log: str) -> str:
+    """Return the first error that a log ends a traceback with; those after it only say that there was one."""
+    lines = [LOGGED.sub("", line) for line in log.splitlines()]
+    errors = [line for line in lines if ERROR.match(line) and "root cause above" not in line]
+    return errors[0] if errors else "\n".join(lines[-5:])
 
 
 def _that_finds_kvp() -> dict[str, str]:

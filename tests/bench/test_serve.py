@@ -15,10 +15,11 @@ import torch
 from kvp.bench.serve.__main__ import main
 from kvp.bench.serve.run import SLACK, ServeBench, make_loads
 from kvp.bench.serve.served import BLOCK, find_served, parse_memory
-from kvp.bench.serve.server import Server, engine_versions, root_error
+from kvp.bench.serve.server import Server, engine_versions
 from kvp.bench.serve.table import table
 from kvp.models.load import byte_tokenizer, save
 from kvp.serving.stock import to_stock
+from kvp.serving.verify import root_error
 from tests.conftest import tiny_model
 from tests.helpers.stock import stock_model
 from tests.test_children import is_gone, until
@@ -101,7 +102,7 @@ def test_a_memory_that_holds_no_sequence_is_refused_with_the_least_that_does(den
 
 def test_an_interpreter_without_vllm_is_refused(tmp_path):
     for python in (sys.executable, str(tmp_path / "python")):
-        with pytest.raises(ModuleNotFoundError, match="name its interpreter by --python"):
+        with pytest.raises(ModuleNotFoundError, match="make serve-env, or name the interpreter"):
             engine_versions(python)
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from kvp.bench.serve.served import parse_memory
 from kvp.commands import called
+from kvp.serving.forms import interpreter
 
-PYTHON = "KVP_VLLM_PYTHON"  # variable that names the engine's interpreter
 DEFAULTS = {"concurrency": [1, 4, 16], "prompt": [128], "new": [32], "rounds": 3, "waves": 2}
 QUICK = {"concurrency": [1, 4], "prompt": [32], "new": [8], "rounds": 1, "waves": 1}
 
@@ -106,9 +106,9 @@ def parser() -> argparse.ArgumentParser:
     add("directories", nargs="+", type=Path, metavar="DIR", help="exports; the first is compared with")
     add(
         "--python",
-        default=os.environ.get(PYTHON, ".venv-vllm/bin/python"),
+        default=interpreter("vllm"),
         metavar="PATH",
-        help=f"interpreter that has vLLM (default: ${PYTHON}, else .venv-vllm/bin/python)",
+        help="interpreter that has vLLM (default: $KVP_VLLM_PYTHON, else .venv-vllm/bin/python)",
     )
     add(
         "--memory",

@@ -19,14 +19,13 @@ import psutil
 
 from kvp import children
 from kvp.bench.serve.served import BLOCK, Served
+from kvp.serving.verify import root_error
 
 HOST, MODEL = "127.0.0.1", "model"  # what clients call every model
 PATIENCE, POLL, GOODBYE = 600, 0.5, 20  # seconds: until it answers, between two looks, until it is killed
 OPENER = build_opener(ProxyHandler({}))  # a proxy has no business on this machine
 SAMPLE = re.compile(r"^(vllm:\w+)(?:\{(.*)\})? (\S+)$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-LOGGED = re.compile(r"^\(\w+ pid=\d+\)\s*(?:ERROR \S+ \S+ \[\S+\])?\s*")
-ERROR = re.compile(r"^[\w.]*(?:Error|Exception): .+")
 ALONE = {  # no traffic but to this machine
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -50,7 +49,7 @@ def engine_versions(python: str) -> dict[str, str]:
     Raises:
         ModuleNotFoundError: The interpreter is none, or has no vLLM.
     """
-    how = "install vLLM into an environment of its own, and name its interpreter by --python"
+    how = "make serve-env, or name the interpreter that has vLLM by --python"
     try:
         done = children.run([python, "-I", "-c", ASKED], capture_output=True, text=True, timeout=60)
     except (FileNotFoundError, subprocess.TimeoutExpired):
@@ -197,13 +196,6 @@ class Server:
     def _get(self, page: str) -> str:
         with OPENER.open(f"http://{HOST}:{self.port}/{page}", timeout=30) as answer:
             return str(answer.read().decode())
-
-
-def root_error(log: str) -> str:
-    """Return the first error that a log of vLLM ends a traceback with; those after it only say that there was one."""
-    lines = [LOGGED.sub("", line) for line in log.splitlines()]
-    errors = [line for line in lines if ERROR.match(line) and "root cause above" not in line]
-    return errors[0] if errors else "\n".join(lines[-3:])
 
 
 def _free_port() -> int:
