@@ -3,7 +3,7 @@
   kvp bench llama_7b_shape --cut 0.25,0.5        shapes, with random weights
   kvp bench llama_7b_shape --cut 0.5 --rivals    and other methods' shapes
   kvp bench outputs/runs/NAME/run.json           a run's dense and pruned model
-  kvp bench serve DIR DIR ...                    exports in vLLM: --help says more
+  kvp bench serve DIR DIR ...                    exports in vLLM, see its --help
 
 It writes bench.json, results.jsonl, table.md and plots. Rounds of all models
 alternate in one process. A stopped benchmark goes on: repeat the command.

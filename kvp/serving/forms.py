@@ -44,7 +44,7 @@ FORMS: dict[str, Form] = {
     "gguf": Form("model.gguf for llama.cpp, for any shared set of rope pairs", ("llama_cpp",)),
     "custom": Form("any shape: opens in transformers after `import kvp` only", ("transformers",)),
     "remote_code": Form(
-        "any shape, with its class: trust_remote_code=True, also in vLLM", ("transformers", "vllm")
+        "any shape with its class, by trust_remote_code; vLLM, too", ("transformers", "vllm")
     ),
     "padded": Form("the dense shapes, zeros where channels were cut: for checks", ("transformers", "vllm")),
 }
