@@ -66,9 +66,7 @@ def test_what_cannot_be_checked_is_said(exported, original):
         check(original)
     with pytest.raises(ModuleNotFoundError, match="vllm is not installed in"):
         check(exported, "vllm", sys.executable)
-    with pytest.raises(
-        ModuleNotFoundError, match="there is no interpreter nowhere/python"
-    ):
+    with pytest.raises(ModuleNotFoundError, match="there is no interpreter nowhere/python"):
         check(exported, "vllm", "nowhere/python")
     with pytest.raises(ValueError, match="opens in transformers and vllm, not in llama_cpp"):
         check(exported, "llama_cpp")
