@@ -17,9 +17,11 @@ from kvp.models.load import load_config, load_model, load_tokenizer, save
 from kvp.models.rope import switches
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
 from kvp.serving.card import card
-from kvp.serving.forms import Engine, Write, engines_of, imports_of, own_form
+from kvp.serving.forms import MLA, Engine, Write, engines_of, imports_of, own_form
 from kvp.serving.layout import stock_layout
 from kvp.serving.made import checkpoint_of, made_by
+from kvp.serving.mla import mla_size, to_mla
+from kvp.serving.mla_check import mla_layout
 from kvp.serving.quantize import quantize_gguf, require_quantizer
 from kvp.serving.remote_code import NEEDS, write_code
 from kvp.serving.rope import require_fixed_factors
@@ -76,7 +78,7 @@ def export(
         serving = {
             "form": to,
             "dtype": _name(exported),
-            **({} if own else _facts(config, exported)),
+            **({} if own else _mla_facts(config, exported) if to in MLA else _facts(config, exported)),
             "engines": _own_engines(own) if own else _engines(exported, to, check),
             "check": check,
             **({"quantized": quantized} if quantized else {}),
@@ -125,7 +127,9 @@ def _check_form(checkpoint: Path, config: PretrainedConfig, to: str | None) -> N
             f"{checkpoint} decodes with a sparse cache, which no stock engine has: export the checkpoint of the "
             "same run with cache=none, or --to custom"
         )
-    if to != "padded":
+    if to in MLA:
+        mla_layout(config, to)
+    elif to != "padded":
         layout = stock_layout(config)
         if not layout.keeps_rope:
             require_fixed_factors(config)
@@ -154,6 +158,11 @@ def _write(
         stock = to_stock(model, "stock")
         write_gguf(stock, checkpoint, directory)
         return stock.config
+    if to in MLA:
+        mla = to_mla(model, to)
+        save(mla, tokenizer, directory)
+        add_old_keys(directory / "config.json")
+        return mla.config
     stock = to_stock(model, to)  # type: ignore[arg-type]  # one of the three that are left
     save(stock, tokenizer, directory)
     add_old_keys(directory / "config.json")
@@ -204,6 +213,17 @@ def _facts(before: PretrainedConfig, after: PretrainedConfig) -> dict[str, Any]:
     }
 
 
+def _mla_facts(before: PretrainedConfig, after: PretrainedConfig) -> dict[str, Any]:
+    sizes = {"checkpoint": size(before, layer_shapes(before)), "export": mla_size(after)}
+    widths = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return {
+        "architecture": "DeepseekV3ForCausalLM",
+        **{name: getattr(after, name) for name in widths},
+        "kv_bytes_per_token": {name: it.kv_bytes_per_token for name, it in sizes.items()},
+        "params": {name: it.params for name, it in sizes.items()},
+    }
+
+
 def _one(values: set[int]) -> int | None:
     """The value, if it is the same in all layers."""
     return next(iter(values)) if len(values) == 1 else None
@@ -228,6 +248,11 @@ def _engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) ->
         return {
             "llama.cpp": ("yes: verified, see check" if check else NOT_RUN)
             + (slow if config.head_dim % GGML_STEP else "")
+        }
+    if to in MLA:
+        return {
+            "transformers": "yes: verified, see check",
+            **dict.fromkeys(("vllm", "sglang"), "not run"),
         }
     odd = ""
     if config.head_dim % FLASH_STEP:
