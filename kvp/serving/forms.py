@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Target = Literal[
-    "stock", "stock_arithmetic", "custom", "remote_code", "padded", "gguf", "mla", "mla_longrope"
+    "stock", "stock_arithmetic", "custom", "remote_code", "padded", "gguf", "mla", "mla_longrope", "mla_gguf"
 ]
 Engine = Literal["transformers", "llama_cpp", "vllm"]
 
@@ -46,13 +46,14 @@ FORMS: dict[str, Form] = {
     "gguf": Form("model.gguf for llama.cpp, for any shared set of rope pairs", ("llama_cpp",)),
     "mla": Form("one KV head as DeepseekV3, default rope: one direction per frequency", ("transformers",)),
     "mla_longrope": Form("one KV head as DeepseekV3, any shared set of rope pairs", ("transformers",)),
+    "mla_gguf": Form("model.gguf of mla, whose graph caches keys and latent", ("llama_cpp",)),
     "custom": Form("any shape: opens in transformers after `import kvp` only", ("transformers",)),
     "remote_code": Form(
         "any shape, with its class: trust_remote_code=True, also in vLLM", ("transformers", "vllm")
     ),
     "padded": Form("the dense shapes, zeros where channels were cut: for checks", ("transformers", "vllm")),
 }
-MLA = ("mla", "mla_longrope")
+MLA = ("mla", "mla_longrope", "mla_gguf")
 Write = Callable[["PreTrainedModel", "PreTrainedTokenizerBase", Path], None]
 
 

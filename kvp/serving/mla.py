@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kvp.models.family import family_of
-from kvp.models.shapes import itemsize
+from kvp.models.shapes import itemsize, layer_shapes, size
 from kvp.models.surgery import check_tied
 from kvp.serving.mla_check import NORM_EPS, mla_layout
 from kvp.serving.rope import arithmetic, interleaved, longrope
@@ -55,7 +55,7 @@ def to_mla(model: PreTrainedModel, form: str) -> PreTrainedModel:
     config, family = model.config, family_of(model.config)
     layout, rotary = mla_layout(config, form), model.get_submodule(family.rotary)
     old: dict[str, Any] = dict(config.rope_parameters)
-    rope = arithmetic(layout, old) if form == "mla" else longrope(layout, old, rotary)
+    rope = arithmetic(layout, old) if form != "mla_longrope" else longrope(layout, old, rotary)
     state, heads = dict(model.state_dict()), layout.layer.num_attention_heads
     check_tied(state, f"{family.embedding}.weight", config)
     state["lm_head.weight"] = state["lm_head.weight"].clone()
@@ -101,6 +101,18 @@ def mla_size(config: Any) -> Size:
         blocks=config.num_hidden_layers,
         kv_bytes_per_token=itemsize(config) * cached,
     )
+
+
+def mla_facts(before: PretrainedConfig, after: PretrainedConfig) -> dict[str, Any]:
+    """Return widths, parameters and cache of an MLA model, beside those of the checkpoint that it was made of."""
+    sizes = {"checkpoint": size(before, layer_shapes(before)), "export": mla_size(after)}
+    widths = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    return {
+        "architecture": "DeepseekV3ForCausalLM",
+        **{name: getattr(after, name) for name in widths},
+        "kv_bytes_per_token": {name: it.kv_bytes_per_token for name, it in sizes.items()},
+        "params": {name: it.params for name, it in sizes.items()},
+    }
 
 
 def _queries(rows: Tensor, heads: int) -> Tensor:

@@ -20,7 +20,7 @@ from kvp.serving.card import card
 from kvp.serving.forms import MLA, Engine, Write, engines_of, imports_of, own_form
 from kvp.serving.layout import stock_layout
 from kvp.serving.made import checkpoint_of, made_by
-from kvp.serving.mla import mla_size, to_mla
+from kvp.serving.mla import mla_facts, to_mla
 from kvp.serving.mla_check import mla_layout
 from kvp.serving.quantize import quantize_gguf, require_quantizer
 from kvp.serving.remote_code import NEEDS, write_code
@@ -78,7 +78,7 @@ def export(
         serving = {
             "form": to,
             "dtype": _name(exported),
-            **({} if own else _mla_facts(config, exported) if to in MLA else _facts(config, exported)),
+            **({} if own else mla_facts(config, exported) if to in MLA else _facts(config, exported)),
             "engines": _own_engines(own) if own else _engines(exported, to, check),
             "check": check,
             **({"quantized": quantized} if quantized else {}),
@@ -133,7 +133,7 @@ def _check_form(checkpoint: Path, config: PretrainedConfig, to: str | None) -> N
         layout = stock_layout(config)
         if not layout.keeps_rope:
             require_fixed_factors(config)
-    if to == "gguf":
+    if to in ("gguf", "mla_gguf"):
         from kvp.serving.gguf_file import check_gguf
 
         check_gguf(config)
@@ -160,6 +160,11 @@ def _write(
         return stock.config
     if to in MLA:
         mla = to_mla(model, to)
+        if to == "mla_gguf":
+            from kvp.serving.mla_gguf import write_mla_gguf
+
+            write_mla_gguf(mla, checkpoint, directory)
+            return mla.config
         save(mla, tokenizer, directory)
         add_old_keys(directory / "config.json")
         return mla.config
@@ -213,17 +218,6 @@ def _facts(before: PretrainedConfig, after: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def _mla_facts(before: PretrainedConfig, after: PretrainedConfig) -> dict[str, Any]:
-    sizes = {"checkpoint": size(before, layer_shapes(before)), "export": mla_size(after)}
-    widths = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    return {
-        "architecture": "DeepseekV3ForCausalLM",
-        **{name: getattr(after, name) for name in widths},
-        "kv_bytes_per_token": {name: it.kv_bytes_per_token for name, it in sizes.items()},
-        "params": {name: it.params for name, it in sizes.items()},
-    }
-
-
 def _one(values: set[int]) -> int | None:
     """The value, if it is the same in all layers."""
     return next(iter(values)) if len(values) == 1 else None
@@ -249,10 +243,13 @@ def _engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) ->
             "llama.cpp": ("yes: verified, see check" if check else NOT_RUN)
             + (slow if config.head_dim % GGML_STEP else "")
         }
+    if to == "mla_gguf":
+        return {"llama.cpp": "yes: verified, see check" if check else NOT_RUN}
     if to in MLA:
         return {
             "transformers": "yes: verified, see check",
-            **dict.fromkeys(("vllm", "sglang"), "not run"),
+            "vllm": "with --model-impl transformers; docs/guides/mla.md says what was run",
+            "sglang": "not run",
         }
     odd = ""
     if config.head_dim % FLASH_STEP:

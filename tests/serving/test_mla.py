@@ -16,15 +16,16 @@ from kvp.serving.write import export
 from kvp.types import Plan
 from tests.conftest import random_plan, tiny_config, tiny_model
 from tests.helpers.stock import ROPES
+from tests.helpers.tokenizers import trained
 
 MIXED = (1, 2, 4, 6, 7)  # of 2 joined heads of 4 pairs: frequencies 1, 2, 0, 2, 3
 FASTEST = (0, 1, 2)
 
 
-def one_head(family="llama", pairs=MIXED, values=7, rope="default", **changes):
+def one_head(family="llama", pairs=MIXED, values=7, rope="default", theta=1000.0, **changes):
     """A model of joined heads that keeps `pairs` in every layer, and other value channels in each."""
     changes = {"attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-5} | changes
-    rope = ROPES[rope] | {"rope_theta": 1000.0}
+    rope = ROPES[rope] | {"rope_theta": theta}
     model = joined(tiny_model(family, "gqa", rope_parameters=rope, **changes), 1)
     keep = {}
     for space in random_plan(model, ["qk", "vo"]).keep:
@@ -97,6 +98,20 @@ def test_what_is_no_mla_is_refused_with_the_way_out(model, form, message):
 def test_what_default_rope_does_not_turn_is_refused(pairs, rope, message):
     with pytest.raises(ValueError, match=message):
         mla_layout(one_head(pairs=pairs, rope=rope).config, "mla")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("values", "theta"), [(7, 1000.0), (12, 100.0)])
+def test_llama_cpp_gives_the_same_logits(values, theta, tmp_path):
+    pytest.importorskip("llama_cpp")
+    tokens = trained()
+    pruned = one_head(pairs=FASTEST, values=values, theta=theta, vocab_size=len(tokens))
+    save(pruned, tokens, tmp_path / "pruned")
+    serving = export(tmp_path / "pruned", tmp_path / "out", "mla_gguf")
+    assert serving["check"]["engine"] == "llama_cpp"
+    assert serving["check"]["logits_max_difference"] < 1e-3
+    assert serving["check"]["greedy_tokens_equal"]
+    assert check(tmp_path / "out")["passed"]
 
 
 @pytest.mark.slow
