@@ -15,6 +15,7 @@ from kvp.models.sources import PackagedModel
 from kvp.record import removed_words
 from kvp.serving.forms import FORMS
 from kvp.serving.made import Made
+from kvp.serving.mla import mla_size
 from kvp.tables import markdown
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ def _removed(made: Made) -> str:
 
 
 def _sizes(config: PretrainedConfig) -> str:
-    counted = size(config, layer_shapes(config))
+    mla = config.model_type == "deepseek_v3"
+    counted = mla_size(config) if mla else size(config, layer_shapes(config))
     dtype = str(config.dtype).removeprefix("torch.")
     rows = [
         ["parameters", f"{counted.params:,}"],

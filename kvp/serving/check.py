@@ -24,7 +24,7 @@ from kvp.commands import called
 from kvp.models.checkpoint.check import check_checkpoint
 from kvp.models.checkpoint.files import read_json
 from kvp.serving.check_vllm import check_vllm
-from kvp.serving.forms import Engine, Target, engines_of, imports_of, interpreter, own_form
+from kvp.serving.forms import MLA, Engine, Target, engines_of, imports_of, interpreter, own_form
 from kvp.serving.remote_code import require_own_code
 from kvp.serving.sample import Sample
 from kvp.serving.verify import ROUNDED, ask, compare
@@ -68,7 +68,7 @@ def check(
         raise ValueError(f"an export of form {form} opens in {' and '.join(able)}, not in {engine}")
     if own_code := form == "remote_code":
         require_own_code(directory)
-    elif form != "gguf":
+    elif form not in ("gguf", *MLA):
         check_checkpoint(directory)
     if engine == "vllm":
         report = check_vllm(directory, serving, sample, own_code=own_code, python=python)

@@ -23,7 +23,9 @@ from kvp.trust import find
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Target = Literal["stock", "stock_arithmetic", "custom", "remote_code", "padded", "gguf"]
+Target = Literal[
+    "stock", "stock_arithmetic", "custom", "remote_code", "padded", "gguf", "mla", "mla_longrope", "mla_gguf"
+]
 Engine = Literal["transformers", "llama_cpp", "vllm"]
 
 
@@ -44,12 +46,16 @@ FORMS: dict[str, Form] = {
     "stock": Form("one shared set of rope pairs: transformers, vLLM, SGLang", ("transformers", "vllm")),
     "stock_arithmetic": Form("rope of another theta, for pairs at equal distances", ("transformers", "vllm")),
     "gguf": Form("model.gguf for llama.cpp, for any shared set of rope pairs", ("llama_cpp",)),
+    "mla": Form("one KV head as DeepseekV3 with default rope", ("transformers",)),
+    "mla_longrope": Form("one KV head as DeepseekV3, any shared set of rope pairs", ("transformers",)),
+    "mla_gguf": Form("model.gguf of mla, whose graph caches keys and latent", ("llama_cpp",)),
     "custom": Form("any shape: opens in transformers after `import kvp` only", ("transformers",)),
     "remote_code": Form(
         "any shape with its class, by trust_remote_code; vLLM, too", ("transformers", "vllm")
     ),
     "padded": Form("the dense shapes, zeros where channels were cut: for checks", ("transformers", "vllm")),
 }
+MLA = ("mla", "mla_longrope", "mla_gguf")
 Write = Callable[["PreTrainedModel", "PreTrainedTokenizerBase", Path], None]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kvp.models.family import Family, family_of
 from kvp.serving.gguf_tokens import add_tokens
+from kvp.serving.rope import interleaved
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -66,7 +67,7 @@ def write_gguf(stock: PreTrainedModel, tokenizer_directory: Path, directory: Pat
             tensor = (tensor.double() * scaling**2).to(tensor.dtype)  # of the cosines and sines: yarn's
         if module in (family.q, family.k) and name == "llama":
             heads = config.num_attention_heads if module == family.q else config.num_key_value_heads
-            tensor = _interleaved(tensor, heads)
+            tensor = interleaved(tensor, heads)
         as_it_is = kind if tensor.dim() > 1 else GGMLQuantizationType.F32
         data = gguf.quants.quantize(tensor.float().numpy(), as_it_is)
         writer.add_tensor(theirs, data, raw_dtype=as_it_is)
@@ -127,9 +128,3 @@ def _rope(stock: PreTrainedModel, family: Family) -> tuple[Tensor, float]:
     exponent = torch.arange(0, config.head_dim, 2).double() / config.head_dim
     default = float(rope["rope_theta"]) ** -exponent
     return default / inv_freq.double(), rotary.attention_scaling  # type: ignore[return-value]
-
-
-def _interleaved(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of q or k from pairs (i, i + head_dim / 2), as in transformers, to pairs (2 i, 2 i + 1)."""
-    rows, *columns = tensor.shape
-    return tensor.view(heads, 2, rows // heads // 2, *columns).transpose(1, 2).reshape(tensor.shape)

@@ -46,8 +46,8 @@ class Layout:
         return self.pairs == tuple(range(self.dense_head_dim // CHANNELS_PER_PAIR))
 
 
-def stock_layout(config: PretrainedConfig) -> Layout:
-    """The layout of a checkpoint, dense or pruned.
+def stock_layout(config: PretrainedConfig, one_width: bool = True) -> Layout:
+    """The layout of a checkpoint, dense or pruned, whose keys and values must have `one_width`.
 
     Raises:
         ValueError: Its shapes are not those of a stock model; the message names what differs, and the
@@ -63,7 +63,7 @@ def stock_layout(config: PretrainedConfig) -> Layout:
                 "or remove whole blocks; --to padded gives the same logits without the saving"
             )
     first = shapes[0]
-    if first.qk_head_dim != first.v_head_dim:
+    if one_width and first.qk_head_dim != first.v_head_dim:
         raise ValueError(
             f"a stock config has one head_dim, here keys have {first.qk_head_dim} channels and values "
             f"{first.v_head_dim}; strategy=kvpruner_stock keeps both equal (grouping=coupled or separate)"

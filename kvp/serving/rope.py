@@ -106,3 +106,9 @@ def query_scale(layout: Layout, attention_scaling: float) -> float:
     yarn's scaling of cosine and sine goes in too, squared: not every engine reads `attention_factor`.
     """
     return math.sqrt(layout.head_dim / layout.dense_head_dim) * attention_scaling**2
+
+
+def interleaved(tensor: Tensor, heads: int) -> Tensor:
+    """Return rows of q or k with pairs (2 i, 2 i + 1), where transformers' Llama has (i, i + head_dim / 2)."""
+    rows, *columns = tensor.shape
+    return tensor.view(heads, 2, rows // heads // 2, *columns).transpose(1, 2).reshape(tensor.shape)

