@@ -64,9 +64,10 @@ def test_most_is_run():
         f"{count['run']} commands and {len(of(Block))} Python blocks run, {count['not run']} commands do not"
     )
     assert count["run"] >= 60
-    assert (
-        len([c for c in of(Command) if reason(c) and not re.match(r"make|pip|python -m pip", c.text)]) <= 26
-    )
+    skipped = [c for c in of(Command) if reason(c) and not re.match(r"make|pip|python -m pip", c.text)]
+    elsewhere = [c for c in skipped if "not in the test environment" in str(reason(c))]
+    assert len(skipped) - len(elsewhere) <= 18, "commands that could run here"
+    assert len(elsewhere) <= 16, "commands of other engines and clusters"
 
 
 def test_blocks_parse():
