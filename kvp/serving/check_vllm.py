@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from kvp.models.load import load_config
 from kvp.models.shapes import layer_shapes
+from kvp.serving.engines import needs_backend
 from kvp.serving.sample import Sample, token_logprobs
 from kvp.serving.verify import CACHE_BYTES, EXACT, KERNELS, Answer, ask, compare, distance
 
@@ -39,7 +41,8 @@ def check_vllm(
         return {**proof, "why": f"already in transformers: {proof['why']}"}
     numbers = cached_numbers(directory, serving, own_code=own_code)
     room = max(CACHE_BYTES, ROOM * (len(sample.ids) + len(sample.greedy)) * numbers * torch.float32.itemsize)
-    options = {"model_impl": "transformers"} if own_code else {}
+    backend = own_code or needs_backend(AutoConfig.from_pretrained(directory, trust_remote_code=False))
+    options = {"model_impl": "transformers"} if backend else {}
     said = ask(directory, sample, "vllm", own_code=own_code, python=python, cache_bytes=room, options=options)
     dtype = said.facts["dtype"]
     tolerance = EXACT

@@ -28,6 +28,11 @@ def engines_of_own(own: Write) -> dict[str, str]:
     return {"transformers": f"yes{after}: verified, see check"}
 
 
+def needs_backend(config: PretrainedConfig) -> bool:
+    """Whether vLLM opens a model by its Transformers backend only: its own Qwen2 class reads no `head_dim`."""
+    return config.model_type == "qwen2" and config.head_dim * config.num_attention_heads != config.hidden_size
+
+
 def engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) -> dict[str, str]:
     """Return which engine opens it, or why not; SGLang was never run."""
     if to in ("custom", "remote_code"):
@@ -57,9 +62,10 @@ def engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) -> 
         odd = f"head_dim={config.head_dim} is no multiple of {FLASH_STEP}: flash kernels refuse it"
     elif lengths := switches(config):
         odd = f"no: it does not change the frequencies at {lengths[0]} tokens of the text, as this model does"
+    way = " with --model-impl transformers" if needs_backend(config) else ""
     return {
         "transformers": "yes: verified, see check",
-        "vllm": odd or f"{VLLM if to == 'stock' else NOT_ASKED}: python -m kvp.check DIR --engine vllm",
+        "vllm": odd or f"{VLLM if to == 'stock' else NOT_ASKED}{way}: python -m kvp.check DIR --engine vllm",
         "sglang": odd or NOT_ASKED,
         "llama.cpp": "export --to gguf: the stock converter drops rope factors silently",
         **({"onnxruntime-genai": GENAI} if config.rope_parameters.get("rope_type") == "longrope" else {}),
