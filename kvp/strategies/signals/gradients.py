@@ -94,8 +94,12 @@ def gate_derivatives(
     gates: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
     def watch(key: tuple[str, int], activation: Tensor) -> None:
+        values = (
+            activation.detach()
+        )  # a hook that held its own tensor would keep the graph of every batch alive
+
         def hook(gradient: Tensor) -> None:
-            gates[key].append((activation.detach().float() * gradient.float()).sum(1).cpu())
+            gates[key].append((values.float() * gradient.float()).sum(1).cpu())
 
         if activation.requires_grad:
             activation.register_hook(hook)

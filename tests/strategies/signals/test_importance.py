@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import get_args
 
 import pytest
@@ -160,6 +161,22 @@ def test_gradient_checkpointing_changes_nothing(target):
     for importance in ("taylor_element", "taylor_gate", "mixed"):
         plain, checkpointed = (score_spaces(target, spaces, importance, flag) for flag in (False, True))
         assert all(torch.allclose(plain[s], checkpointed[s], rtol=1e-5, atol=1e-8) for s in spaces)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("importance", get_args(Importance))
+def test_no_batch_outlives_its_scores(target, importance, checkpointing):
+    """A hook that holds its own tensor keeps a batch's graph for ever: the collector does not see that cycle."""
+
+    def live() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    spaces = find_spaces(target.config, ["qk", "vo"])
+    score_spaces(target, spaces, importance, checkpointing)
+    before = live()
+    score_spaces(target, spaces, importance, checkpointing)
+    assert live() == before
 
 
 @pytest.mark.parametrize(
