@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tqdm.auto import tqdm
+
 from kvp import children
 from kvp.composing import compose
 from kvp.pipeline.experiment import Experiment
@@ -69,7 +71,7 @@ def check(model: Sequence[str]) -> Iterator[Row]:
         checkpoint = source.locate() or Path(directory) / "model"
         if source.locate() is None:
             source.write(checkpoint)
-        for phase, work, options in CASES:
+        for phase, work, options in tqdm(CASES, desc="measuring", unit="work"):
             words = [*plain, *options]
             x = Experiment.compose(compose(words), words)
             need = next(need for need in needs(x, source.expected()) if need.phase == phase)
