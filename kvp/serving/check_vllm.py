@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from kvp.models.load import load_config
 from kvp.models.shapes import layer_shapes
 from kvp.serving.engines import needs_backend
 from kvp.serving.sample import Sample, token_logprobs
@@ -61,7 +60,9 @@ def check_vllm(
 def cached_numbers(directory: Path, serving: Mapping[str, Any], *, own_code: bool) -> int:
     """Return how many numbers vLLM caches per token; 0 for a form that does not say."""
     if own_code:  # of two widths it caches the wider one twice
-        shapes = layer_shapes(load_config(directory))
+        shapes = layer_shapes(
+            AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        )  # by kvp's own class
         return sum(
             2 * shape.num_key_value_heads * max(shape.qk_head_dim, shape.v_head_dim) for shape in shapes
         )

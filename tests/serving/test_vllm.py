@@ -45,6 +45,24 @@ def pairs(family: str, heads: str, head_dim: int, kept: tuple[int, ...]):
     return stock_model(family, heads, pairs=kept, head_dim=head_dim, vocab_size=259)
 
 
+WIDTHS = (
+    (64, 64),
+    (32, 64),
+    (96, 32),
+)  # of keys and values in each layer; their maxima are widths of a CPU kernel
+
+
+def uneven():
+    """A model whose layers keep other widths of keys and of values."""
+    model = tiny_model("llama", "gqa", head_dim=128, vocab_size=259, **PLAIN)
+    keys, values = (find_spaces(model.config, [kind]) for kind in ("qk", "vo"))
+    plan, groups = {}, model.config.num_key_value_heads
+    for (key_width, value_width), qk, vo in zip(WIDTHS, keys, values, strict=True):
+        plan[qk] = torch.arange(key_width // 2).repeat(groups, 1)
+        plan[vo] = torch.arange(value_width).repeat(groups, 1)
+    return apply(model, Plan(plan))
+
+
 def checked(model, form: str, python: str, path: Path, *, per_token: int) -> None:
     """Export a model, ask vLLM, and compare the tokens that its cache holds with bytes of keys and values per token."""
     save(model, byte_tokenizer(), path / "pruned")
@@ -75,6 +93,12 @@ def checked(model, form: str, python: str, path: Path, *, per_token: int) -> Non
 def test_it_says_what_transformers_says(made, form, width, python, tmp_path):
     layers, keys_and_values, float32 = 3, 2, 4
     checked(made(), form, python, tmp_path, per_token=layers * keys_and_values * width * float32)
+
+
+def test_widths_of_single_layers_load_and_are_cached(python, tmp_path):
+    groups, float32 = 2, 4
+    numbers = sum(2 * groups * max(widths) for widths in WIDTHS)
+    checked(uneven(), "remote_code", python, tmp_path, per_token=numbers * float32)
 
 
 def test_fewer_layers_are_a_smaller_cache(python, tmp_path):
