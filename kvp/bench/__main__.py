@@ -2,6 +2,7 @@
 
   kvp bench llama_7b_shape --cut 0.25,0.5        shapes, with random weights
   kvp bench llama_7b_shape --cut 0.5 --rivals    and other methods' shapes
+  kvp bench tiny --cut 0.5 --protocol quick      a first look, in a minute
   kvp bench outputs/runs/NAME/run.json           a run's dense and pruned model
   kvp bench serve DIR DIR ...                    exports in vLLM, see its --help
 
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
     from kvp.bench.bench import Bench
 
 PATHS = ("eager", "static", "compiled")
-NAMES = ("shortened_llm", "long_context", "prefill")
+NAMES = ("shortened_llm", "long_context", "prefill", "quick")
 GIB = 2**30
 ON_CPU = GIB  # bytes of cache that a CPU's limit leaves by default: trying the limits takes time
+QUICK = ON_CPU // 16  # and for a first look
 
 
 def main() -> None:
@@ -105,7 +107,8 @@ def compose(options: argparse.Namespace) -> Bench:
     available = available_bytes(device)
     default = available
     if device.type == "cpu":
-        default = min(available, ON_CPU + max(subject.weights_bytes(dtype) for subject in subjects))
+        cache = QUICK if options.protocol == "quick" else ON_CPU
+        default = min(available, cache + max(subject.weights_bytes(dtype) for subject in subjects))
     limit = default if options.memory is None else int(options.memory * GIB)
     if not 0 < limit <= available:
         raise ValueError(

@@ -12,6 +12,7 @@ import transformers
 import yaml
 
 import kvp
+import kvp.models.pruned  # registers the pruned classes, which a command does not do at its start
 from kvp.estimate.passes import weights_bytes
 from kvp.measurement import memory
 from kvp.models.load import load_config, load_model

@@ -4,6 +4,7 @@ shortened_llm  12 tokens in, 128 or 512 out, batches of 1 to 256, 30 runs of whi
                (arXiv:2402.02834, whose script samples and times a whole `generate`)
 long_context   prompts of 512, 2048 and 8192, 128 out, batches of powers of two up to what fits
 prefill        prompts of 128, 512 and 2048, batches of 1, 8 and 32, one token out
+quick          a first look: 32 tokens in, 8 out, batches of 1 and 8, one run
 """
 
 from __future__ import annotations
@@ -63,4 +64,5 @@ PROTOCOLS = {
     ),
     "long_context": Protocol(prompts=(512, 2048, 8192), new_tokens=(128,), batches=None, warmup=1, runs=5),
     "prefill": Protocol(prompts=(128, 512, 2048), new_tokens=(1,), batches=(1, 8, 32), warmup=2, runs=10),
+    "quick": Protocol(prompts=(32,), new_tokens=(8,), batches=(1, 8), warmup=1, runs=1),
 }

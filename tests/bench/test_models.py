@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -141,3 +143,16 @@ def test_no_such_model(tmp_path):
 def test_names_tell_rows_apart():
     with pytest.raises(ValueError, match="two models are called small"):
         distinct([small(), small()])
+
+
+def test_a_cut_shape_loads_in_a_process_of_its_own(tmp_path):
+    """A command registers the pruned classes when it needs them; here nothing else has."""
+    command = ["kvp.bench", "tiny", "--cut", "0.5", "--protocol", "quick", "--path", "eager", "--batch", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--out", str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {row["model"] for row in json.loads((tmp_path / "bench.json").read_bytes())["rows"]} == {
+        "tiny",
+        "KVPruner 50% KV",
+    }
