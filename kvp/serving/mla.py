@@ -11,7 +11,7 @@ if the values are the latent and the keys are the rotated part. Three things dif
 
 The norm's constant is a power of two and the scale of the latent is, too. So both are exact in bfloat16 and float32;
 float16 cannot hold the latent. `o_proj` is factored through `v_head_dim` where its rank is no more than a dense head's.
-Two forms differ in the rotary embedding: `mla` has the default one, which kernels for MLA want, and `mla_longrope` has
+Two forms differ in the rotary embedding: `mla` has default angles, which kernels for MLA want, and `mla_longrope` has
 factors for any set of pairs. TransMLA (arXiv:2502.07864) converts models for a patched engine.
 """
 
@@ -27,7 +27,7 @@ from kvp.models.family import family_of
 from kvp.models.shapes import itemsize, layer_shapes, size
 from kvp.models.surgery import check_tied
 from kvp.serving.mla_check import NORM_EPS, mla_layout
-from kvp.serving.rope import arithmetic, interleaved, longrope
+from kvp.serving.rope import arithmetic, interleaved, longrope, with_unit_yarn
 from kvp.types import Size
 
 if TYPE_CHECKING:
@@ -55,7 +55,10 @@ def to_mla(model: PreTrainedModel, form: str) -> PreTrainedModel:
     config, family = model.config, family_of(model.config)
     layout, rotary = mla_layout(config, form), model.get_submodule(family.rotary)
     old: dict[str, Any] = dict(config.rope_parameters)
-    rope = arithmetic(layout, old) if form != "mla_longrope" else longrope(layout, old, rotary)
+    if form == "mla_longrope":
+        rope = longrope(layout, old, rotary)
+    else:
+        rope = with_unit_yarn(arithmetic(layout, old), config.max_position_embeddings)
     state, heads = dict(model.state_dict()), layout.layer.num_attention_heads
     check_tied(state, f"{family.embedding}.weight", config)
     state["lm_head.weight"] = state["lm_head.weight"].clone()
