@@ -148,3 +148,34 @@ def test_the_export_is_proved_and_checked_without_kvp(tmp_path):
 def test_serving_json_says_what_vllm_takes(values, form, says):
     config = DeepseekV3Config(kv_lora_rank=values, qk_rope_head_dim=8)
     assert says in engines(config, form, {"passed": True})["vllm"]
+
+
+@torch.no_grad()
+def test_queries_of_a_latent_are_factored_by_what_they_read(tokens):
+    """Random queries of rank 3 per head: as many channels without rotation, in steps of 8 or the whole latent."""
+    latent = joined(
+        tiny_model("llama", "mha", attention_bias=False, mlp_bias=False, rms_norm_eps=1e-5), 1, latent=True
+    )
+    torch.manual_seed(1)
+    for layer in latent.model.layers:
+        weight = layer.self_attn.q_latent_proj.weight
+        weight.copy_(
+            torch.einsum("hrk,hkc->hrc", torch.randn(4, 32, 3), 0.2 * torch.randn(4, 3, 48)).flatten(0, 1)
+        )
+    keep = {space: torch.arange(4)[None] for space in random_plan(latent, ["qk"]).keep}
+    pruned = apply(latent, Plan(keep))
+    mla = to_mla(pruned, "mla")
+    assert (mla.config.qk_nope_head_dim, mla.config.v_head_dim, mla.config.kv_lora_rank) == (8, 8, 32)
+    assert (mla(tokens).logits - pruned(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("form", ["stock", "padded", "gguf", "stock_arithmetic"])
+def test_a_latent_has_no_other_stock_form(form, tmp_path):
+    model = joined(
+        tiny_model("llama", "mha", attention_bias=False, mlp_bias=False, vocab_size=259), 1, latent=True
+    )
+    save(model, byte_tokenizer(), tmp_path / "latent")
+    with pytest.raises(
+        ValueError, match=f"is multi-head latent attention, which --to {form} is not: use --to mla"
+    ):
+        export(tmp_path / "latent", tmp_path / "out", form)
