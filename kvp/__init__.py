@@ -33,6 +33,7 @@ __all__ = [
     "Global",
     "KVPruner",
     "KVPrunerPlus",
+    "KVPrunerPlusMLA",
     "LLMPruner",
     "LeastSquares",
     "Magnitude",

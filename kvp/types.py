@@ -104,6 +104,7 @@ class LayerShape:
         down_bias: The same for down_proj.
         stream: Widths of a sliced residual stream before the attention, before the MLP and after the layer.
             None: hidden_size, and no shortcut matrices.
+        latent: Whether queries read the values, too, as keys that never turn. Values are then the latent of MLA.
     """
 
     num_attention_heads: int
@@ -115,6 +116,12 @@ class LayerShape:
     o_bias: bool = False
     down_bias: bool = False
     stream: tuple[int, int, int] | None = None
+    latent: bool = False
+
+    @property
+    def query_head_dim(self) -> int:
+        """Return how many channels of keys a query head reads: those that turn, and the latent's."""
+        return self.qk_head_dim + self.latent * self.v_head_dim
 
     @property
     def kv_width(self) -> int:

@@ -25,6 +25,7 @@ from kvp.strategies.methods.chain import Chain
 from kvp.strategies.methods.flap import FLAP
 from kvp.strategies.methods.kvpruner import KVPruner
 from kvp.strategies.methods.kvpruner_plus import KVPrunerPlus
+from kvp.strategies.methods.kvpruner_plus_mla import KVPrunerPlusMLA
 from kvp.strategies.methods.llm_bip import LLMBIP
 from kvp.strategies.methods.llm_pruner import LLMPruner
 from kvp.strategies.methods.magnitude import Magnitude

@@ -104,7 +104,7 @@ def prune(
     check_model(x, model.config)
     ids = x.calibration.sample(x.corpora, tokenizer) if x.reads_calibration else None  # type: ignore[arg-type]
     with as_loaded(model), tempfile.TemporaryDirectory() as directory:
-        dense = joined(model, x.strategy.joins)
+        dense = joined(model, x.strategy.joins, x.strategy.latent)
         target = Target(dense, ids, x.calibration.batch_size, seed)
         keep = InStore(x, model) if store else in_folders(Path(directory))
         plan = find_plan(Job(x.strategy, x.budget, dense.config, lambda: target), keep)

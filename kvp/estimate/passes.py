@@ -36,7 +36,7 @@ def working_bytes(config: PretrainedConfig, *, tokens: int, width: int) -> int:
     most = 0
     for shape in layer_shapes(config):
         hidden = max(stream(config, shape))
-        queries = shape.num_attention_heads * shape.qk_head_dim
+        queries = shape.num_attention_heads * shape.query_head_dim
         norm = 2 * width * hidden + FLOAT32 * hidden * (1 if width == FLOAT32 else 3)
         rotation = width * (2 * hidden + 4 * queries + shape.kv_width)
         mlp = width * (2 * hidden + 3 * shape.intermediate_size)

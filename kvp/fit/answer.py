@@ -118,7 +118,9 @@ def answer(asked: Question) -> Answer:
     models, notes = {"dense": config}, []
     for ratio in asked.ratios:
         cut = expected_shape(
-            x.strategy, joined_config(config, x.strategy.joins), replace(x.budget, value=ratio)
+            x.strategy,
+            joined_config(config, x.strategy.joins, x.strategy.latent),
+            replace(x.budget, value=ratio),
         )
         if cut is None:
             notes.append(

@@ -28,14 +28,14 @@ def macs(config: PretrainedConfig, shapes: Sequence[LayerShape], *, prompt_lengt
     )
     if shapes[0].stream and config.tie_word_embeddings:
         per_token += config.hidden_size * shapes[0].stream[0]  # the basis behind the embedding
-    per_pair = sum(layer.num_attention_heads * (layer.qk_head_dim + layer.v_head_dim) for layer in shapes)
+    per_pair = sum(layer.num_attention_heads * (layer.query_head_dim + layer.v_head_dim) for layer in shapes)
     return prompt_length * (per_token + prompt_length * per_pair)
 
 
 def _layer_weights(config: PretrainedConfig, layer: LayerShape) -> int:
     """Count the entries of q, k, v, o, of the gate, up and down of the FFN, and of a sliced stream's shortcuts."""
     before, between, after = stream(config, layer)
-    queries, outputs = (layer.num_attention_heads * d for d in (layer.qk_head_dim, layer.v_head_dim))
+    queries, outputs = (layer.num_attention_heads * d for d in (layer.query_head_dim, layer.v_head_dim))
     shortcuts = between * (before + after) if layer.stream else 0
     attention = before * (queries + layer.kv_width) + between * outputs
     return attention + (2 * between + after) * layer.intermediate_size + shortcuts

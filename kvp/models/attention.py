@@ -4,6 +4,9 @@ Query-key and value widths may differ, and each KV group may keep its own subset
 *gathered* from the dense model's rotary tables, never recomputed from the new width. The softmax scale stays
 `1 / sqrt(dense head_dim)`.
 
+A latent layer caches keys that turn, and values. Its queries read the values as further keys, through `q_latent_proj`.
+So does multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) with its matrices multiplied out.
+
 A decode step gathers the tables of all layers at once. A longer pass gathers layer by layer, because the tables of all
 layers take as much memory as the keys of the sequence.
 """
@@ -32,6 +35,7 @@ class PrunedAttention:
     """
 
     q_proj: nn.Linear
+    q_latent_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
     o_proj: nn.Linear
@@ -51,7 +55,11 @@ class PrunedAttention:
         resize(self, "k_proj", before, groups * shape.qk_head_dim)
         resize(self, "v_proj", before, groups * shape.v_head_dim)
         resize(self, "o_proj", queries * shape.v_head_dim, after, bias=shape.o_bias)
-        self.layer_idx = cache_index
+        if shape.latent:
+            rows, old = queries * shape.v_head_dim, self.q_proj
+            placed = {"device": old.weight.device, "dtype": old.weight.dtype}
+            self.q_latent_proj = nn.Linear(before, rows, bias=old.bias is not None, **placed)
+        self.layer_idx, self.latent = cache_index, shape.latent
         self.qk_head_dim, self.v_head_dim = shape.qk_head_dim, shape.v_head_dim
         self.num_key_value_groups = queries // groups
         self.rope_pairs = shape.rope_pairs
@@ -78,7 +86,10 @@ class PrunedAttention:
         query, key = (_rotate(states, cos, sin).flatten(2, 3).transpose(1, 2) for states in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        kind, width = self.config._attn_implementation, max(self.qk_head_dim, self.v_head_dim)
+        if self.latent:
+            still = self.q_latent_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
+            query, key = torch.cat((query, still), -1), torch.cat((key, value), -1)
+        kind, width = self.config._attn_implementation, max(key.shape[-1], self.v_head_dim)
         if kind == "vllm":  # which caches keys and values in one width
             query, key, value = (
                 nn.functional.pad(states, (0, width - states.shape[-1])) for states in (query, key, value)

@@ -40,6 +40,7 @@ class Family:
     attention: str = "self_attn"
     mlp: str = "mlp"
     q: str = "q_proj"
+    q_latent: str = "q_latent_proj"  # of pruned twins only
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def joined_config(config: PretrainedConfig, num_key_value_heads: int | None) -> PretrainedConfig:
+def joined_config(
+    config: PretrainedConfig, num_key_value_heads: int | None, latent: bool = False
+) -> PretrainedConfig:
     """Return the config of the model that `joined` makes; without a number, the given config.
 
     Raises:
@@ -40,13 +42,15 @@ def joined_config(config: PretrainedConfig, num_key_value_heads: int | None) -> 
     """
     if num_key_value_heads is None:
         return config
-    shapes = _joined_shapes(config, num_key_value_heads)
+    shapes = _joined_shapes(config, num_key_value_heads, latent)
     return pruned_config(config, shapes, range(len(shapes)))
 
 
 @torch.no_grad()
-def joined(model: PreTrainedModel, num_key_value_heads: int | None) -> PreTrainedModel:
+def joined(model: PreTrainedModel, num_key_value_heads: int | None, latent: bool = False) -> PreTrainedModel:
     """Return the model with `num_key_value_heads` in every attention; without a number, the given model.
+
+    With `latent` queries may read the values as keys, too: through a projection that is zero.
 
     Raises:
         ValueError: The number does not divide a layer's number of KV heads, or the family has norms over head_dim.
@@ -54,7 +58,7 @@ def joined(model: PreTrainedModel, num_key_value_heads: int | None) -> PreTraine
     if num_key_value_heads is None:
         return model
     config, family, heads = model.config, family_of(model.config), num_key_value_heads
-    shapes, state = _joined_shapes(config, heads), model.state_dict()
+    shapes, state = _joined_shapes(config, heads, latent), model.state_dict()
     for index, before in enumerate(layer_shapes(config)):
         if shapes[index] == before:
             continue
@@ -62,6 +66,11 @@ def joined(model: PreTrainedModel, num_key_value_heads: int | None) -> PreTraine
         for name, widen in ((family.q, _queries), (family.k, _keys), (family.o, _outputs)):
             for parameter in _parameters(state, f"{attention}.{name}"):
                 state[parameter] = widen(state[parameter], before, heads)
+        if latent:
+            rows = shapes[index].num_attention_heads * shapes[index].v_head_dim
+            for parameter in _parameters(state, f"{attention}.{family.q}"):
+                old, new = state[parameter], parameter.replace(f".{family.q}.", f".{family.q_latent}.")
+                state[new] = old.new_zeros(rows, *old.shape[1:])
     from kvp.models.surgery import empty_twin, filled  # imports seconds of modelling code
 
     return filled(empty_twin(config, shapes, range(len(shapes))), state, model)
@@ -72,21 +81,21 @@ def _parameters(state: Mapping[str, Tensor], module: str) -> list[str]:
     return [name for name in (f"{module}.weight", f"{module}.bias") if name in state]
 
 
-def _joined_shapes(config: PretrainedConfig, heads: int) -> list[LayerShape]:
+def _joined_shapes(config: PretrainedConfig, heads: int, latent: bool) -> list[LayerShape]:
     if family_of(config).qk_norm:
         raise ValueError(
             f"{config.model_type}: its norms over head_dim keep the heads apart; use strategy.num_key_value_heads=null"
         )
-    return [_joined_shape(shape, heads) for shape in layer_shapes(config)]
+    return [_joined_shape(shape, heads, latent) for shape in layer_shapes(config)]
 
 
-def _joined_shape(layer: LayerShape, heads: int) -> LayerShape:
+def _joined_shape(layer: LayerShape, heads: int, latent: bool) -> LayerShape:
     groups = layer.num_key_value_heads
     if heads < 1 or groups % heads:
         raise ValueError(
             f"strategy.num_key_value_heads must divide the {groups} KV heads of every layer, got {heads}"
         )
-    if groups in (0, heads):
+    if not groups or (groups == heads and layer.latent == latent):
         return layer
     several = groups // heads
     rows = layer.rope_pairs or (tuple(range(layer.qk_head_dim // CHANNELS_PER_PAIR)),) * groups
@@ -95,6 +104,7 @@ def _joined_shape(layer: LayerShape, heads: int) -> LayerShape:
         num_key_value_heads=heads,
         qk_head_dim=several * layer.qk_head_dim,
         v_head_dim=several * layer.v_head_dim,
+        latent=latent,
         rope_pairs=tuple(tuple(chain(*rows[n : n + several])) for n in range(0, groups, several)),
     )
 

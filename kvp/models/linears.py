@@ -33,7 +33,8 @@ class Linear:
 def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
     """Return the matrices of one layer in the order of the forward pass; the members of a tuple share their input.
 
-    The tuples are (q, k, v), (o,), (gate, up), (down,). An absent sublayer has none.
+    The tuples are (q, k, v), (o,), (gate, up), (down,); a latent layer has (q, k, v, q_latent). An absent sublayer has
+    none.
     """
     family, shape, hidden = family_of(config), layer_shapes(config)[layer], config.hidden_size
     attention, mlp = (f"{family.layers}.{layer}.{part}" for part in (family.attention, family.mlp))
@@ -43,7 +44,11 @@ def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
         q = Linear(f"{attention}.{family.q}", heads * shape.qk_head_dim, hidden)
         k = Linear(f"{attention}.{family.k}", groups * shape.qk_head_dim, hidden)
         v = Linear(f"{attention}.{family.v}", groups * shape.v_head_dim, hidden)
-        found += [(q, k, v), (Linear(f"{attention}.{family.o}", hidden, heads * shape.v_head_dim),)]
+        still = Linear(f"{attention}.{family.q_latent}", heads * shape.v_head_dim, hidden)
+        found += [
+            (q, k, v, *[still] * shape.latent),
+            (Linear(f"{attention}.{family.o}", hidden, heads * shape.v_head_dim),),
+        ]
     if inner:
         gate, up = (Linear(f"{mlp}.{name}", inner, hidden) for name in (family.gate, family.up))
         found += [(gate, up), (Linear(f"{mlp}.{family.down}", hidden, inner),)]

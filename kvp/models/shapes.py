@@ -201,7 +201,7 @@ def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
     qkv_bias, o_bias = attention_bias or family.qkv_bias, attention_bias or layer.o_bias
     mlp_bias = family.has_bias("mlp_bias", config)
     down_bias = mlp_bias or layer.down_bias
-    q_out = layer.num_attention_heads * layer.qk_head_dim
+    q_out = layer.num_attention_heads * layer.query_head_dim
     k_out, v_out = layer.num_key_value_heads * layer.qk_head_dim, layer.num_key_value_heads * layer.v_head_dim
     o_in = layer.num_attention_heads * layer.v_head_dim
     attention = (before + qkv_bias) * (q_out + k_out + v_out) + between * (o_in + o_bias)

@@ -4,13 +4,13 @@ The coupling between matrices stands here once. Surgery, masks and scores all re
 
 | index of a space      | rows                                                          | columns                      |
 | --------------------- | ------------------------------------------------------------- | ---------------------------- |
-| kv_group g            | of k and v, and of the group's query heads in q               | of those query heads in o    |
+| kv_group g            | of k and v, and of the group's query heads in q and q_latent  | of those query heads in o    |
 | qk i (rope pair)      | i and i + width / 2 of k, and of each query head in q         |                              |
-| vo j                  | j of v                                                        | j of each query head in o    |
+| vo j                  | j of v, and of each query head in q_latent                    | j of each query head in o    |
 | ffn n                 | n of gate and up                                              | n of down                    |
 | attention, mlp, block | all of the sublayer or layer                                  |                              |
 
-Query heads belong to groups contiguously: head h to group h // (heads / groups).
+Only latent layers have a q_latent. Query heads belong to groups contiguously: head h to group h // (heads / groups).
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def members(config: PretrainedConfig, space: Space) -> list[Member]:
     q, k, v, o = (f"{layer}.{family.attention}.{name}" for name in (family.q, family.k, family.v, family.o))
     group_of_query = torch.arange(groups).repeat_interleave(queries // groups if groups else 1)
     of_groups, of_queries = torch.arange(groups), group_of_query
+    q_latent = f"{layer}.{family.attention}.{family.q_latent}"
     match space.kind:
         case "kv_group":
             return [
@@ -100,6 +101,7 @@ def members(config: PretrainedConfig, space: Space) -> list[Member]:
                 Member(k, 0, of_groups.repeat_interleave(shape.qk_head_dim)),
                 Member(v, 0, of_groups.repeat_interleave(shape.v_head_dim)),
                 Member(o, 1, of_queries.repeat_interleave(shape.v_head_dim)),
+                *([Member(q_latent, 0, of_queries.repeat_interleave(shape.v_head_dim))] * shape.latent),
             ]
         case "qk":
             pairs = shape.qk_head_dim // 2
@@ -110,9 +112,11 @@ def members(config: PretrainedConfig, space: Space) -> list[Member]:
             ]
         case "vo":
             channel = torch.arange(shape.v_head_dim)
+            of_heads = (of_queries[:, None] * shape.v_head_dim + channel).flatten()
             return [
                 Member(v, 0, (of_groups[:, None] * shape.v_head_dim + channel).flatten()),
-                Member(o, 1, (of_queries[:, None] * shape.v_head_dim + channel).flatten()),
+                Member(o, 1, of_heads),
+                *([Member(q_latent, 0, of_heads)] * shape.latent),
             ]
         case _:
             neuron = torch.arange(shape.intermediate_size)
@@ -133,6 +137,7 @@ def _sublayer_rows(
         family.k: groups * shape.qk_head_dim,
         family.v: groups * shape.v_head_dim,
         family.o: hidden,
+        **({family.q_latent: shape.num_attention_heads * shape.v_head_dim} if shape.latent else {}),
     }
     mlp = {family.gate: shape.intermediate_size, family.up: shape.intermediate_size, family.down: hidden}
     rows = []

@@ -44,7 +44,7 @@ class Need:
 
 def needs(x: Experiment, dense: PretrainedConfig) -> list[Need]:
     """Return what each phase of a run takes, in order; a pruned model counts like the dense one, which is larger."""
-    config = copy(joined_config(dense, x.strategy.joins))
+    config = copy(joined_config(dense, x.strategy.joins, x.strategy.latent))
     config.dtype = x.dtype
     return [*_planning(x, config), *_examining(x, config), *_recovering(x, config, dense)]
 

@@ -57,7 +57,9 @@ def make_record(
 def model_record(x: Experiment, checkpoint: Checkpoint, examined: Mapping[str, Finished]) -> ModelRecord:
     """Return what is known of one model, from the stages that looked at it."""
     config, shapes = checkpoint.config, layer_shapes(checkpoint.config)
-    widths = [{k: v for k, v in asdict(shape).items() if k != "rope_pairs"} for shape in shapes]
+    widths = [
+        {k: v for k, v in asdict(shape).items() if k not in ("rope_pairs", "latent")} for shape in shapes
+    ]
     results = {place: stage.result for place, stage in examined.items()}
 
     def below(folder: str) -> dict[str, dict[str, Any]]:

@@ -66,7 +66,8 @@ class Join(Stage):
 
     @override
     def inputs(self, x: Experiment, before: Before) -> Inputs:
-        return {"model": before["model"], "num_key_value_heads": x.strategy.joins}
+        latent = {"latent": True} if x.strategy.latent else {}
+        return {"model": before["model"], "num_key_value_heads": x.strategy.joins, **latent}
 
     @override
     def runs(self, x: Experiment) -> tuple[str, ...]:
@@ -76,7 +77,9 @@ class Join(Stage):
     def work(self, session: Session, directory: Path) -> None:
         dense = session.checkpoint("dense")
         save(
-            joined(dense.stored(), session.x.strategy.joins), load_tokenizer(dense.path), directory / "model"
+            joined(dense.stored(), session.x.strategy.joins, session.x.strategy.latent),
+            load_tokenizer(dense.path),
+            directory / "model",
         )
 
 

@@ -64,7 +64,7 @@ def cached_numbers(directory: Path, serving: Mapping[str, Any], *, own_code: boo
             AutoConfig.from_pretrained(directory, trust_remote_code=False)
         )  # by kvp's own class
         return sum(
-            2 * shape.num_key_value_heads * max(shape.qk_head_dim, shape.v_head_dim) for shape in shapes
+            2 * shape.num_key_value_heads * max(shape.query_head_dim, shape.v_head_dim) for shape in shapes
         )
     stored = serving.get("kv_bytes_per_token", {"export": 0})["export"]
     return stored // getattr(torch, serving["dtype"]).itemsize

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 FLASH_STEP = 8  # head sizes that flash-attention kernels take
 GGML_STEP = 32  # channels that llama.cpp's 16-bit dot product takes at a time on x86; the rest go one by one
+VLLM_CPU_MLA = (
+    576  # cached channels that vLLM's CPU kernel for MLA takes: 512 of a latent and 64 rotated ones
+)
 NOT_ASKED = "expected (not run)"
 VLLM = "expected; vllm-cpu 0.32.0 ran others of this form"
 GENAI = "no: its builder (0.18) drops rope factors silently"
@@ -31,6 +34,17 @@ def engines_of_own(own: Write) -> dict[str, str]:
 def needs_backend(config: PretrainedConfig) -> bool:
     """Whether vLLM opens a model by its Transformers backend only: its own Qwen2 class reads no `head_dim`."""
     return config.model_type == "qwen2" and config.head_dim * config.num_attention_heads != config.hidden_size
+
+
+def _vllm_mla(config: PretrainedConfig, to: str) -> str:
+    cached = config.kv_lora_rank + config.qk_rope_head_dim
+    if cached != VLLM_CPU_MLA:
+        return (
+            f"not on a CPU, whose kernel takes {VLLM_CPU_MLA} cached channels, here are {cached}; GPU not run"
+        )
+    if to == "mla_longrope":
+        return "with --model-impl transformers only: its own class reads rope factors as yarn"
+    return "expected; vllm-cpu 0.32.0 ran another: python -m kvp.check DIR --engine vllm"
 
 
 def engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) -> dict[str, str]:
@@ -54,7 +68,7 @@ def engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) -> 
     if to in MLA:
         return {
             "transformers": "yes: verified, see check",
-            "vllm": "with --model-impl transformers; docs/guides/mla.md says what was run",
+            "vllm": _vllm_mla(config, to),
             "sglang": "not run",
         }
     odd = ""

@@ -46,7 +46,7 @@ FORMS: dict[str, Form] = {
     "stock": Form("one shared set of rope pairs: transformers, vLLM, SGLang", ("transformers", "vllm")),
     "stock_arithmetic": Form("rope of another theta, for pairs at equal distances", ("transformers", "vllm")),
     "gguf": Form("model.gguf for llama.cpp, for any shared set of rope pairs", ("llama_cpp",)),
-    "mla": Form("one KV head as DeepseekV3 with default rope", ("transformers",)),
+    "mla": Form("one KV head as DeepseekV3 with default rope", ("transformers", "vllm")),
     "mla_longrope": Form("one KV head as DeepseekV3, any shared set of rope pairs", ("transformers",)),
     "mla_gguf": Form("model.gguf of mla, whose graph caches keys and latent", ("llama_cpp",)),
     "custom": Form("any shape: opens in transformers after `import kvp` only", ("transformers",)),

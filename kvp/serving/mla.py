@@ -10,8 +10,9 @@ if the values are the latent and the keys are the rotated part. Three things dif
 | divides logits by its own head width | queries multiplied by the inverse                                 |
 
 The norm's constant is a power of two and the scale of the latent is, too. So both are exact in bfloat16 and float32;
-float16 cannot hold the latent. `o_proj` is factored through `v_head_dim` where its rank is no more than a dense head's.
-Two forms differ in the rotary embedding: `mla` has the default one, which kernels for MLA want, and `mla_longrope` has
+float16 cannot hold the latent. Queries of a latent layer (`q_latent_proj`) are factored through `qk_nope_head_dim`, and
+`o_proj` through `v_head_dim`: as many directions of the latent as a head reads.
+Two forms differ in the rotary embedding: `mla` has default angles, which kernels for MLA want, and `mla_longrope` has
 factors for any set of pairs. TransMLA (arXiv:2502.07864) converts models for a patched engine.
 """
 
@@ -27,7 +28,7 @@ from kvp.models.family import family_of
 from kvp.models.shapes import itemsize, layer_shapes, size
 from kvp.models.surgery import check_tied
 from kvp.serving.mla_check import NORM_EPS, mla_layout
-from kvp.serving.rope import arithmetic, interleaved, longrope
+from kvp.serving.rope import arithmetic, interleaved, longrope, with_unit_yarn
 from kvp.types import Size
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 
 LATENT = 2.0**-24  # the scale of the latent: its mean square is far below eps
 GAIN = 2.0**14  # the norm's weight
+NOISE = 1e-15  # of a sum of squares, what float64 makes of a direction that is not read
 REST = math.sqrt(NORM_EPS) / (LATENT * GAIN)  # what brings a normalised latent back to its size: 1.024
-NOPE = 1  # channels of keys without rotation; the class demands one, and it is zero
+STEP = 8  # channels of a head that kernels take at a time
 SAME = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "hidden_act", "max_position_embeddings"),
     *("initializer_range", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "dtype"),
@@ -55,31 +57,44 @@ def to_mla(model: PreTrainedModel, form: str) -> PreTrainedModel:
     config, family = model.config, family_of(model.config)
     layout, rotary = mla_layout(config, form), model.get_submodule(family.rotary)
     old: dict[str, Any] = dict(config.rope_parameters)
-    rope = arithmetic(layout, old) if form != "mla_longrope" else longrope(layout, old, rotary)
+    if form == "mla_longrope":
+        rope = longrope(layout, old, rotary)
+    else:
+        rope = with_unit_yarn(arithmetic(layout, old), config.max_position_embeddings)
     state, heads = dict(model.state_dict()), layout.layer.num_attention_heads
     check_tied(state, f"{family.embedding}.weight", config)
     state["lm_head.weight"] = state["lm_head.weight"].clone()
     names = [f"{family.layers}.{index}.{family.attention}." for index in range(config.num_hidden_layers)]
-    outputs = [_by_head(state[f"{name}{family.o}.weight"], heads) for name in names]
-    width = _value_width(outputs, layout.dense_head_dim, model.dtype)
+    reads = [_by_head(state.pop(f"{name}{family.o}.weight"), heads) for name in names]
+    asks = [
+        _by_head(state.pop(f"{name}{family.q_latent}.weight").T, heads)
+        for name in names
+        if layout.layer.latent
+    ]
+    width, nope = _directions_read(reads, model.dtype), _directions_read(asks, model.dtype)
     scaling: float = rotary.attention_scaling  # type: ignore[assignment]
-    scale = math.sqrt((NOPE + layout.head_dim) / layout.dense_head_dim) * scaling**2
+    scale = math.sqrt((nope + layout.head_dim) / layout.dense_head_dim)
     stream = math.sqrt(NORM_EPS / config.rms_norm_eps)
-    for name, output in zip(names, outputs, strict=True):
-        q, k, v, _ = (
-            state.pop(f"{name}{part}.weight").double() for part in (family.q, family.k, family.v, family.o)
-        )
+    for index, name in enumerate(names):
+        q, k, v = (state.pop(f"{name}{part}.weight").double() for part in (family.q, family.k, family.v))
+        values, output = _factored(reads[index], width)
+        keys, query = values.new_zeros(heads, nope, len(v)), q.new_zeros(heads, nope, q.shape[1])
+        if asks:
+            keys, narrow = _factored(asks[index], nope)
+            query = REST * narrow.mT
+        turning = interleaved(scaling**2 * q, heads).unflatten(0, (heads, -1))
         made = {
-            "q_proj": _queries(q * scale, heads),
+            "q_proj": scale * torch.cat([query, turning], 1).flatten(0, 1),
             "kv_a_proj_with_mqa": torch.cat([LATENT * v, interleaved(k, 1)]),
             "kv_a_layernorm": torch.full((len(v),), GAIN),
-            **_values(output * stream, width),
+            "kv_b_proj": torch.cat([keys, values], 1).flatten(0, 1),
+            "o_proj": REST * stream * output.transpose(0, 1).flatten(1),
         }
         state |= {f"{name}{part}.weight": tensor.to(model.dtype) for part, tensor in made.items()}
     for name in state:
         if stream != 1 and name.endswith(("embed_tokens.weight", "down_proj.weight")):
             state[name] = (state[name].double() * stream).to(model.dtype)
-    mla_config = _config(config, layout.layer, width, rope)
+    mla_config = _config(config, layout.layer, width, nope, rope)
     with torch.device("meta"):
         mla = DeepseekV3ForCausalLM(mla_config)
     mla.load_state_dict(state, assign=True)
@@ -115,51 +130,47 @@ def mla_facts(before: PretrainedConfig, after: PretrainedConfig) -> dict[str, An
     }
 
 
-def _queries(rows: Tensor, heads: int) -> Tensor:
-    """Put the zero channels without rotation before the rotated ones of every head."""
-    by_head = interleaved(rows, heads).unflatten(0, (heads, -1))
-    return torch.cat([by_head.new_zeros(heads, NOPE, rows.shape[1]), by_head], 1).flatten(0, 1)
-
-
-def _values(output: Tensor, width: int) -> dict[str, Tensor]:
-    """Factor each head's `o_proj` as (o_proj of `width` channels) times (the latent's way to them, `kv_b_proj`)."""
-    heads, _, latent = output.shape
-    up = (
-        _directions(output)[1][..., -width:].mT
-        if width < latent
-        else torch.eye(latent).double().repeat(heads, 1, 1)
-    )
-    keys = up.new_zeros(heads, NOPE, latent)
-    return {
-        "kv_b_proj": torch.cat([keys, up], 1).flatten(0, 1),
-        "o_proj": REST * (output @ up.mT).transpose(0, 1).flatten(1),
-    }
-
-
-def _value_width(outputs: list[Tensor], head_dim: int, dtype: torch.dtype) -> int:
-    """Return the dense head's width if every `o_proj` (heads, hidden, latent) fits through it, else the latent's.
+def _directions_read(reads: list[Tensor], dtype: torch.dtype) -> int:
+    """Return how many directions of the latent a head of any layer reads, in steps of channels; 1 if none does.
 
     What rounding in `dtype` moves anyway may be lost.
+
+    Args:
+        reads: Per layer (heads, hidden, latent).
+        dtype: The dtype of the weights.
     """
-    latent, eps = outputs[0].shape[-1], torch.finfo(dtype).eps
-    if latent <= head_dim:
-        return latent
-    squares = (_directions(output)[0] for output in outputs)
-    fits = all((each[:, :-head_dim].sum(1) <= eps**2 * each.sum(1)).all() for each in squares)
-    return head_dim if fits else latent
+    widest = 0
+    for each in reads:
+        squares = _directions(each)[0].clamp(min=0)
+        lost = (torch.finfo(dtype).eps / 4) ** 2 + each.shape[-1] * NOISE
+        needed = (squares.cumsum(-1) > lost * squares.sum(-1, keepdim=True)).sum(-1)
+        widest = max(widest, int(needed.max()))
+    return min(-(-widest // STEP) * STEP, reads[0].shape[-1]) if widest else 1
 
 
-def _directions(output: Tensor) -> tuple[Tensor, Tensor]:
+def _factored(reads: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return (heads, width, latent) orthonormal directions, and (heads, hidden, width) what is read along them."""
+    heads, _, latent = reads.shape
+    if width < latent:
+        directions = _directions(reads)[1][..., -width:].mT
+    else:
+        directions = torch.eye(latent).double().repeat(heads, 1, 1)
+    return directions, reads @ directions.mT
+
+
+def _directions(reads: Tensor) -> tuple[Tensor, Tensor]:
     """Return squared sizes, ascending, and directions of the latent that each head reads."""
-    return torch.linalg.eigh(output.mT @ output)
+    return torch.linalg.eigh(reads.mT @ reads)
 
 
 def _by_head(weight: Tensor, heads: int) -> Tensor:
-    """Return an `o_proj` as (heads, hidden, channels)."""
+    """Return (hidden, heads * latent) weights as (heads, hidden, latent)."""
     return weight.double().unflatten(1, (heads, -1)).transpose(0, 1)
 
 
-def _config(config: PretrainedConfig, layer: Any, width: int, rope: dict[str, Any]) -> DeepseekV3Config:
+def _config(
+    config: PretrainedConfig, layer: Any, width: int, nope: int, rope: dict[str, Any]
+) -> DeepseekV3Config:
     """Return the config: all layers dense, queries not factored, nothing shared between embedding and head."""
     from transformers import DeepseekV3Config
 
@@ -171,7 +182,7 @@ def _config(config: PretrainedConfig, layer: Any, width: int, rope: dict[str, An
         num_key_value_heads=layer.num_attention_heads,
         q_lora_rank=None,
         kv_lora_rank=layer.v_head_dim,
-        qk_nope_head_dim=NOPE,
+        qk_nope_head_dim=nope,
         qk_rope_head_dim=layer.qk_head_dim,
         v_head_dim=width,
         first_k_dense_replace=config.num_hidden_layers,

@@ -93,6 +93,20 @@ def arithmetic(layout: Layout, rope: dict[str, Any]) -> dict[str, Any]:
     return moved
 
 
+def with_unit_yarn(rope: dict[str, Any], max_position_embeddings: int) -> dict[str, Any]:
+    """Return default RoPE as yarn of factor 1, which turns all pairs by the same angles.
+
+    vLLM 0.32 hands the default one to an operator that on a CPU takes all heads of a query for one. Its class for
+    yarn of DeepSeek models has none, and every DeepSeek checkpoint has yarn.
+    """
+    return {
+        "rope_type": "yarn",
+        "rope_theta": rope["rope_theta"],
+        "factor": 1.0,
+        "original_max_position_embeddings": max_position_embeddings,
+    }
+
+
 def _step(pairs: Sequence[int]) -> int | None:
     if len(pairs) < 2:
         return 1

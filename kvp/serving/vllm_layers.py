@@ -38,6 +38,6 @@ def one_by_one(config: PretrainedConfig) -> list[PretrainedConfig]:
         each = copy(config)
         each.num_attention_heads = shape.num_attention_heads
         each.num_key_value_heads = shape.num_key_value_heads
-        each.head_dim = max(shape.qk_head_dim, shape.v_head_dim)
+        each.head_dim = max(shape.query_head_dim, shape.v_head_dim)
         configs.append(each)
     return configs

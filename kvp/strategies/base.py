@@ -91,6 +91,11 @@ class Strategy(ABC):
         return None
 
     @property
+    def latent(self) -> bool:
+        """Tell whether joined heads have queries that read the values as keys, too."""
+        return False
+
+    @property
     def then(self) -> tuple[Budget, ...]:
         """Return the budgets of the steps after the first, if the strategy takes several."""
         return ()

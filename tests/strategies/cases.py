@@ -38,6 +38,7 @@ CUTS = {
     "kvpruner_plus": f"kvpruner_plus {NARROW} {FOLDED}",
     "kvpruner_plus_stock": f"kvpruner_plus_stock {NARROW} {FOLDED} strategy.importance=taylor_gate",
     "kvpruner_plus_joined": f"kvpruner_plus {NARROW} {FOLDED} strategy.num_key_value_heads=1",
+    "kvpruner_plus_mla": f"kvpruner_plus_mla {NARROW} strategy.context=null",
     "kvpruner_plus_vo": f"kvpruner_plus strategy/allocator=uniform {NARROW} strategy.grouping=vo",
     "random": f"random {NARROW}",
     "magnitude": f"magnitude {NARROW} strategy.norm=l1",
@@ -103,4 +104,4 @@ def make_plan(strategy: Strategy, model, budget: Budget = BUDGET):
 
 def whole(strategy: Strategy, model):
     """The model as the strategy finds it: with KV heads joined, if it asks for that."""
-    return joined(model, strategy.joins)
+    return joined(model, strategy.joins, strategy.latent)

@@ -21,6 +21,7 @@ class Layer(BaseModel):
     o_bias: bool = False
     down_bias: bool = False
     stream: list[PositiveInt] | None = None
+    latent: bool = False
 
 
 def check_widths(layers: Sequence[Layer] | None, count: int, hidden_size: int, pairs: int) -> None:

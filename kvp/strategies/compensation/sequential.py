@@ -11,6 +11,10 @@ residual stream's own drift added to it, the packaged model comes out worse (exp
 A sequence's first token is one among many in these sums, but every later token attends to it (StreamingLLM's attention
 sink, arXiv 2309.17453; massive activations, 2402.17762). Where a refit spoils what early layers make of it, a whole
 window is lost: `sink_weight` lets it count as so many tokens.
+
+A free refit of o_proj gives each query head as many directions of the values as the cache has. With `factored` a head
+keeps the `head_dim` directions W_h that it read before: V_h = V'_h W_h, and V' is fitted to W_h z. Multi-head latent
+attention stores V' and W_h, and V' is as small as the dense o_proj.
 """
 
 from __future__ import annotations
@@ -27,8 +31,10 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
+from kvp.models.family import family_of
 from kvp.models.masks import edited, masked
 from kvp.models.plans import edits_file, found_or_made
+from kvp.models.shapes import dense_shapes, layer_shapes
 from kvp.options import options
 from kvp.strategies.compensation.compensate import Compensation, cut_inputs
 from kvp.strategies.signals.gradients import require_finite
@@ -47,12 +53,14 @@ class Sequential(Compensation):
     Attributes:
         ridge: Relative to d; draws V to W_K where the data say little.
         sink_weight: Tokens that the first of a sequence counts as; None: one, as all others do.
+        factored: Whether each query head's o_proj stays in the directions of the values that it read before.
     """
 
     ridge: float = Field(default=0.1, gt=0, description="relative to the mean square of the kept inputs")
     sink_weight: float | None = Field(
         default=None, gt=0, description="tokens that the first of a sequence counts as"
     )
+    factored: bool = Field(default=False, description="o_proj of each head keeps its rank, as MLA stores it")
 
     @torch.no_grad()
     @override
@@ -103,21 +111,42 @@ class Sequential(Compensation):
         weight = parameters["weight"].detach()
         keep = keep.to(weight.device)
         prior = plan.edits.get(f"{name}.weight", weight).to(weight.device).double()[:, keep]
+        read = _directions(arriving, name, prior) if self.factored else None
         sums = Products(intercept="bias" in parameters)
         with layer_cut(arriving, plan):
             for x, states, inputs in zip(entering, arriving.states, arriving.inputs(name), strict=True):
                 counts = torch.ones(states.shape[:2], device=states.device)
                 counts[:, 0] = self.sink_weight or 1
-                sums.add(at_work(x) @ at_work(weight).T, inputs[name][:, keep], counts.flatten())
+                kept = inputs[name][:, keep]
+                if read is not None:
+                    kept = at_work(kept) @ read.T.to(at_work(kept))
+                sums.add(at_work(x) @ at_work(weight).T, kept, counts.flatten())
         require_finite(sums.sums["gram"].sum(), f"what enters {name}")
-        columns = sums.solve(prior, self.ridge)
+        solved = sums.solve(prior if read is None else prior @ read.T, self.ridge)
+        columns = solved if read is None else solved @ read
         full = torch.zeros_like(weight)
         full[:, keep] = columns.to(weight.dtype)
         found = {f"{name}.weight": full.cpu()}
         if "bias" in parameters:
-            shift = sums.mean("wanted") - columns @ sums.mean("arriving")
+            shift = sums.mean("wanted") - solved @ sums.mean("arriving")
             found[f"{name}.bias"] = (parameters["bias"].detach().double() + shift).to(weight.dtype).cpu()
         return found
+
+
+def _directions(visit: Visit, name: str, columns: Tensor) -> Tensor | None:
+    """Return (heads * head_dim, in) orthonormal directions that each query head's o_proj reads; None: all there are.
+
+    Args:
+        visit: The layer.
+        name: The projection; others than o_proj have no heads.
+        columns: (out, in) what is kept of it, before the refit.
+    """
+    config = visit.model.config
+    heads, width = layer_shapes(config)[visit.layer].num_attention_heads, dense_shapes(config)[0].v_head_dim
+    if not name.endswith(f".{family_of(config).o}") or columns.shape[1] // heads <= width:
+        return None
+    by_head = columns.unflatten(1, (heads, -1)).transpose(0, 1)
+    return torch.block_diag(*torch.linalg.svd(by_head, full_matrices=False).Vh[:, :width])
 
 
 class Products:

@@ -42,33 +42,31 @@ pass. Joined heads make q_proj and o_proj larger.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
-from kvp.models.family import family_of
 from kvp.models.joined import joined_config
-from kvp.models.masks import edited, masked, masks_of
+from kvp.models.masks import edited, masked
 from kvp.models.plans import edits_file, found_or_made
 from kvp.models.rope import require_fixed_rope
-from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
 from kvp.options import options
 from kvp.strategies.allocation.allocate import Allocator, Global
 from kvp.strategies.compensation.compensate import Compensation
-from kvp.strategies.compensation.sequential import Products, Sequential, at_work
+from kvp.strategies.compensation.sequential import Sequential
 from kvp.strategies.signals.estimate import SUBLAYERS
-from kvp.strategies.signals.gradients import backward_by_sample, require_finite
+from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.heads import Turned, first_folded, turn
-from kvp.strategies.signals.importance import Importance, announce_memory, score_spaces
-from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.signals.importance import Importance, score_spaces
+from kvp.strategies.signals.outputs import lost_per_energy, output_slopes, visits_of_heads
+from kvp.strategies.signals.walk import Visit
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.channels import ChannelStrategy
 from kvp.types import Budget, Plan, Space
@@ -78,7 +76,6 @@ if TYPE_CHECKING:
 
 Basis = Literal["rank", "channels"]
 Worth = Literal["output", Importance]
-RIDGE = 0.1  # of the refit that measures worth: the default of compensation=sequential
 
 
 @options
@@ -150,7 +147,7 @@ class KVPrunerPlus(ChannelStrategy):
         for visit, turned in self._turned(target):
             energies = {"qk": turned.qk, "vo": turned.vo}
             here = {space: energies[space.kind] for space in spaces if space.layer == visit.layer}
-            for space, lost in self._lost_per_energy(visit, turned, here).items():
+            for space, lost in lost_per_energy(visit, turned, here, self._folded(visit.model)).items():
                 scores[space] = (slopes[visit.layer] / 2 * lost * here[space]).float().cpu()
         for space, score in scores.items():
             require_finite(score.sum(), f"the worth of {space.key}")
@@ -162,31 +159,12 @@ class KVPrunerPlus(ChannelStrategy):
     ) -> Plan:
         plan = self.plan(target.config, scores, budget, profile)
         edits: dict[str, Tensor] = {}
-        for visit in self._visits(target):
+        for visit in visits_of_heads(target):
             edits |= found_or_made(edits_file(directory, visit.layer), partial(self._edits, visit))
         return replace(plan, edits=edits, folded=self._folded(target.model))
 
-    def _lost_per_energy(
-        self, visit: Visit, turned: Turned, energies: Mapping[Space, Tensor]
-    ) -> dict[Space, float]:
-        """Return what the attention's output loses per energy, without the lower half of a space."""
-        plans, gone = [], []
-        for space, energy in energies.items():
-            order = energy.argsort(dim=1, descending=True)
-            half = order.shape[1] // 2
-            keep = {space: order[:, :half].sort(dim=1).values}
-            plans.append(Plan(keep, turned.edits, folded=self._folded(visit.model)))
-            gone.append(energy.gather(1, order[:, half:]).sum().item())
-        lost = refit_errors(visit, plans)
-        return {space: lost[n] / gone[n] if gone[n] else 0.0 for n, space in enumerate(energies)}
-
-    def _visits(self, target: Target) -> Iterator[Visit]:
-        shapes = layer_shapes(target.config)
-        visits = walk(target.model, target.batches, "heads", offload=True)
-        return (visit for visit in visits if shapes[visit.layer].num_key_value_heads)
-
     def _turned(self, target: Target) -> Iterator[tuple[Visit, Turned]]:
-        return ((visit, self._turn(visit)) for visit in self._visits(target))
+        return ((visit, self._turn(visit)) for visit in visits_of_heads(target))
 
     def _turn(self, visit: Visit) -> Turned:
         return turn(visit, values=self.values == "rank", folded=self._folded(visit.model))
@@ -196,61 +174,3 @@ class KVPrunerPlus(ChannelStrategy):
 
     def _folded(self, model: PreTrainedModel) -> int | None:
         return first_folded(model, self.context if "qk" in self.kinds() else None, self.angle)
-
-
-def output_slopes(target: Target, gradient_checkpointing: bool = False) -> Tensor:
-    """Return (layers,) the mean square, over tokens and channels, of the derivative by an attention's output.
-
-    Of the sum of the losses of a sample's tokens, in nats; zero for a layer without attention.
-
-    Raises:
-        FloatingPointError: The loss is not finite.
-    """
-    announce_memory(target, "output", gradient_checkpointing)
-    family, shapes = family_of(target.config), layer_shapes(target.config)
-    slopes = torch.zeros(len(shapes), dtype=torch.float64)
-    assert target.calibration is not None
-    samples, length = target.calibration.shape
-
-    def watch(layer: int, output: Tensor) -> None:
-        def add(gradient: Tensor) -> None:
-            of_the_sum = gradient.double() * (length - 1)  # each sample's loss is a mean
-            slopes[layer] += of_the_sum.square().mean().item() * len(gradient) / samples
-
-        output.register_hook(add)
-
-    hooks = [
-        (f"{family.layers}.{n}.{family.attention}.{family.o}", lambda inputs, output, n=n: watch(n, output))
-        for n, shape in enumerate(shapes)
-        if shape.num_key_value_heads
-    ]
-    backward_by_sample(
-        target.model, hooks, target.batches, "slopes", gradient_checkpointing=gradient_checkpointing
-    )
-    return slopes
-
-
-def refit_errors(visit: Visit, plans: Sequence[Plan]) -> list[float]:
-    """Return, per plan, the mean square error of a refitted o_proj against the dense output, summed over channels.
-
-    The plans differ in what they keep, and in nothing else; one that keeps all pairs needs no pass of its own.
-    """
-    family = family_of(visit.model.config)
-    output = f"{visit.name}.{family.attention}.{family.o}"
-    errors = []
-    with edited(visit.model, plans[0].edits):
-        weight = at_work(visit.model.get_parameter(f"{output}.weight").detach())
-        with masked(visit.model, replace(plans[0], keep={})):
-            whole = [at_work(inputs[output]) for inputs in visit.inputs(output)]
-        wanted = [x @ weight.T for x in whole]
-        for plan in plans:
-            stays = masks_of(visit.model.config, plan).get(output, {}).get(1, torch.ones(weight.shape[1]) > 0)
-            products = Products(intercept=False)
-            with masked(visit.model, plan):
-                same = all(space.kind == "vo" for space in plan.keep)
-                arriving = whole if same else (inputs[output] for inputs in visit.inputs(output))
-                for y, z in zip(wanted, arriving, strict=True):
-                    products.add(y, z[:, stays.to(z.device)])
-            ridge = RIDGE * stays.double().mean().item()  # of all columns, zero or not
-            errors.append(products.residual(weight[:, stays.to(weight.device)].double(), ridge))
-    return errors

@@ -55,8 +55,8 @@ def layerwise_bytes(
         width
         * (
             8 * hidden
-            + 5 * shape.num_attention_heads * max(shape.qk_head_dim, shape.v_head_dim)
-            + 4 * shape.num_key_value_heads * (shape.qk_head_dim + shape.v_head_dim)
+            + 5 * shape.num_attention_heads * max(shape.query_head_dim, shape.v_head_dim)
+            + 4 * shape.num_key_value_heads * (shape.query_head_dim + shape.v_head_dim)
             + 4 * shape.intermediate_size
         )
         + 4 * 4 * hidden
@@ -128,7 +128,7 @@ def scoring_bytes(
     )
     largest = max(
         config.hidden_size
-        * max(s.num_attention_heads * max(s.qk_head_dim, s.v_head_dim), s.intermediate_size)
+        * max(s.num_attention_heads * max(s.query_head_dim, s.v_head_dim), s.intermediate_size)
         for s in shapes
     )
     parts = {

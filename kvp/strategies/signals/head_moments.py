@@ -52,7 +52,7 @@ def statistics(visit: Visit) -> Statistics:
     seen: list[tuple[Tensor, Tensor]] = []
     with observed_attention(visit.model, lambda module, q, k: seen.append((q, k))):
         for states, inputs in zip(visit.states, visit.through(entry, output), strict=True):
-            rotated_query, rotated_key = seen.pop()
+            rotated_query, rotated_key = (each[..., : shape.qk_head_dim] for each in seen.pop())
             samples, length = states.shape[:2]
             x = heads.extended(inputs[entry].to(work))
             k = (x @ key.T).view(samples, length, -1)

@@ -60,13 +60,25 @@ class Turned:
 
 
 def first_folded(model: PreTrainedModel, context: int | None, angle: float) -> int | None:
+    """Return the first slow rope pair of a model, see `slow_pair`."""
+    return slow_pair(
+        model.get_submodule(family_of(model.config).rotary).get_buffer("inv_freq"), context, angle
+    )
+
+
+def slow_pair(frequencies: Tensor, context: int | None, angle: float) -> int | None:
     """Return the first rope pair that turns less than `angle` radians against the slowest within `context` tokens.
 
     None: not even two do, or no context is given.
+
+    Args:
+        frequencies: (pairs,) radians per token, descending.
+        context: Tokens.
+        angle: Radians.
     """
     if context is None:
         return None
-    frequencies = model.get_submodule(family_of(model.config).rotary).get_buffer("inv_freq").double()
+    frequencies = frequencies.double()
     slow = ((frequencies - frequencies[-1]) * context <= angle).nonzero().flatten()
     return int(slow[0]) if len(slow) > 1 else None
 

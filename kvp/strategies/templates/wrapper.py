@@ -38,6 +38,11 @@ class Wrapper(Strategy):
     def joins(self) -> int | None:
         return self.first.joins
 
+    @property
+    @override
+    def latent(self) -> bool:
+        return self.first.latent
+
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:
         return self.first.score(target)

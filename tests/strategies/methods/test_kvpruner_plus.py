@@ -17,8 +17,9 @@ from kvp.serving.stock import to_stock
 from kvp.strategies.allocation.allocate import Global, Uniform
 from kvp.strategies.compensation.sequential import Sequential
 from kvp.strategies.methods import kvpruner_plus
-from kvp.strategies.methods.kvpruner_plus import KVPrunerPlus, output_slopes, refit_errors
+from kvp.strategies.methods.kvpruner_plus import KVPrunerPlus
 from kvp.strategies.signals.heads import turn
+from kvp.strategies.signals.outputs import RIDGE, output_slopes, refit_errors
 from kvp.strategies.signals.walk import Visit, caught_inputs, hidden_states, walk
 from kvp.strategies.target import Target
 from kvp.types import Budget, Plan
@@ -72,7 +73,7 @@ def test_what_a_refit_leaves_is_the_naive_residual(heads):
         cut(IDS)
     y = x[name].flatten(0, 1) @ model.get_submodule(name).weight.T
     z, prior = z[name].flatten(0, 1), edits[f"{name}.weight"].T
-    ridge = (kvpruner_plus.RIDGE * z.square().mean() * len(z)).sqrt()
+    ridge = (RIDGE * z.square().mean() * len(z)).sqrt()
     rows = torch.cat([z, ridge * torch.eye(z.shape[1], dtype=z.dtype)])
     fitted = torch.linalg.lstsq(rows, torch.cat([y, ridge * prior])).solution
     expected = (y - z @ fitted).square().sum(1).mean().item()
