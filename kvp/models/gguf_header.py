@@ -25,7 +25,7 @@ LONGEST = 2**24  # bytes of a string
 
 @dataclass(frozen=True)
 class Header:
-    """What a GGUF says before its weights.
+    """The part of a GGUF before its weights.
 
     Attributes:
         fields: Scalars and strings by name, such as "general.architecture"; arrays are left out.
