@@ -19,7 +19,7 @@ BEHIND = {
     "wandb": {"tracking.weights_and_biases"},
     "lm_eval": {"evaluation.zeroshot"},
     "jinja2": {"report.page.html"},
-    "gguf": {"serving.gguf_file", "serving.gguf_tokens", "serving.mla_gguf"},
+    "gguf": {"models.gguf_header", "serving.gguf_file", "serving.gguf_tokens", "serving.mla_gguf"},
     "llama_cpp": {"bench.llama_cpp.engine", "serving.engine_llama_cpp", "serving.quantize_llama_cpp"},
     "vllm": {"bench.serve.client_vllm", "serving.engine_vllm", "serving.vllm_layers"},
     "optuna": {"strategies.methods.adapruner"},

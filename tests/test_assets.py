@@ -10,7 +10,7 @@ import pytest
 import kvp
 from kvp import assets
 from kvp.data import packaged
-from kvp.models import sources
+from kvp.models import packaged as packaged_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +22,7 @@ def test_the_pins_are_those_of_assets_txt():
 
 
 def test_a_missing_wheel_is_named_with_the_command(monkeypatch):
-    for module in (sources.importlib.util, packaged):
+    for module in (packaged_model.importlib.util, packaged):
         monkeypatch.setattr(module, "find_spec", lambda name: None)
     command = re.escape(assets.INSTALL)
     with pytest.raises(

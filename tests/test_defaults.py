@@ -32,6 +32,11 @@ MEANT = {  # where a preset or a source differs from the class default on purpos
     ("evaluation.zero_shot.source", "llm_pruner"),
     ("recovery.epochs", "lora_alpaca"),
     ("recovery.max_steps", "lora_text"),
+    *(
+        (f"model.{field}", name)
+        for name in ("qwen25_coder_05b",)
+        for field in ("wheels", "files", "sha256", "origin")
+    ),
     ("corpora.column", "ptb"),
     ("corpora.max_documents", "bookcorpus"),
     ("corpora.max_documents", "c4"),

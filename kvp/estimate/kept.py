@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from kvp.estimate.passes import FLOAT32, working_bytes
 from kvp.models.family import family_of
 from kvp.models.linears import Linear, linears
-from kvp.models.shapes import layer_shapes, stream
+from kvp.models.shapes import layer_shapes, projected, stream
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+INDEX = 8  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +80,11 @@ def kept_bytes(
         kept += width * (queries + keys + values + outputs) + FLOAT32 * heads  # of SDPA, with its log-sum-exp
         kept += width * before * ("attention" in gradients) + width * keys * ("attention" in watched)
         if family.qk_norm:
-            kept += FLOAT32 * (queries + keys + heads + groups)
+            normed = (heads + groups) * projected(config, shape)
+            kept += FLOAT32 * (normed + heads + groups)
+            kept += (
+                INDEX * (queries + keys) * (normed > queries + keys)
+            )  # of the channels kept after the norm
     if inner:
         kept += FLOAT32 * (between + 1) + 3 * width * inner
         kept += width * (between + inner) * ("mlp" in gradients) + width * inner * ("mlp" in watched)

@@ -51,8 +51,9 @@ class PrunedAttention:
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
         queries, groups = shape.num_attention_heads, shape.num_key_value_heads
         before, after, _ = stream(config, shape)
-        resize(self, "q_proj", before, queries * shape.qk_head_dim)
-        resize(self, "k_proj", before, groups * shape.qk_head_dim)
+        self.projected = dense_shapes(config)[0].qk_head_dim if self.has_qk_norm else shape.qk_head_dim
+        resize(self, "q_proj", before, queries * self.projected)
+        resize(self, "k_proj", before, groups * self.projected)
         resize(self, "v_proj", before, groups * shape.v_head_dim)
         resize(self, "o_proj", queries * shape.v_head_dim, after, bias=shape.o_bias)
         if shape.latent:
@@ -64,6 +65,7 @@ class PrunedAttention:
         self.num_key_value_groups = queries // groups
         self.rope_pairs = shape.rope_pairs
         self._pair_index: Tensor | None = None  # built per device: __init__ runs on the meta device
+        self._channel_index: Tensor | None = None
         self.sliding_window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
 
     def forward(
@@ -76,11 +78,11 @@ class PrunedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Compute what the family's own forward does; hidden_states is (batch, seq_len, width of the stream)."""
         shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.num_key_value_groups, self.qk_head_dim)
-        key = self.k_proj(hidden_states).view(*shape, -1, 1, self.qk_head_dim)
+        query = self.q_proj(hidden_states).view(*shape, -1, self.num_key_value_groups, self.projected)
+        key = self.k_proj(hidden_states).view(*shape, -1, 1, self.projected)
         value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
         if self.has_qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
+            query, key = self._kept(self.q_norm(query)), self._kept(self.k_norm(key))
         assert position_embeddings is not None
         cos, sin = self._tables(*position_embeddings)
         query, key = (_rotate(states, cos, sin).flatten(2, 3).transpose(1, 2) for states in (query, key))
@@ -109,6 +111,16 @@ class PrunedAttention:
         if kind == "vllm":
             output = output.reshape(*shape, -1, width)[..., : self.v_head_dim]
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+    def _kept(self, states: Tensor) -> Tensor:
+        """Return the kept channels (batch, seq_len, groups, heads, qk_head_dim) of normed heads."""
+        if self.qk_head_dim == self.projected:
+            return states
+        if self._channel_index is None or self._channel_index.device != states.device:
+            first = torch.tensor(self.rope_pairs, device=states.device)
+            self._channel_index = torch.cat([first, first + self.projected // CHANNELS_PER_PAIR], dim=1)
+        index = self._channel_index[:, None].expand(*states.shape[:-1], -1)
+        return states.gather(-1, index)
 
     def _tables(self, cos: Tensor, sin: Tensor, *gathered: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the kept pairs, (batch, seq_len, groups or 1, 1, qk_head_dim)."""

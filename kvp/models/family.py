@@ -20,8 +20,8 @@ class Family:
     Attributes:
         name: The `model_type` of the Hugging Face config.
         prefix: The beginning of the Hugging Face class names; the classes are imported on first use.
-        qk_norm: A norm over `head_dim` follows the query and key projections (Qwen3). The norm averages over all
-            channels of a head, so cutting a rope pair would change the others.
+        qk_norm: A norm over `head_dim` follows the query and key projections (Qwen3). It averages over all channels of
+            a head. So q and k stay whole, and rope pairs are cut after the norm: only the cache shrinks.
         qkv_bias: q, k and v always have a bias and o never (Qwen2).
         bias_options: The config's fields that give projections a bias: `attention_bias` to q, k, v and o, `mlp_bias` to
             gate, up and down. A family reads no other.

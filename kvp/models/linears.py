@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvp.models.family import family_of
-from kvp.models.shapes import layer_shapes
+from kvp.models.shapes import layer_shapes, projected
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,8 +41,8 @@ def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
     heads, groups, inner = shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size
     found: list[tuple[Linear, ...]] = []
     if groups:
-        q = Linear(f"{attention}.{family.q}", heads * shape.qk_head_dim, hidden)
-        k = Linear(f"{attention}.{family.k}", groups * shape.qk_head_dim, hidden)
+        q = Linear(f"{attention}.{family.q}", heads * projected(config, shape), hidden)
+        k = Linear(f"{attention}.{family.k}", groups * projected(config, shape), hidden)
         v = Linear(f"{attention}.{family.v}", groups * shape.v_head_dim, hidden)
         still = Linear(f"{attention}.{family.q_latent}", heads * shape.v_head_dim, hidden)
         found += [

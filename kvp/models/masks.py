@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kvp.models.family import family_of
 from kvp.models.layers import NoAttention, NoMLP
@@ -23,16 +24,27 @@ Masks = dict[str, dict[int, Tensor]]
 
 
 def masks_of(config: PretrainedConfig, plan: Plan) -> Masks:
-    """Return boolean masks per module and axis: the rows (0) or columns (1) that every space of the plan keeps."""
-    masks: Masks = defaultdict(dict)
+    """Return boolean masks per matrix and axis: the rows (0) or columns (1) that every space of the plan keeps."""
+    return _masks(config, plan)[0]
+
+
+def after_norms(config: PretrainedConfig, plan: Plan) -> dict[str, Tensor]:
+    """Return boolean masks per norm over heads: the channels (heads * head_dim,) that the plan keeps of its output."""
+    return {name: axes[0] for name, axes in _masks(config, plan)[1].items()}
+
+
+def _masks(config: PretrainedConfig, plan: Plan) -> tuple[Masks, Masks]:
+    """Return the masks of matrices that are cut, and those of norms after which is cut."""
+    cut: Masks = defaultdict(dict)
+    after: Masks = defaultdict(dict)
     for space, keep in plan.keep.items():
         if space.kind in ACROSS_LAYERS:
             continue
         stays = keep_mask(space, keep.cpu())
         for member in members(config, space):
-            mask, axes = stays[member.index], masks[member.name]
+            mask, axes = stays[member.index], (after if member.norm else cut)[member.output]
             axes[member.axis] = axes[member.axis] & mask if member.axis in axes else mask
-    return masks
+    return cut, after
 
 
 def fold_rotary(model: PreTrainedModel, first: int | None) -> None:
@@ -85,6 +97,16 @@ def edited(model: PreTrainedModel, edits: Mapping[str, Tensor]) -> Iterator[None
             model.get_parameter(name).data = value
 
 
+def mask_output(norm: nn.Module, stays: Tensor) -> RemovableHandle:
+    """Set the channels of a norm over heads to zero that do not stay; its output ends in (heads, head_dim)."""
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        gone = ~stays.to(output.device)
+        return output.masked_fill(gone.view(output.shape[2:]), 0)
+
+    return norm.register_forward_hook(hook)
+
+
 @contextmanager
 def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
     """Set what the plan's rows and columns write to zero, for the time of a `with`.
@@ -106,6 +128,8 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
                     lambda module, inputs, gone=gone[1]: (inputs[0].masked_fill(gone, 0),)
                 )
                 stack.callback(hook.remove)
+        for name, stays in after_norms(model.config, plan).items():
+            stack.callback(mask_output(model.get_submodule(name), stays).remove)
         for position, basis in enumerate(plan.bases):
             stack.enter_context(project(model, position, basis))
         stack.enter_context(_folded(model, plan.folded))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from kvp.models.family import family_of
+from kvp.models.gguf import is_gguf
 from kvp.models.load import load_config
 from kvp.models.sources import HubModel, ModelSource
 from kvp.nearest import did_you_mean
@@ -103,7 +104,7 @@ def config_of(source: ModelSource) -> tuple[PretrainedConfig, str]:
 
 
 def _found(source: ModelSource) -> tuple[PretrainedConfig, str]:
-    if not isinstance(source, HubModel):
+    if not isinstance(source, HubModel) or is_gguf(source.path):
         return source.expected(), "its config"
     if Path(source.path).is_dir():
         return load_config(Path(source.path)), "its config.json"

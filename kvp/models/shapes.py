@@ -45,6 +45,11 @@ def _frozen(value: Any) -> Any:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
+def projected(config: PretrainedConfig, layer: LayerShape) -> int:
+    """Return the channels per head that q and k compute: before a norm over the head all of them, else those kept."""
+    return dense_shapes(config)[0].qk_head_dim if family_of(config).qk_norm else layer.qk_head_dim
+
+
 def stream(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int, int]:
     """Return the widths of the residual stream before a layer's attention, before its MLP and after the layer."""
     return layer.stream or (config.hidden_size,) * 3
@@ -201,12 +206,13 @@ def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
     qkv_bias, o_bias = attention_bias or family.qkv_bias, attention_bias or layer.o_bias
     mlp_bias = family.has_bias("mlp_bias", config)
     down_bias = mlp_bias or layer.down_bias
-    q_out = layer.num_attention_heads * layer.query_head_dim
-    k_out, v_out = layer.num_key_value_heads * layer.qk_head_dim, layer.num_key_value_heads * layer.v_head_dim
+    width = projected(config, layer)
+    q_out = layer.num_attention_heads * (width + layer.latent * layer.v_head_dim)
+    k_out, v_out = layer.num_key_value_heads * width, layer.num_key_value_heads * layer.v_head_dim
     o_in = layer.num_attention_heads * layer.v_head_dim
     attention = (before + qkv_bias) * (q_out + k_out + v_out) + between * (o_in + o_bias)
     if family.qk_norm:
-        attention += 2 * layer.qk_head_dim
+        attention += 2 * width
     mlp = 2 * (between + mlp_bias) * layer.intermediate_size + after * (layer.intermediate_size + down_bias)
     around = before + between if layer.stream is None else between * (before + after)  # norms, or shortcuts
     return around + attention * (layer.num_key_value_heads > 0) + mlp * (layer.intermediate_size > 0)

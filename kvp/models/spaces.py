@@ -5,7 +5,8 @@ The coupling between matrices stands here once. Surgery, masks and scores all re
 | index of a space      | rows                                                          | columns                      |
 | --------------------- | ------------------------------------------------------------- | ---------------------------- |
 | kv_group g            | of k and v, and of the group's query heads in q and q_latent  | of those query heads in o    |
-| qk i (rope pair)      | i and i + width / 2 of k, and of each query head in q         |                              |
+| qk i (rope pair)      | i and i + width / 2 of k, and of each query head in q; after  |                              |
+|                       | a norm over the head: of what the norm writes                 |                              |
 | vo j                  | j of v, and of each query head in q_latent                    | j of each query head in o    |
 | ffn n                 | n of gate and up                                              | n of down                    |
 | attention, mlp, block | all of the sublayer or layer                                  |                              |
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from kvp.models.family import Family, family_of
-from kvp.models.shapes import layer_shapes, space_shape
+from kvp.models.shapes import layer_shapes, projected, space_shape
 from kvp.types import KINDS, Kind, LayerShape, Space
 
 if TYPE_CHECKING:
@@ -40,16 +41,31 @@ class Member:
         name: Name of the module, such as "model.layers.3.self_attn.q_proj".
         axis: 0 for rows (outputs, with their biases), 1 for columns (inputs).
         index: The flat index of the space that each row or column belongs to, (size of that axis,).
+        norm: Name of the norm over heads that follows, if the space cuts what it writes. The matrix stays whole then.
     """
 
     name: str
     axis: int
     index: Tensor
+    norm: str | None = None
+
+    @property
+    def output(self) -> str:
+        """Return the name of the module whose output has the channels that the space cuts."""
+        return self.norm or self.name
 
 
 def available_kinds(config: PretrainedConfig) -> tuple[Kind, ...]:
-    """Return the kinds of spaces that a family offers."""
-    return tuple(kind for kind in KINDS if not (kind == "qk" and family_of(config).qk_norm))
+    """Return the kinds of spaces that a model offers."""
+    return tuple(kind for kind in KINDS if not _why_not(config, kind))
+
+
+def _why_not(config: PretrainedConfig, kind: Kind) -> str:
+    """Return why a model has no such space; empty if it has."""
+    shapes = [shape for shape in layer_shapes(config) if shape.num_key_value_heads]
+    if kind == "qk" and any(shape.qk_head_dim != projected(config, shape) for shape in shapes):
+        return "its keys were cut after their norm, which needs the channels as they were"
+    return ""
 
 
 def find_spaces(config: PretrainedConfig, kinds: Iterable[Kind]) -> list[Space]:
@@ -62,10 +78,9 @@ def find_spaces(config: PretrainedConfig, kinds: Iterable[Kind]) -> list[Space]:
     spaces = []
     for kind in kinds:
         if kind not in available:
-            reason = "its norms over head_dim tie all query-key channels of a head together, so it"
             raise ValueError(
-                f"{config.model_type}: {reason if kind == 'qk' else 'it'} has no space {kind!r}; "
-                f"it has: {', '.join(available)}"
+                f"{config.model_type} has no space {kind!r}, because {_why_not(config, kind)}; it has: "
+                f"{', '.join(available)}"
             )
         layers = [None] if kind in ACROSS_LAYERS else _layers_with(kind, shapes)
         for layer in layers:
@@ -97,8 +112,8 @@ def members(config: PretrainedConfig, space: Space) -> list[Member]:
     match space.kind:
         case "kv_group":
             return [
-                Member(q, 0, of_queries.repeat_interleave(shape.qk_head_dim)),
-                Member(k, 0, of_groups.repeat_interleave(shape.qk_head_dim)),
+                Member(q, 0, of_queries.repeat_interleave(projected(config, shape))),
+                Member(k, 0, of_groups.repeat_interleave(projected(config, shape))),
                 Member(v, 0, of_groups.repeat_interleave(shape.v_head_dim)),
                 Member(o, 1, of_queries.repeat_interleave(shape.v_head_dim)),
                 *([Member(q_latent, 0, of_queries.repeat_interleave(shape.v_head_dim))] * shape.latent),
@@ -106,9 +121,13 @@ def members(config: PretrainedConfig, space: Space) -> list[Member]:
         case "qk":
             pairs = shape.qk_head_dim // 2
             channel = torch.arange(pairs).repeat(2)
+            norms = (
+                f"{layer}.{family.attention}.{norm}" if family.qk_norm else None
+                for norm in ("q_norm", "k_norm")
+            )
             return [
-                Member(q, 0, (of_queries[:, None] * pairs + channel).flatten()),
-                Member(k, 0, (of_groups[:, None] * pairs + channel).flatten()),
+                Member(name, 0, (of_heads[:, None] * pairs + channel).flatten(), norm)
+                for name, of_heads, norm in zip((q, k), (of_queries, of_groups), norms, strict=True)
             ]
         case "vo":
             channel = torch.arange(shape.v_head_dim)
@@ -133,8 +152,8 @@ def _sublayer_rows(
     layer, hidden = f"{family.layers}.{index}", config.hidden_size
     groups = shape.num_key_value_heads
     attention = {
-        family.q: shape.num_attention_heads * shape.qk_head_dim,
-        family.k: groups * shape.qk_head_dim,
+        family.q: shape.num_attention_heads * projected(config, shape),
+        family.k: groups * projected(config, shape),
         family.v: groups * shape.v_head_dim,
         family.o: hidden,
         **({family.q_latent: shape.num_attention_heads * shape.v_head_dim} if shape.latent else {}),

@@ -10,8 +10,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 import kvp
 from kvp.models.family import PRUNED_PREFIX
+from kvp.models.packaged import PackagedModel
 from kvp.models.shapes import layer_shapes, size
-from kvp.models.sources import PackagedModel
 from kvp.record import removed_words
 from kvp.serving.forms import FORMS
 from kvp.serving.made import Made
@@ -91,7 +91,8 @@ def _origin(config: PretrainedConfig, made: Made | None) -> tuple[str | None, st
     if made and made.record.dense:
         source = made.record.config.get("model", {})
         if source.get("class") == PackagedModel.__name__:
-            return PackagedModel.origin, PackagedModel.licence
+            smollm2 = PackagedModel(name="smollm2_135m", dtype="auto")  # whose records name no origin
+            return source.get("origin", smollm2.origin), source.get("licence", smollm2.licence)
         base = str(source.get("path", base))
         readme = Path(made.record.dense.checkpoint) / "README.md"
         if readme.is_file():

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvp.models.family import family_of
-from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes
+from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes, projected
 from kvp.types import LayerShape
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def stock_layout(config: PretrainedConfig, one_width: bool = True) -> Layout:
         ValueError: Its shapes are not those of a stock model; the message names what differs, and the
             KVPruner options that give it.
     """
+    require_whole_keys(config)
     shapes = layer_shapes(config)
     for name, way_out in WAY_OUT.items():
         values = sorted({getattr(shape, name) for shape in shapes})
@@ -75,6 +76,19 @@ def stock_layout(config: PretrainedConfig, one_width: bool = True) -> Layout:
                 "strategy/compensation=none or least_squares with intercept=false"
             )
     return Layout(first, _pairs(shapes), dense_shapes(config)[0].qk_head_dim)
+
+
+def require_whole_keys(config: PretrainedConfig) -> None:
+    """Refuse keys that were cut after a norm over the head, which no class of transformers does.
+
+    Raises:
+        ValueError: They were; the message names what goes.
+    """
+    if any(s.num_key_value_heads and s.qk_head_dim != projected(config, s) for s in layer_shapes(config)):
+        raise ValueError(
+            f"the keys of this model were cut after their norm, which {family_of(config).name} classes do not: use "
+            "--to remote_code or custom, or prune with strategy.grouping=vo, kv_group, ffn or block"
+        )
 
 
 def _pairs(shapes: Sequence[LayerShape]) -> tuple[int, ...]:

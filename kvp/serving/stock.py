@@ -13,7 +13,7 @@ from torch import Tensor
 from kvp.models.family import FAMILIES, Family, family_of
 from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes
 from kvp.models.surgery import check_tied
-from kvp.serving.layout import Layout, stock_layout
+from kvp.serving.layout import Layout, require_whole_keys, stock_layout
 from kvp.serving.rope import arithmetic, longrope, query_scale
 from kvp.types import LayerShape
 
@@ -32,6 +32,7 @@ def to_stock(model: PreTrainedModel, form: Form) -> PreTrainedModel:
         ValueError: The shapes do not allow it; the message says what would.
     """
     config, family = model.config, family_of(model.config)
+    require_whole_keys(config)
     if form == "padded":
         layout = Layout(_padded_layer(config), tuple(range(_head_dim(config) // 2)), _head_dim(config))
         state = _padded_state(model)

@@ -94,12 +94,15 @@ def test_pip_lines_name_what_there_is():
         r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().partition("optional-dep")[2], re.M
     )
     pinned = re.findall(r"^[\w-]+==[\d.]+", (ROOT / "assets.txt").read_text(), re.MULTILINE)
+    optional = {file.name for file in ROOT.glob("assets*.txt")}
     for command in of(Command):
         if re.match(r"(python -m )?pip ", command.text):
             for named in re.findall(r"kvp\[([\w,]+)\]", command.text):
                 assert set(named.split(",")) <= set(extras), f"{command.place}: {command.text}"
             for wheel in re.findall(r"[\w-]+==[\w.]+", command.text):
                 assert wheel in pinned, f"{command.place}: {wheel} is not in assets.txt"
+            for file in re.findall(r"-r (\S+)", command.text):
+                assert file in optional, f"{command.place}: there is no {file}"
 
 
 def test_runs_that_do_not_run_pass_the_gate(tmp_path):

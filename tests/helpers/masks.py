@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvp.models.masks import fold_rotary, masks_of, remove_sublayers
+from kvp.models.masks import after_norms, fold_rotary, mask_output, masks_of, remove_sublayers
 from kvp.models.spaces import ACROSS_LAYERS
 from kvp.models.stream import project
 from kvp.types import Plan
@@ -29,6 +29,8 @@ def mask(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             )
     for name, axes in masks_of(model.config, plan).items():
         _zero(model, name, axes)
+    for name, stays in after_norms(model.config, plan).items():
+        mask_output(model.get_submodule(name), stays)
     for space, keep in plan.keep.items():
         if space.kind in ACROSS_LAYERS:
             for layer in set(range(space.shape[0])) - set(keep.tolist()):

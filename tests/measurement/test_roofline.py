@@ -8,10 +8,10 @@ import torch
 from kvp.measurement.count import cache_bytes
 from kvp.measurement.paths import Eager
 from kvp.measurement.roofline import COPIED, copy_bandwidth, step_bytes
+from kvp.models.spaces import available_kinds
 from kvp.models.surgery import apply
 from tests.conftest import random_plan, tiny_model
 
-KINDS = ["attention", "mlp", "kv_group", "qk", "vo", "ffn"]
 BATCH, PROMPT = 2, 9
 
 
@@ -21,7 +21,7 @@ def test_roofline_bytes_are_those_of_the_tensors(family, tied, pruned):
     model = tiny_model(family, dtype=torch.float64, tie_word_embeddings=tied)
     if pruned:
         model = apply(
-            model, random_plan(model, [kind for kind in KINDS if (family, kind) != ("qwen3", "qk")])
+            model, random_plan(model, [kind for kind in available_kinds(model.config) if kind != "block"])
         )
     decoder = Eager(model)
     with torch.inference_mode():

@@ -50,6 +50,12 @@ def test_the_numbers_are_those_of_the_run_and_no_path_is_published():
     assert "recovered" not in card(tiny_config(), form="stock", made=made("pruned", steps=40))
 
 
+def test_a_packaged_model_says_its_origin_and_licence():
+    model = {"class": "PackagedModel", "name": "q", "origin": "owner/q", "licence": "gemma"}
+    data = ModelCard(card(tiny_config(), form="stock", made=made(config__model=model))).data
+    assert (data.base_model, data.license) == ("owner/q", "gemma")
+
+
 def test_a_licence_comes_from_the_card_of_the_base_model_or_is_said_to_hold(tmp_path):
     options = {"config__model": HUB, "dense__checkpoint": str(tmp_path)}
     unknown = ModelCard(card(tiny_config(), form="stock", made=made(**options)))

@@ -40,7 +40,7 @@ KINDS = {
     "llama": ["qk", "vo", "ffn"],
     "mistral": ["attention", "mlp"],
     "qwen2": ["kv_group", "vo"],
-    "qwen3": ["vo"],
+    "qwen3": ["qk", "vo"],
 }
 
 

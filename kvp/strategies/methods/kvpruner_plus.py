@@ -120,6 +120,11 @@ class KVPrunerPlus(ChannelStrategy):
                 f"got ratio.of={budget.of}, for which leave it null"
             )
         if self.context is not None and "qk" in self.kinds():
+            if family_of(config).qk_norm:
+                raise ValueError(
+                    f"{config.model_type} norms queries and keys, so no rope pairs can be mixed before the cut: set "
+                    "strategy.context=null, which cuts the pairs as they are"
+                )
             require_fixed_rope(config)
         super().check(joined_config(config, self.joins), budget)
 

@@ -158,11 +158,13 @@ def gated_worth(target: Target, plan: Plan) -> dict[Space, Tensor]:
         gone = ~keep_mask(space, plan.keep[space])[member.index].to(model.device)
 
         def collect(output: Tensor, gradient: Tensor) -> None:
-            for sample in (output.float() * gradient.float()).sum(1).cpu():
+            for sample in (output.float() * gradient.float()).sum(1).flatten(1).cpu():
                 worth[space] += fold(sample, member, space).abs() / samples
 
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            gated = output.masked_fill(gone, 0)
+            gated = output.masked_fill(
+                gone.view(output.shape[2:]), 0
+            )  # a norm over heads writes (heads, head_dim)
             gated.register_hook(partial(collect, output.detach()))
             return gated
 
@@ -171,7 +173,7 @@ def gated_worth(target: Target, plan: Plan) -> dict[Space, Tensor]:
     with ExitStack() as stack:
         for space in plan.keep:
             member = members(target.config, space)[REGROWN[space.kind]]
-            handle = model.get_submodule(member.name).register_forward_hook(gate(space, member))
+            handle = model.get_submodule(member.output).register_forward_hook(gate(space, member))
             stack.callback(handle.remove)
         backward_by_sample(model, [], target.batches, "regrowth")
     return worth

@@ -94,12 +94,13 @@ def gate_derivatives(
     gates: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
     def watch(key: tuple[str, int], activation: Tensor) -> None:
-        values = (
-            activation.detach()
-        )  # a hook that held its own tensor would keep the graph of every batch alive
+        values = activation.detach()  # a hook that held its own tensor would keep every batch's graph alive
 
         def hook(gradient: Tensor) -> None:
-            gates[key].append((values.float() * gradient.float()).sum(1).cpu())
+            moved = (values.float() * gradient.float()).sum(1)
+            gates[key].append(
+                moved.flatten(1).cpu()
+            )  # what a norm over heads writes ends in (heads, head_dim)
 
         if activation.requires_grad:
             activation.register_hook(hook)
@@ -107,7 +108,7 @@ def gate_derivatives(
     def catch(key: tuple[str, int]) -> Callable[[Tensor, Tensor], None]:
         return lambda inputs, output: watch(key, inputs if key[1] else output)
 
-    hooks = [(member.name, catch((member.name, member.axis))) for member in members]
+    hooks = [(member.output, catch((member.name, member.axis))) for member in members]
     backward_by_sample(model, hooks, batches, "gates", gradient_checkpointing=gradient_checkpointing)
     return {key: torch.cat(samples) for key, samples in gates.items()}
 
@@ -197,7 +198,7 @@ def output_square_sums(
 
     def collect(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            squares = output.float().pow(2).sum(dim=tuple(range(output.dim() - 1))).cpu()
+            squares = output.float().pow(2).flatten(2).sum((0, 1)).cpu()
             sums[name] = sums[name] + squares if name in sums else squares
 
         return hook

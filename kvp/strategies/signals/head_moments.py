@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvp.models.family import family_of
-from kvp.models.shapes import layer_shapes
+from kvp.models.shapes import layer_shapes, projected
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.logits import observed_attention, pair_interactions
 from kvp.strategies.signals.walk import Visit
@@ -46,6 +46,7 @@ def statistics(visit: Visit) -> Statistics:
     """Return the statistics of the heads of the layer visited, in one pass of the layer."""
     heads, found = Heads(visit), Statistics()
     shape = layer_shapes(visit.model.config)[visit.layer]
+    width = projected(visit.model.config, shape)
     work = torch.promote_types(visit.model.dtype, torch.float32)
     query, key = (heads.rows(part).to(work).flatten(0, 2) for part in "qk")
     entry, output = heads.name("q"), heads.name("o")
@@ -62,8 +63,8 @@ def statistics(visit: Visit) -> Statistics:
                 pairs=pair_interactions(rotated_query, centred),
                 turning_queries=heads.turning_moment(rotated_query),
                 turning_keys=heads.turning_moment(centred),
-                queries=heads.second_moment(x @ query.T, shape.qk_head_dim),
-                keys=heads.second_moment((k - k.mean(1, keepdim=True)).flatten(0, 1), shape.qk_head_dim),
+                queries=heads.second_moment(x @ query.T, width),
+                keys=heads.second_moment((k - k.mean(1, keepdim=True)).flatten(0, 1), width),
                 values=heads.second_moment(inputs[output].to(work), shape.v_head_dim),
             )
     for name in ("pairs", "queries", "keys", "values"):

@@ -169,7 +169,7 @@ def _require_kinds(importance: str, spaces: Sequence[Space], kinds: Collection[K
 
 def _activation_scores(target: Target, spaces: Sequence[Space]) -> dict[Space, Tensor]:
     _require_kinds("activation", spaces, ("qk", "vo"))
-    outputs = [m.name for space in spaces for m in members(target.config, space) if m.axis == 0]
+    outputs = [m.output for space in spaces for m in members(target.config, space) if m.axis == 0]
     squares = output_square_sums(target.model, outputs, target.batches)
     return {space: _activation_score(target, space, squares) for space in spaces}
 
@@ -178,9 +178,9 @@ def _activation_score(target: Target, space: Space, squares: dict[str, Tensor]) 
     first, second = members(target.config, space)
     if space.kind == "vo":
         columns = target.model.get_parameter(f"{second.name}.weight").detach().float().pow(2).sum(0).cpu()
-        return (fold(squares[first.name], first, space) * fold(columns, second, space)).sqrt()
-    key = fold(squares[second.name], second, space)
+        return (fold(squares[first.output], first, space) * fold(columns, second, space)).sqrt()
+    key = fold(squares[second.output], second, space)
     query = (
-        squares[first.name].view(space.shape[0], -1, 2, space.shape[1]).sum(2).sqrt()
+        squares[first.output].view(space.shape[0], -1, 2, space.shape[1]).sum(2).sqrt()
     )  # (groups, heads, pairs)
     return query.sum(1) * key.sqrt()

@@ -38,7 +38,7 @@ class ChannelStrategy(ScoreStrategy):
     | `separate` | a rope pair of Q and K, or two channels of V and O; equally many of both stay |
     | `apart` | a rope pair of Q and K, or a channel of V and O; each kind has a width of its own |
     | `kv_group` | a KV group with its query heads |
-    | `vo` | a channel of V and O (for models with query-key norms) |
+    | `vo` | a channel of V and O |
     | `ffn`, `block`, `attention`, `mlp` | an index of that space |
 
     Attributes:
