@@ -52,6 +52,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
+from kvp.models.family import family_of
 from kvp.models.joined import joined_config
 from kvp.models.masks import edited, masked
 from kvp.models.plans import edits_file, found_or_made

@@ -98,9 +98,7 @@ def gate_derivatives(
 
         def hook(gradient: Tensor) -> None:
             moved = (values.float() * gradient.float()).sum(1)
-            gates[key].append(
-                moved.flatten(1).cpu()
-            )  # what a norm over heads writes ends in (heads, head_dim)
+            gates[key].append(moved.flatten(1).cpu())  # a norm over heads writes (heads, head_dim)
 
         if activation.requires_grad:
             activation.register_hook(hook)
