@@ -1,4 +1,4 @@
-"""Show which runs are finished, running, died or failed, and how to retry.
+"""Show which runs are finished, running, waiting, died or failed, and how to retry.
 
 It reads JSON files and imports nothing heavy.
 """
@@ -20,6 +20,7 @@ from rich.table import Table
 from kvp.commands import called
 from kvp.record import RunRecord
 from kvp.store.contents import Entry, entries, is_alive
+from kvp.sweep.queue import waiting
 from kvp.sweep.words import makers, reason, removed, stages
 from kvp.tables import NOTE, WIDEST, console_table, plain, print_table
 
@@ -32,7 +33,8 @@ class Look:
 
     Attributes:
         name: The directory.
-        status: "finished", "running", "died" (killed: its process is gone), "failed" or "unreadable".
+        status: "finished", "running", "waiting" (for its turn in a sweep), "died" (killed: its process is gone),
+            "failed" or "unreadable".
         detail: Why or where it ended, or who runs which stage since when.
         retry: The command that goes on with it; empty if there is nothing to go on with.
     """
@@ -65,6 +67,14 @@ def look(path: Path) -> Look:
     if alive is False:
         return Look(name, "died", who, _command(record))
     return Look(name, record.status, who if alive else f"{who}; {_silence(written)}")
+
+
+def in_line(runs: Path) -> list[Look]:
+    """Return the jobs of sweeps that have not started."""
+    return [
+        Look(job, "waiting", f"for its turn in the sweep of {queue.host} pid {queue.pid}")
+        for job, queue in waiting(runs)
+    ]
 
 
 def _moment(text: str) -> datetime | None:
@@ -126,6 +136,7 @@ def main() -> None:
     add("--store", type=Path, metavar="DIR", help="show the stages in a store, too")
     args = parser.parse_args()
     looks = [look(file) for file in sorted(args.runs.glob("*/run.json"))]
+    looks += in_line(args.runs)
     if args.store and not args.store.is_dir():
         sys.exit(f"kvp: error: there is no store at {args.store}: name the directory that store=DIR named")
     if not looks:

@@ -75,6 +75,7 @@ def sweep(
     from kvp.pipeline.gate import refusal  # modelling code, which a wrong option need not wait for
     from kvp.sweep.ahead import listed
     from kvp.sweep.census import census
+    from kvp.sweep.queue import queued
 
     began = time.time()
     reasons = [refusal(x, here=here) for x in experiments]
@@ -99,7 +100,7 @@ def sweep(
         n: Outcome(x.name, "refused", None, reasons[n]) for n, x in enumerate(experiments) if reasons[n]
     }
     try:
-        with listed(chains):
+        with listed(chains), queued(experiments[0].runs, [experiments[n].name for n in fine]):
             returns = _launched([jobs[n] for n in fine], [experiments[n] for n in fine], launch)
     except BaseException:
         returns = [None] * len(fine)

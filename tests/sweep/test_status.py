@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from kvp.store import Store
+from kvp.sweep.queue import queued, waiting
 from kvp.sweep.status import look, main, stage_counts
 from tests.report.sample_records import make_record
 
@@ -292,3 +293,25 @@ def test_a_store_that_is_not_there_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["status", str(tmp_path), "--store", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match=r"there is no store at .*none: name the directory"):
         main()
+
+
+def test_jobs_of_a_running_sweep_wait_for_their_turn(tmp_path, capsys, monkeypatch):
+    write(tmp_path, "one")
+    monkeypatch.setattr(sys, "argv", ["kvp.status", str(tmp_path)])
+    with queued(tmp_path, ["one", "two", "three"]):
+        main()
+        said = capsys.readouterr().out
+    assert "2 waiting, 1 running" in said
+    assert f"for its turn in the sweep of {HERE} pid {os.getpid()}" in said
+    main()
+    assert "waiting" not in capsys.readouterr().out
+
+
+def test_what_a_killed_sweep_left_waits_for_nothing(tmp_path):
+    with queued(tmp_path, ["one"]):
+        (left,) = tmp_path.glob(".sweep-*.json")
+        queue = json.loads(left.read_text())
+        assert [job for job, _ in waiting(tmp_path)] == ["one"]
+        for damage in ({**queue, "pid": 2**22 + 1}, {**queue, "started": 0}, {"jobs": ["one"]}, [1]):
+            left.write_text(json.dumps(damage))
+            assert list(waiting(tmp_path)) == []
