@@ -13,7 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,11 +54,14 @@ def version_of(engine: Engine, python: str) -> str:
     return said[1]
 
 
-def asked(checkpoint: Path, pythons: list[tuple[Engine, str]]) -> Iterator[dict[str, Any]]:
+def asked(
+    checkpoint: Path, pythons: list[tuple[Engine, str]], forms: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """Yield a record per form and engine: run with its difference in nats (rms), or refused with the reason."""
     made = made_by(checkpoint)
     model = made.record.name if made else checkpoint.parent.name
-    for form, facts in FORMS.items():
+    for form in forms:
+        facts = FORMS[form]
         with TemporaryDirectory() as directory:
             out, why, dtype = Path(directory, form), "", None
             try:
@@ -101,6 +104,7 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--out", type=Path, default=Path("experiments/engines/results.json"))
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=INTERPRETER")
+    parser.add_argument("--form", action="append", choices=FORMS, help="of these forms only")
     arguments = parser.parse_args()
     pythons = [(engine, sys.executable) for engine in ENGINES if has(engine)]
     for pair in arguments.python:
@@ -110,7 +114,7 @@ def main() -> None:
         pythons.append((engine, python))
     found = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
     for checkpoint in arguments.checkpoints:
-        for record in asked(checkpoint, pythons):
+        for record in asked(checkpoint, pythons, arguments.form or list(FORMS)):
             key = {name: record[name] for name in FACTS}
             found = [other for other in found if key != {name: other[name] for name in FACTS}] + [record]
             print(json.dumps(record), flush=True)
