@@ -102,6 +102,7 @@ class Experiment:
         config_dir: The folder of the user's own options, if there is one.
         force: Kinds of stages to compute again, and all that builds on them,
         since: where they were finished before this moment (seconds since 1970).
+        short_of_memory: Whether to "refuse" a phase that is estimated not to fit, or to "warn" of it.
     """
 
     node: dict[str, Any]
@@ -126,6 +127,7 @@ class Experiment:
     config_dir: str | None = None
     force: Sequence[str] = ()
     since: float = 0.0
+    short_of_memory: str = "refuse"
 
     @classmethod
     def compose(
@@ -186,6 +188,7 @@ class Experiment:
             config_dir=config_dir,
             force=tuple(map(str, plain["force"])),
             since=plain["since"] or time.time(),
+            short_of_memory=plain["short_of_memory"],
         )
 
     @cached_property

@@ -19,15 +19,14 @@ import torch
 from torch import nn
 
 from kvp.data.corpora import Part, find
-from kvp.measurement.memory import available_bytes
 from kvp.models.checkpoint.fields import check_fields
 from kvp.models.family import family_of
 from kvp.models.mustafar import Mustafar
-from kvp.models.shapes import layer_shapes, require_whole_stream, size
+from kvp.models.shapes import require_whole_stream
 from kvp.models.sources import ModelSource, RandomModel
 from kvp.pipeline.experiment import Experiment
-from kvp.pipeline.foretell import Foretold, foretell
-from kvp.pipeline.needs import needs
+from kvp.pipeline.foretell import foretell
+from kvp.pipeline.room import check_room, check_weights
 from kvp.pipeline.settings import LONGEST_NAME, check_device
 from kvp.pipeline.stages import check_force
 from kvp.pipeline.texts import check_texts
@@ -79,12 +78,12 @@ def check_inputs(x: Experiment, *, here: bool = True) -> None:
     checked = _checked(dense, json.dumps(x.source.identity())) if dense else None
     config = checked.config if checked else _expected(x.source)
     if here:
-        _check_memory(x, config)
+        check_weights(x, config)
     check_model(x, config)
     check_modules(x, checked.linears if checked else _linears(config))
     check_texts(x, dense, config.max_position_embeddings)
     if here:
-        _warn_of_memory(x, config, foretold)
+        check_room(x, config, foretold)
 
 
 def refusal(x: Experiment, *, here: bool = True) -> str:
@@ -251,36 +250,6 @@ def check_modules(x: Experiment, linears: Collection[str]) -> None:
                 f"recovery.target_modules must name linear modules of {x.source.name}, which has {', '.join(known)}; "
                 f"got {target!r}"
             )
-
-
-def _check_memory(x: Experiment, config: PretrainedConfig) -> None:
-    """Refuse weights that alone take more than is free."""
-    needed = size(config, layer_shapes(config)).params * x.dtype.itemsize
-    free = available_bytes(torch.device(x.device))
-    if needed > free:
-        smaller = "" if x.dtype.itemsize == 2 else " model.dtype=bfloat16 (half of it),"
-        raise ValueError(
-            f"the weights of {x.source.name} take {needed / GIB:.2f} GiB in {str(x.dtype).removeprefix('torch.')}, and "
-            f"{free / GIB:.2f} GiB are free on {x.device}: free some, or choose{smaller} another device or a smaller "
-            "model"
-        )
-
-
-def _warn_of_memory(x: Experiment, config: PretrainedConfig, foretold: Sequence[Foretold]) -> None:
-    """Warn if a phase that is to do is estimated to take more than is free; an estimate refuses nothing."""
-    done = {stage.kind for stage in foretold} - {stage.kind for stage in foretold if not stage.stands}
-    ahead = [need for need in needs(x, config) if need.phase not in done]
-    most = max(ahead, key=lambda need: need.memory["total"], default=None)
-    free = available_bytes(torch.device(x.device))
-    if most and most.memory["total"] > free:
-        log.warning(
-            "%s is estimated to take %.2f GiB (%s), and %.2f GiB are free on %s: lower batches if it runs out",
-            most.phase,
-            most.memory["total"] / GIB,
-            most.size,
-            free / GIB,
-            x.device,
-        )
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ import torch
 from kvp.types import DTYPES
 
 # Where results go and when they are made, not what they are.
-NOT_INPUTS = ("store", "runs", "tracker", "hydra", "rows", "force", "since", "trusted")
+NOT_INPUTS = ("store", "runs", "tracker", "hydra", "rows", "force", "since", "trusted", "short_of_memory")
 NODES = (
     "model",
     "corpora",
@@ -27,10 +27,11 @@ NODES = (
     "tracker",
 )  # never none
 OPTIONAL = ("cache", "recovery", "measure", "evaluation.perplexity", "evaluation.zero_shot")  # may be none
-PLAIN = ("seed", "device", "dtype", "store", "runs", "rows", "force", "since", "trusted")
+PLAIN = ("seed", "device", "dtype", "store", "runs", "rows", "force", "since", "trusted", "short_of_memory")
 KEYS = (*NODES, *OPTIONAL[:3], *PLAIN, "hydra")
 
 DEVICES = ("auto", "cpu", "cuda")
+SHORT_OF_MEMORY = ("refuse", "warn")
 NAME = re.compile(r"[\w+-][\w.+-]*")  # of a directory, whatever the system
 LONGEST_NAME, LONGEST_PART = 255, 100  # bytes of a directory's name, characters of what a user adds to it
 SEEDS = 2**32  # numpy's
@@ -66,6 +67,11 @@ def check_settings(config: Mapping[str, Any]) -> None:
     if not isinstance(config["device"], str) or config["device"] not in DEVICES:
         raise ValueError(
             f"device must be one of {', '.join(DEVICES)}, got {config['device']!r}{_gpu(config['device'])}"
+        )
+    if config["short_of_memory"] not in SHORT_OF_MEMORY:
+        raise ValueError(
+            f"short_of_memory must be {' or '.join(SHORT_OF_MEMORY)}, got {config['short_of_memory']!r}: what to do "
+            "where a phase is estimated to take more than is free"
         )
     if config["dtype"] not in DTYPES:
         raise ValueError(

@@ -155,7 +155,7 @@ TARGETS = [
     ),
     (["strategy._target_=kvp.measurement.measure.subprocess.run"], "cannot be imported"),
     (["tracker._target_=kvp.measurement.memory.psutil"], "is no class of kvp"),
-    (["tracker._target_=kvp.models.sources.version"], "is no class of kvp"),
+    (["tracker._target_=kvp.models.packaged.version"], "is no class of kvp"),
     (["strategy._target_=kvp.strategies.methods.random.Randm"], "Did you mean"),
     (["strategy._target_=null"], "strategy._target_ must be a class"),
     (

@@ -21,6 +21,8 @@ from kvp.__main__ import CONF
 from kvp.hints import words as worded
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.gate import check_inputs
+from kvp.pipeline.needs import needs
+from kvp.pipeline.room import way_out
 from kvp.pipeline.run import run
 from tests.helpers.bad_options import ALL, TINY
 from tests.helpers.runs import ROOT
@@ -95,19 +97,61 @@ def test_the_weights_must_fit_what_is_free(smoke, tmp_path, monkeypatch):
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def test_an_estimate_above_what_is_free_warns_and_refuses_nothing(smoke, tmp_path, monkeypatch, caplog):
+def test_an_estimate_above_what_is_free_is_refused_or_warned_of(smoke, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kvp.pipeline.gate.available_bytes", lambda device: 5 * 2**20)  # the weights take 3
-    check_inputs(Experiment.compose(configured(["recovery=none"], smoke)))
+    monkeypatch.setattr("kvp.pipeline.room.available_bytes", lambda device: 5 * 2**20)  # the weights take 3
+    with pytest.raises(ValueError, match=r"score is estimated to take .* 0\.00 GiB are free on cpu"):
+        check_inputs(Experiment.compose(configured(["recovery=none"], smoke)))
+    assert "estimated" not in caplog.text
+    check_inputs(Experiment.compose(configured(["recovery=none", "short_of_memory=warn"], smoke)))
     assert "score is estimated to take" in caplog.text and "0.00 GiB are free on cpu" in caplog.text
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("phase", "words"),
+    [
+        (
+            "score",
+            ["calibration.batch_size=1", "strategy.gradient_checkpointing=true", "model.dtype=bfloat16"],
+        ),
+        ("perplexity", ["evaluation.perplexity.batch_size=1", "model.dtype=bfloat16"]),
+        ("zero_shot", ["evaluation.zero_shot.batch_size=1", "model.dtype=bfloat16"]),
+        ("measure", ["measure.batch_size=1", "model.dtype=bfloat16"]),
+        (
+            "recover",
+            [
+                "recovery.micro_batch_size=1",
+                "recovery.gradient_checkpointing=true",
+                "recovery.dtype=bfloat16",
+            ],
+        ),
+    ],
+)
+def test_the_way_out_is_the_first_that_fits(phase, words):
+    """With each further option the phase takes less; just enough memory for it is asked no more."""
+
+    def composed(*more):
+        asked = ["model=smollm2_135m_shape", "measure.batch_size=4", "model.dtype=float32", *more]
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return Experiment.compose(compose("config", overrides=asked))
+
+    x, totals = composed(), []
+    config = x.source.expected()
+    for count in range(len(words) + 1):
+        every = needs(composed(*words[:count]), config)
+        totals.append(next(need.memory["total"] for need in every if need.phase == phase))
+    assert totals == sorted(set(totals), reverse=True)
+    for count, free in enumerate(totals[1:], start=1):
+        assert way_out(x, config, phase, free) == f"{' '.join(words[:count])} would fit"
+    assert "another device" in way_out(x, config, phase, totals[-1] - 1)
 
 
 def test_what_stands_needs_neither_memory_nor_text(smoke, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["recovery=none", "strategy=random", "evaluation=none", "store=s", "runs=r"]
     run(Experiment.compose(configured(words, smoke)))
-    monkeypatch.setattr("kvp.pipeline.gate.available_bytes", lambda device: 0)
+    monkeypatch.setattr("kvp.pipeline.room.available_bytes", lambda device: 0)
     check_inputs(Experiment.compose(configured(words, smoke)))
     with pytest.raises(ValueError, match="GiB are free on cpu"):
         check_inputs(Experiment.compose(configured([*words, "ratio.value=0.5"], smoke)))
