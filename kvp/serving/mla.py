@@ -77,10 +77,10 @@ def to_mla(model: PreTrainedModel, form: str) -> PreTrainedModel:
     stream = math.sqrt(NORM_EPS / config.rms_norm_eps)
     for index, name in enumerate(names):
         q, k, v = (state.pop(f"{name}{part}.weight").double() for part in (family.q, family.k, family.v))
-        values, output = _factored(reads[index], width)
+        values, output = _factored(reads[index], width, model.dtype)
         keys, query = values.new_zeros(heads, nope, len(v)), q.new_zeros(heads, nope, q.shape[1])
         if asks:
-            keys, narrow = _factored(asks[index], nope)
+            keys, narrow = _factored(asks[index], nope, model.dtype)
             query = REST * narrow.mT
         turning = interleaved(scaling**2 * q, heads).unflatten(0, (heads, -1))
         made = {
@@ -148,14 +148,17 @@ def _directions_read(reads: list[Tensor], dtype: torch.dtype) -> int:
     return min(-(-widest // STEP) * STEP, reads[0].shape[-1]) if widest else 1
 
 
-def _factored(reads: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return (heads, width, latent) orthonormal directions, and (heads, hidden, width) what is read along them."""
+def _factored(reads: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return directions (heads, width, latent) as `dtype` rounds them, and what is read along them.
+
+    The latter (heads, hidden, width) is the least squares along the rounded ones, so that only it is rounded off.
+    """
     heads, _, latent = reads.shape
-    if width < latent:
-        directions = _directions(reads)[1][..., -width:].mT
-    else:
-        directions = torch.eye(latent).double().repeat(heads, 1, 1)
-    return directions, reads @ directions.mT
+    if width == latent:
+        return torch.eye(latent).double().repeat(heads, 1, 1), reads
+    directions = _directions(reads)[1][..., -width:].mT.to(dtype).double()
+    crossed = directions @ reads.mT
+    return directions, torch.linalg.solve(directions @ directions.mT, crossed).mT
 
 
 def _directions(reads: Tensor) -> tuple[Tensor, Tensor]:

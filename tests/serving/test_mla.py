@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config
@@ -34,6 +36,18 @@ def one_head(family="llama", pairs=MIXED, values=7, rope="default", theta=1000.0
         channels = torch.randperm(space.shape[-1], generator=draw)[:values].sort().values
         keep[space] = torch.tensor([pairs]) if space.kind == "qk" else channels[None]
     return apply(model, Plan(keep))
+
+
+@torch.no_grad()
+def latent_head(**changes):
+    """A model of one latent of 32 channels and all four pairs, whose heads ask for 3 directions of it."""
+    plain = {"attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-5}
+    model = joined(tiny_model("llama", "mha", **plain, **changes), 1, latent=True)
+    torch.manual_seed(1)
+    for layer in model.model.layers:
+        ask = torch.einsum("hrk,hkc->hrc", torch.randn(4, 32, 3), 0.2 * torch.randn(4, 3, 48))
+        layer.self_attn.q_latent_proj.weight.copy_(ask.flatten(0, 1))
+    return apply(model, Plan({space: torch.arange(4)[None] for space in random_plan(model, ["qk"]).keep}))
 
 
 @torch.no_grad()
@@ -109,11 +123,19 @@ def test_what_default_rope_does_not_turn_is_refused(pairs, rope, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("values", "theta"), [(7, 1000.0), (12, 100.0)])
-def test_llama_cpp_gives_the_same_logits(values, theta, tmp_path):
+@pytest.mark.parametrize(
+    "model",
+    [
+        partial(one_head, pairs=FASTEST, values=7, theta=1000.0),
+        partial(one_head, pairs=FASTEST, values=12, theta=100.0),
+        latent_head,
+    ],
+    ids=["narrow", "wide", "latent"],
+)
+def test_llama_cpp_gives_the_same_logits(model, tmp_path):
     pytest.importorskip("llama_cpp")
     tokens = trained()
-    pruned = one_head(pairs=FASTEST, values=values, theta=theta, vocab_size=len(tokens))
+    pruned = model(vocab_size=len(tokens))
     save(pruned, tokens, tmp_path / "pruned")
     serving = export(tmp_path / "pruned", tmp_path / "out", "mla_gguf")
     assert serving["check"]["engine"] == "llama_cpp"
@@ -153,17 +175,7 @@ def test_serving_json_says_what_vllm_takes(values, form, says):
 @torch.no_grad()
 def test_queries_of_a_latent_are_factored_by_what_they_read(tokens):
     """Random queries of rank 3 per head: as many channels without rotation, in steps of 8 or the whole latent."""
-    latent = joined(
-        tiny_model("llama", "mha", attention_bias=False, mlp_bias=False, rms_norm_eps=1e-5), 1, latent=True
-    )
-    torch.manual_seed(1)
-    for layer in latent.model.layers:
-        weight = layer.self_attn.q_latent_proj.weight
-        weight.copy_(
-            torch.einsum("hrk,hkc->hrc", torch.randn(4, 32, 3), 0.2 * torch.randn(4, 3, 48)).flatten(0, 1)
-        )
-    keep = {space: torch.arange(4)[None] for space in random_plan(latent, ["qk"]).keep}
-    pruned = apply(latent, Plan(keep))
+    pruned = latent_head()
     mla = to_mla(pruned, "mla")
     assert (mla.config.qk_nope_head_dim, mla.config.v_head_dim, mla.config.kv_lora_rank) == (8, 8, 32)
     assert (mla(tokens).logits - pruned(tokens).logits).abs().max() < 1e-4

@@ -109,6 +109,9 @@ def test_fewer_layers_are_a_smaller_cache(python, tmp_path):
 def test_its_own_deepseek_class_runs_mla_of_512_and_64_channels(python, tmp_path):
     """Its operator for default RoPE is wrong on a CPU: the export takes the class for yarn."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
-    model = joined(tiny_model("llama", "mha", vocab_size=259, **PLAIN, **heads), 1)
+    model = joined(tiny_model("llama", "mha", vocab_size=259, **PLAIN, **heads), 1, latent=True)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_latent_proj.weight.normal_(std=0.05)
     keep = {space: torch.arange(32)[None] for space in find_spaces(model.config, ["qk"])}
     checked(apply(model, Plan(keep)), "mla", python, tmp_path, per_token=3 * 576 * 4)
