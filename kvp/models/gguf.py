@@ -62,6 +62,7 @@ def write_gguf(file: Path, directory: Path, origin: str) -> dict[str, Any]:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         **_place(file),
         dtype=torch.float32,
+        trust_remote_code=False,
         quantization_config=transformers.GgufConfig(gguf_file=file.name, dequantize=True),
     )
     model.config.rms_norm_eps, model.config._name_or_path = config.rms_norm_eps, origin
@@ -73,7 +74,7 @@ def write_gguf(file: Path, directory: Path, origin: str) -> dict[str, Any]:
 def _config(file: Path, changed: int) -> PretrainedConfig:
     matrices = read_header(file).matrices
     try:
-        config = transformers.AutoConfig.from_pretrained(**_place(file))
+        config = transformers.AutoConfig.from_pretrained(**_place(file), trust_remote_code=False)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ValueError(
             f"transformers does not open {file} ({error}): take the model's own checkpoint, a directory of safetensors"
@@ -86,7 +87,7 @@ def _config(file: Path, changed: int) -> PretrainedConfig:
 
 @cache
 def _tokenizer(file: Path, changed: int) -> PreTrainedTokenizerBase:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**_place(file))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**_place(file), trust_remote_code=False)
     return _without_added(tokenizer, _config(file, changed).vocab_size)
 
 
@@ -105,8 +106,4 @@ def _without_added(tokenizer: Any, vocab_size: int) -> PreTrainedTokenizerBase:
 
 def _place(file: Path) -> dict[str, Any]:
     """Return the arguments by which transformers opens a GGUF."""
-    return {
-        "pretrained_model_name_or_path": str(file.parent),
-        "gguf_file": file.name,
-        "trust_remote_code": False,
-    }
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
