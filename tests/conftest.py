@@ -10,7 +10,14 @@ from types import MethodType
 
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import kvp  # noqa: F401
 from kvp.models.family import FAMILIES, family_of
@@ -18,7 +25,13 @@ from kvp.models.spaces import find_spaces
 from kvp.strategies.compensation.compensate import Compensation
 from kvp.types import Kind, Plan
 
-CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma3_text": Gemma3TextConfig,
+}
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
 
 
@@ -50,6 +63,9 @@ def tiny_config(family: str = "llama", heads: str = "gqa", **changes):
     if family == "llama":
         fields |= {"attention_bias": True, "mlp_bias": True}
         fields.pop("sliding_window")
+    if family == "gemma3_text":
+        fields |= {"sliding_window": 32, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12}
+        fields["tie_word_embeddings"] = False
     return CONFIGS[family](**{**fields, **changes})
 
 
@@ -75,7 +91,9 @@ def exact_norms(model: PreTrainedModel) -> PreTrainedModel:
     """The model with norms in its own dtype; Hugging Face's compute in float32, also in a float64 model."""
 
     def forward(norm, states):
-        return norm.weight * states * (states.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+        one = type(norm).__name__.startswith("Gemma")
+        eps = norm.eps if one else norm.variance_epsilon
+        return (norm.weight + one) * states * (states.square().mean(-1, keepdim=True) + eps).rsqrt()
 
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):

@@ -34,9 +34,10 @@ MEANT = {  # where a preset or a source differs from the class default on purpos
     ("recovery.max_steps", "lora_text"),
     *(
         (f"model.{field}", name)
-        for name in ("qwen25_coder_05b",)
+        for name in ("qwen25_coder_05b", "gemma3_270m")
         for field in ("wheels", "files", "sha256", "origin")
     ),
+    ("model.licence", "gemma3_270m"),
     ("corpora.column", "ptb"),
     ("corpora.max_documents", "bookcorpus"),
     ("corpora.max_documents", "c4"),

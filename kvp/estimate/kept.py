@@ -18,8 +18,6 @@ from kvp.models.shapes import layer_shapes, projected, stream
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-INDEX = 8  # bytes
-
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
@@ -75,17 +73,17 @@ def kept_bytes(
     queries, outputs = heads * shape.query_head_dim, heads * shape.v_head_dim
     keys, values = groups * shape.query_head_dim, groups * shape.v_head_dim
     kept = 0
+    post_norm = FLOAT32 * (config.hidden_size + 1) * bool(family.post_norms)
     if groups:
+        kept += post_norm
         kept += FLOAT32 * (before + 1)  # the norm's input and its scale
         kept += width * (queries + keys + values + outputs) + FLOAT32 * heads  # of SDPA, with its log-sum-exp
         kept += width * before * ("attention" in gradients) + width * keys * ("attention" in watched)
         if family.qk_norm:
             normed = (heads + groups) * projected(config, shape)
             kept += FLOAT32 * (normed + heads + groups)
-            kept += (
-                INDEX * (queries + keys) * (normed > queries + keys)
-            )  # of the channels kept after the norm
     if inner:
+        kept += post_norm
         kept += FLOAT32 * (between + 1) + 3 * width * inner
         kept += width * (between + inner) * ("mlp" in gradients) + width * inner * ("mlp" in watched)
     if adapter:

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from kvp.estimate.serving import SLICE, room
 from kvp.measurement.cache import check_whole_cache, fixed_cache
 from kvp.measurement.grouped import GROUPED
+from kvp.models.rope import ropes
 from kvp.models.sparse_cache import cache_for
 
 DecodePath = Literal["eager", "static", "compiled"]
@@ -140,7 +141,7 @@ class Static:
         """Compile and capture the steps that lead to these numbers of tokens; forgets the cache."""
         if self.window is None:
             return
-        if self.model.config.rope_parameters["rope_type"] in ROPE_BY_LENGTH:
+        if any(rope["rope_type"] in ROPE_BY_LENGTH for rope in ropes(self.model.config)):
             raise ValueError(
                 f"the rotary frequencies of this model depend on the position ({', '.join(ROPE_BY_LENGTH)}), which "
                 "a captured step cannot look at: use --path eager"

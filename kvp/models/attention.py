@@ -65,7 +65,7 @@ class PrunedAttention:
         self.num_key_value_groups = queries // groups
         self.rope_pairs = shape.rope_pairs
         self._pair_index: Tensor | None = None  # built per device: __init__ runs on the meta device
-        self._channel_index: Tensor | None = None
+        self._channel_index: dict[int, Tensor] = {}  # by the number of heads
         self.sliding_window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
 
     def forward(
@@ -116,11 +116,14 @@ class PrunedAttention:
         """Return the kept channels (batch, seq_len, groups, heads, qk_head_dim) of normed heads."""
         if self.qk_head_dim == self.projected:
             return states
-        if self._channel_index is None or self._channel_index.device != states.device:
-            first = torch.tensor(self.rope_pairs, device=states.device)
-            self._channel_index = torch.cat([first, first + self.projected // CHANNELS_PER_PAIR], dim=1)
-        index = self._channel_index[:, None].expand(*states.shape[:-1], -1)
-        return states.gather(-1, index)
+        heads = states.shape[2:4]
+        index = self._channel_index.get(heads.numel())
+        if index is None or index.device != states.device:
+            first = torch.tensor(self.rope_pairs, device=states.device).repeat_interleave(heads[1], dim=0)
+            kept = torch.cat([first, first + self.projected // CHANNELS_PER_PAIR], dim=1)
+            index = (kept + torch.arange(len(kept), device=states.device)[:, None] * self.projected).flatten()
+            self._channel_index[heads.numel()] = index
+        return states.flatten(2).index_select(-1, index).unflatten(-1, (*heads, self.qk_head_dim))
 
     def _tables(self, cos: Tensor, sin: Tensor, *gathered: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the kept pairs, (batch, seq_len, groups or 1, 1, qk_head_dim)."""
@@ -147,13 +150,13 @@ class PrunedRotary:
         self.cuts = self.sets != [every]
         self._index: Tensor | None = None  # built per device: __init__ runs on the meta device
 
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Any, ...]:
+    def forward(self, x: Tensor, position_ids: Tensor, *layer_type: str) -> tuple[Any, ...]:
         """Return cos and sin of the dense model, (batch, seq_len, head_dim), and gathered tables for a single token.
 
         A model that kept only some pairs gets a pair (cos, sin) per attention, each as `PrunedAttention._tables`
         returns it.
         """
-        cos, sin = super().forward(x, position_ids)  # type: ignore[misc]
+        cos, sin = super().forward(x, position_ids, *layer_type)  # type: ignore[misc]
         if position_ids.shape[-1] > 1 or not self.cuts:
             return cos, sin
         gathered = list(zip(self._gather(cos), self._gather(sin), strict=True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,8 +21,12 @@ class Family:
     Attributes:
         name: The `model_type` of the Hugging Face config.
         prefix: The beginning of the Hugging Face class names; the classes are imported on first use.
+        folder: The folder of `transformers.models` that has them, if its name is another.
+        infix: What follows the prefix in the names of the config and of the model without a head (Gemma 3: "Text").
+        post_norms: Norms of what attention and MLP write, before it joins the residual stream (Gemma 3).
         qk_norm: A norm over `head_dim` follows the query and key projections (Qwen3). It averages over all channels of
             a head. So q and k stay whole, and rope pairs are cut after the norm: only the cache shrinks.
+        heads_first: That norm sees (batch, heads, seq_len, head_dim), not (batch, seq_len, heads, head_dim) (Gemma 3).
         qkv_bias: q, k and v always have a bias and o never (Qwen2).
         bias_options: The config's fields that give projections a bias: `attention_bias` to q, k, v and o, `mlp_bias` to
             gate, up and down. A family reads no other.
@@ -29,7 +34,10 @@ class Family:
 
     name: str
     prefix: str
+    folder: str = ""
+    infix: str = ""
     qk_norm: bool = False
+    heads_first: bool = False
     qkv_bias: bool = False
     bias_options: tuple[str, ...] = ()
     embedding: str = "model.embed_tokens"
@@ -37,6 +45,7 @@ class Family:
     rotary: str = "model.rotary_emb"
     norm: str = "model.norm"
     layer_norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    post_norms: tuple[str, ...] = ()
     attention: str = "self_attn"
     mlp: str = "mlp"
     q: str = "q_proj"
@@ -49,8 +58,11 @@ class Family:
     down: str = "down_proj"
 
     def _class(self, suffix: str) -> Any:
-        module = import_module(f"transformers.models.{self.name}.modeling_{self.name}")
-        return getattr(module, self.prefix + suffix)
+        return getattr(self._module("modeling"), self.prefix + suffix)
+
+    def _module(self, kind: str) -> ModuleType:
+        folder = self.folder or self.name
+        return import_module(f"transformers.models.{folder}.{kind}_{folder}")
 
     def has_bias(self, option: str, config: PretrainedConfig) -> bool:
         """Return whether the config gives projections a bias by `option`, which other families do not read."""
@@ -64,7 +76,7 @@ class Family:
     @property
     def decoder(self) -> type[PreTrainedModel]:
         """Return the Hugging Face class of the model without its head."""
-        return self._class("Model")
+        return self._class(f"{self.infix}Model")
 
     @property
     def attention_class(self) -> type:
@@ -84,8 +96,7 @@ class Family:
     @property
     def config_class(self) -> type[PretrainedConfig]:
         """Return the Hugging Face config class of the dense model."""
-        module = import_module(f"transformers.models.{self.name}.configuration_{self.name}")
-        return getattr(module, f"{self.prefix}Config")
+        return getattr(self._module("configuration"), f"{self.prefix}{self.infix}Config")
 
 
 FAMILIES: dict[str, Family] = {
@@ -95,7 +106,23 @@ FAMILIES: dict[str, Family] = {
         Family(name="mistral", prefix="Mistral"),
         Family(name="qwen2", prefix="Qwen2", qkv_bias=True),
         Family(name="qwen3", prefix="Qwen3", qk_norm=True, bias_options=("attention_bias",)),
+        Family(
+            name="gemma3_text",
+            prefix="Gemma3",
+            folder="gemma3",
+            infix="Text",
+            qk_norm=True,
+            heads_first=True,
+            bias_options=("attention_bias",),
+            layer_norms=("input_layernorm", "pre_feedforward_layernorm"),
+            post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        ),
     )
+}
+REFUSED = {  # model types that people bring, and why they have no row
+    "gemma2": "it caps its logits and its attention softly, which no fused kernel and no loss here computes",
+    "gemma3": "it holds an image tower; its text part alone has model_type gemma3_text",
+    "phi3": "q, k and v are one matrix, so are gate and up",
 }
 
 PRUNED_PREFIX = "kvp_"
@@ -118,8 +145,9 @@ def family_named(model_type: str) -> Family:
     """
     name = model_type.removeprefix(PRUNED_PREFIX)
     if name not in FAMILIES:
+        why = f", because {REFUSED[name]}" if name in REFUSED else ""
         raise ValueError(
-            f"model_type {model_type!r} is not supported; known families: {', '.join(FAMILIES)}. "
+            f"model_type {model_type!r} is not supported{why}; known families: {', '.join(FAMILIES)}. "
             "To add a family, add a row to FAMILIES in kvp/models/family.py."
         )
     return FAMILIES[name]

@@ -60,10 +60,9 @@ def write_gguf(file: Path, directory: Path, origin: str) -> dict[str, Any]:
     """
     config = gguf_config(file)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        str(file.parent),
-        gguf_file=file.name,
-        trust_remote_code=False,
+        **_place(file),
         dtype=torch.float32,
+        trust_remote_code=False,
         quantization_config=transformers.GgufConfig(gguf_file=file.name, dequantize=True),
     )
     model.config.rms_norm_eps, model.config._name_or_path = config.rms_norm_eps, origin
@@ -75,9 +74,7 @@ def write_gguf(file: Path, directory: Path, origin: str) -> dict[str, Any]:
 def _config(file: Path, changed: int) -> PretrainedConfig:
     matrices = read_header(file).matrices
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            str(file.parent), gguf_file=file.name, trust_remote_code=False
-        )
+        config = transformers.AutoConfig.from_pretrained(**_place(file), trust_remote_code=False)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ValueError(
             f"transformers does not open {file} ({error}): take the model's own checkpoint, a directory of safetensors"
@@ -90,9 +87,7 @@ def _config(file: Path, changed: int) -> PretrainedConfig:
 
 @cache
 def _tokenizer(file: Path, changed: int) -> PreTrainedTokenizerBase:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        str(file.parent), gguf_file=file.name, trust_remote_code=False
-    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**_place(file), trust_remote_code=False)
     return _without_added(tokenizer, _config(file, changed).vocab_size)
 
 
@@ -107,3 +102,8 @@ def _without_added(tokenizer: Any, vocab_size: int) -> PreTrainedTokenizerBase:
             if token in added:
                 setattr(tokenizer, name, None)
     return tokenizer
+
+
+def _place(file: Path) -> dict[str, Any]:
+    """Return the arguments by which transformers opens a GGUF."""
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from kvp.models.family import family_of
 from kvp.models.layers import NoAttention, NoMLP
 from kvp.models.rope import require_fixed_rope
-from kvp.models.spaces import ACROSS_LAYERS, keep_mask, members
+from kvp.models.spaces import ACROSS_LAYERS, keep_mask, members, tokens_first
 from kvp.models.stream import project
 from kvp.types import Plan
 
@@ -97,14 +97,15 @@ def edited(model: PreTrainedModel, edits: Mapping[str, Tensor]) -> Iterator[None
             model.get_parameter(name).data = value
 
 
-def mask_output(norm: nn.Module, stays: Tensor) -> RemovableHandle:
-    """Set the channels of a norm over heads to zero that do not stay; its output ends in (heads, head_dim)."""
+def mask_output(model: PreTrainedModel, norm: str, stays: Tensor) -> RemovableHandle:
+    """Set the channels (heads * head_dim,) of a norm over heads to zero that do not stay, until the hook is removed."""
 
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        gone = ~stays.to(output.device)
-        return output.masked_fill(gone.view(output.shape[2:]), 0)
+        states = tokens_first(model.config, output)
+        gone = ~stays.to(states.device).view(states.shape[2:])
+        return tokens_first(model.config, states.masked_fill(gone, 0))
 
-    return norm.register_forward_hook(hook)
+    return model.get_submodule(norm).register_forward_hook(hook)
 
 
 @contextmanager
@@ -129,7 +130,7 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
                 )
                 stack.callback(hook.remove)
         for name, stays in after_norms(model.config, plan).items():
-            stack.callback(mask_output(model.get_submodule(name), stays).remove)
+            stack.callback(mask_output(model, name, stays).remove)
         for position, basis in enumerate(plan.bases):
             stack.enter_context(project(model, position, basis))
         stack.enter_context(_folded(model, plan.folded))
@@ -138,6 +139,9 @@ def masked(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def _folded(model: PreTrainedModel, first: int | None) -> Iterator[None]:
+    if first is None:
+        yield
+        return
     frequencies = model.get_submodule(family_of(model.config).rotary).get_buffer("inv_freq")
     before = frequencies.clone()
     fold_rotary(model, first)

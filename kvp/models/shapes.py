@@ -215,4 +215,5 @@ def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
         attention += 2 * width
     mlp = 2 * (between + mlp_bias) * layer.intermediate_size + after * (layer.intermediate_size + down_bias)
     around = before + between if layer.stream is None else between * (before + after)  # norms, or shortcuts
+    around += len(family.post_norms) * config.hidden_size
     return around + attention * (layer.num_key_value_heads > 0) + mlp * (layer.intermediate_size > 0)

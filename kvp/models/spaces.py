@@ -65,6 +65,8 @@ def _why_not(config: PretrainedConfig, kind: Kind) -> str:
     shapes = [shape for shape in layer_shapes(config) if shape.num_key_value_heads]
     if kind == "qk" and any(shape.qk_head_dim != projected(config, shape) for shape in shapes):
         return "its keys were cut after their norm, which needs the channels as they were"
+    if kind == "attention" and len(set(getattr(config, "layer_types", None) or ())) > 1:
+        return "it mixes sliding and full attention, and its cache could not tell the layers apart"
     return ""
 
 
@@ -165,6 +167,15 @@ def _sublayer_rows(
     if kind in ("block", "mlp") and shape.intermediate_size:
         rows += [(f"{layer}.{family.mlp}.{name}", count) for name, count in mlp.items()]
     return rows
+
+
+def tokens_first(config: PretrainedConfig, output: Tensor) -> Tensor:
+    """Return what a module writes with the tokens second; a norm over heads may have the heads there.
+
+    A second call undoes the first.
+    """
+    turned = output.dim() == 4 and family_of(config).heads_first  # the twin's norms write five dimensions
+    return output.transpose(1, 2) if turned else output
 
 
 def axis_sums(values: Tensor, axis: int) -> Tensor:

@@ -26,7 +26,20 @@ from torch import Tensor, nn
 from kvp.models.family import family_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def require_turnable(config: PretrainedConfig) -> None:
+    """Refuse a stream that cannot be expressed in other coordinates.
+
+    Raises:
+        ValueError: Norms follow attention and MLP, and their weights belong to single channels of the stream.
+    """
+    if family_of(config).post_norms:
+        raise ValueError(
+            f"{config.model_type} norms what attention and MLP write, so its stream cannot be sliced: choose a "
+            "strategy that cuts heads, channels, neurons or blocks"
+        )
 
 
 def rotated(model: PreTrainedModel, bases: Sequence[Tensor]) -> dict[str, Tensor]:

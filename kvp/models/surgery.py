@@ -18,7 +18,7 @@ from kvp.models.plans import kept_blocks
 from kvp.models.pruned import pruned_class
 from kvp.models.rope import require_fixed_rope, switches
 from kvp.models.shapes import cut, layer_shapes, require_whole_stream, sliced
-from kvp.models.stream import rotated
+from kvp.models.stream import require_turnable, rotated
 from kvp.types import LayerShape, Plan
 
 
@@ -36,6 +36,8 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         require_whole_stream(model.config)
     if plan.folded is not None:
         require_fixed_rope(model.config)
+    if plan.bases:
+        require_turnable(model.config)
     twin = _cut(model, plan)
     return _sliced(twin, plan.bases) if plan.bases else twin
 
@@ -80,16 +82,21 @@ def filled(twin: PreTrainedModel, state: Mapping[str, Tensor], model: PreTrained
     """
     family = family_of(model.config)
     check_tied(state, f"{family.embedding}.weight", model.config)
-    rotary = family.rotary
     twin.load_state_dict(state, assign=True)
-    frequencies = dict(model.get_submodule(rotary).named_buffers())  # in no state dict
-    if switches(model.config):  # a long text may have changed them
-        frequencies["inv_freq"] = frequencies["original_inv_freq"]
-    for name, buffer in frequencies.items():
-        twin.get_submodule(rotary).register_buffer(name, buffer.clone(), persistent=False)
+    for place in (family.rotary, family.embedding):
+        take_buffers(twin, model, place)
     twin.tie_weights()
     twin.generation_config = copy.deepcopy(model.generation_config)
     return twin.train(model.training)
+
+
+def take_buffers(twin: PreTrainedModel, model: PreTrainedModel, place: str) -> None:
+    """Copy the buffers of a module, which no state dict has: rotary frequencies, the scale of an embedding."""
+    buffers = dict(model.get_submodule(place).named_buffers())
+    if "inv_freq" in buffers and switches(model.config):  # a long text may have changed them
+        buffers["inv_freq"] = buffers["original_inv_freq"]
+    for name, buffer in buffers.items():
+        twin.get_submodule(place).register_buffer(name, buffer.clone(), persistent=False)
 
 
 def check_tied(state: Mapping[str, Tensor], embedding: str, config: PretrainedConfig) -> None:

@@ -83,6 +83,11 @@ def check_gguf(config: PretrainedConfig) -> None:
     Raises:
         ValueError: Names the property and the way out.
     """
+    if family_of(config).post_norms:
+        raise ValueError(
+            f"kvp writes no GGUF of {config.model_type}, whose graph in llama.cpp is another: use --to stock, and "
+            "llama.cpp's convert_hf_to_gguf.py"
+        )
     if config.hidden_act != "silu":
         raise ValueError(f"llama.cpp's Llama has silu, this model {config.hidden_act}")
     window, positions = getattr(config, "sliding_window", None), config.max_position_embeddings

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvp.models.family import FAMILIES, Family, family_of
 from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes
-from kvp.models.surgery import check_tied
+from kvp.models.surgery import check_tied, take_buffers
 from kvp.serving.layout import Layout, require_whole_keys, stock_layout
 from kvp.serving.rope import arithmetic, longrope, query_scale
 from kvp.types import LayerShape
@@ -38,10 +38,9 @@ def to_stock(model: PreTrainedModel, form: Form) -> PreTrainedModel:
         state = _padded_state(model)
     else:
         layout, state = stock_layout(config), dict(model.state_dict())
-    rotary = model.get_submodule(family.rotary)
-    scaling: float = rotary.attention_scaling  # type: ignore[assignment]
-    rope = _rope(config)
+    rotary, rope = model.get_submodule(family.rotary), _rope(config)
     if not layout.keeps_rope:
+        scaling: float = rotary.attention_scaling  # type: ignore[assignment]
         rope = longrope(layout, rope, rotary) if form == "stock" else arithmetic(layout, rope)
         _scale_queries(state, config, family, query_scale(layout, scaling))
     check_tied(state, f"{family.embedding}.weight", config)
@@ -51,6 +50,7 @@ def to_stock(model: PreTrainedModel, form: Form) -> PreTrainedModel:
         stock = stock_family.causal_lm(stock_config)
     stock.load_state_dict(state, assign=True)
     stock.set_submodule(family.rotary, type(rotary)(stock_config))
+    take_buffers(stock, model, family.embedding)
     stock.tie_weights()
     stock.generation_config = model.generation_config
     return stock.eval()
@@ -63,13 +63,16 @@ def add_old_keys(path: Path) -> None:
     """
     config = json.loads(path.read_text())
     rope = config["rope_parameters"]
+    config["torch_dtype"] = config.get("dtype")
+    if "sliding_attention" in rope:  # Gemma 3 has two
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     config["rope_theta"] = rope["rope_theta"]
     config["rope_scaling"] = None
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     if "original_max_position_embeddings" in rope:
         config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    config["torch_dtype"] = config.get("dtype")
     path.write_text(json.dumps(config, indent=2))
 
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from kvp.estimate.kept import Adapter, kept_bytes
 from kvp.recovery.lora import PROJECTIONS
@@ -98,6 +105,16 @@ def test_query_key_norms_keep_their_inputs():
         return Qwen3ForCausalLM(config).bfloat16().requires_grad_(False)
 
     assert per_layer(make, frozen) == kept_bytes(config, 0, width=2)
+
+
+def test_norms_around_a_sublayer_are_counted():
+    config = Gemma3TextConfig(**SIZES, num_key_value_heads=2, pad_token_id=0, dtype="bfloat16")
+
+    def make(layers):
+        config.num_hidden_layers, config.layer_types = layers, ["full_attention"] * layers
+        return Gemma3ForCausalLM(config).bfloat16().requires_grad_(False)
+
+    assert per_layer(make, frozen) == pytest.approx(kept_bytes(config, 0, width=2), rel=0.01)
 
 
 def test_an_adapter_has_as_many_parameters_as_peft_trains():

@@ -30,7 +30,7 @@ def mask(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     for name, axes in masks_of(model.config, plan).items():
         _zero(model, name, axes)
     for name, stays in after_norms(model.config, plan).items():
-        mask_output(model.get_submodule(name), stays)
+        mask_output(model, name, stays)
     for space, keep in plan.keep.items():
         if space.kind in ACROSS_LAYERS:
             for layer in set(range(space.shape[0])) - set(keep.tolist()):

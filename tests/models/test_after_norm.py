@@ -7,7 +7,7 @@ import torch
 
 from kvp.models.masks import masked
 from kvp.models.shapes import cut, dense_shapes, layer_shapes, size
-from kvp.models.spaces import find_spaces
+from kvp.models.spaces import find_spaces, tokens_first
 from kvp.models.surgery import apply
 from kvp.serving.stock import to_stock
 from kvp.strategies.allocation.allocate import Global, Uniform
@@ -19,7 +19,7 @@ from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import exact_norms, random_plan, tiny_config, tiny_model
 
-NORMED = ("qwen3",)
+NORMED = ("gemma3_text", "qwen3")
 THINK = ThinK(allocator=Uniform(multiple_of=2, max_ratio=1.0))
 IMPORTANCES = ("l1", "l2", "taylor_group", "taylor_element", "taylor_gate", "second_order", "activation")
 
@@ -87,7 +87,11 @@ def test_a_gate_is_the_derivative_by_what_the_norm_writes(model):
         def scaled(factor, group=group, pair=pair):
             gate = torch.ones(space.shape[0], 2 * space.shape[1], dtype=torch.float64)
             gate[group, [pair, pair + space.shape[1]]] = factor
-            hook = norm.register_forward_hook(lambda module, inputs, output: output * gate)
+            hook = norm.register_forward_hook(
+                lambda module, inputs, output: tokens_first(
+                    model.config, tokens_first(model.config, output) * gate
+                )
+            )
             with torch.no_grad():
                 found = losses(model, source.calibration)
             hook.remove()

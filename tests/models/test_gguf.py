@@ -25,7 +25,7 @@ from tests.helpers.tokenizers import trained
 
 ROOT = Path(__file__).parents[2]
 TEXT = "The quick brown fox jumps."
-OPTIONAL = {"qwen25_coder_05b": 630_167_424}
+OPTIONAL = {"qwen25_coder_05b": 630_167_424, "gemma3_270m": 268_098_176}
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from kvp.measurement.count import macs
+from kvp.models.family import FAMILIES
 from kvp.models.load import byte_tokenizer, save
 from kvp.models.masks import masked
 from kvp.models.shapes import layer_shapes, size
@@ -22,6 +23,11 @@ from tests.helpers.masks import mask
 
 WIDTHS = (40, 32, 36, 24, 44, 28)  # of the six places of three layers
 WHOLE = (48,) * 6
+
+
+@pytest.fixture(params=sorted(name for name, family in FAMILIES.items() if not family.post_norms))
+def family(request) -> str:
+    return request.param
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvp.measurement.count import cache_bytes, cache_bytes_per_token
+from kvp.models.family import FAMILIES
 from kvp.models.mustafar import Mustafar, bytes_per_token, kept, pack, unpack
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import available_kinds, find_spaces
@@ -19,6 +20,11 @@ from tests.helpers.caches import naive, stepwise
 
 OPTIONS = {"key_sparsity": 0.5, "value_sparsity": 0.7, "window": 4}
 KEPT = {"qk": (12, 16, 4), "vo": (24, 8, 32), "kv_group": (1, 2, 1)}  # pairs, channels, groups, per layer
+
+
+@pytest.fixture(params=sorted(name for name in FAMILIES if name != "gemma3_text"))  # whose attention slides
+def family(request) -> str:
+    return request.param
 
 
 def random_twin(family="llama", heads="gqa", *, options=OPTIONS, **changes):

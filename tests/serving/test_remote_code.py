@@ -41,6 +41,7 @@ KINDS = {
     "mistral": ["attention", "mlp"],
     "qwen2": ["kv_group", "vo"],
     "qwen3": ["qk", "vo"],
+    "gemma3_text": ["qk", "vo", "ffn"],
 }
 
 

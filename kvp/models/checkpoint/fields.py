@@ -30,6 +30,7 @@ LEGACY = (
     "original_max_position_embeddings",
     "partial_rotary_factor",
 )
+LayerType = Literal["full_attention", "sliding_attention"]
 ALIKE = 0.85  # of two names: one is a slip of the other
 REMOTE = "auto_map"
 
@@ -57,7 +58,7 @@ class Fields(BaseModel):
     use_sliding_window: bool | None = None
     sliding_window: PositiveInt | None = None
     max_window_layers: NonNegativeInt = 0
-    layer_types: list[Literal["full_attention", "sliding_attention"]] | None = None
+    layer_types: list[LayerType] | None = None
     attention_chunk_size: None = None
     is_causal: Literal[True] = True
     bos_token_id: int | None = None
@@ -69,6 +70,7 @@ class Fields(BaseModel):
     original_max_position_embeddings: PositiveInt | None = None
     partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
     rope_parameters: Rope | None = None
+    ropes: dict[LayerType, Rope] | None = None  # `rope_parameters` by type of layer (Gemma 3)
     rope_scaling: Rope | None = None
     architectures: list[str] | None = None
     kvp_layers: list[Layer] | None = None
@@ -93,7 +95,10 @@ def check_fields(file: Path, config: Mapping[str, Any]) -> Fields:
         _check_numbers(given)
         _check_attention(config, given, family)
         pairs = given.dense_head_dim // 2
-        check_rope(config, given.rope_parameters, given.rope_scaling, pairs)
+        ropes = given.ropes or {}
+        check_rope(config, ropes.get("full_attention", given.rope_parameters), given.rope_scaling, pairs)
+        if sliding := ropes.get("sliding_attention"):  # whose older name is another
+            check_rope({**config, "rope_theta": config.get("rope_local_base_freq")}, sliding, None, pairs)
         if config["model_type"].startswith(PRUNED_PREFIX):
             check_widths(given.kvp_layers, given.num_hidden_layers, given.hidden_size, pairs)
         elif strange := [name for name in ("kvp_layers", "kvp_cache") if config.get(name) is not None]:
@@ -139,11 +144,14 @@ def _family(config: Mapping[str, Any]) -> Family:
 
 
 def _given(config: Mapping[str, Any]) -> Fields:
+    fields, ropes = dict(config), config.get("rope_parameters")
+    if isinstance(ropes, dict) and ropes and all(isinstance(rope, dict) for rope in ropes.values()):
+        fields["ropes"] = fields.pop("rope_parameters")
     try:
-        return Fields.model_validate(dict(config))
+        return Fields.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
+        name = ".".join(str(part) for part in first["loc"]).replace("ropes.", "rope_parameters.", 1)
         if first["type"] == "missing":
             raise ValueError(
                 f"{name} is missing, and no default is right for every model: copy the config again"
@@ -195,7 +203,13 @@ def check_ids(name: str, value: int | list[int] | None, vocab_size: int) -> None
 
 
 def _check_attention(config: Mapping[str, Any], given: Fields, family: Family) -> None:
-    """Refuse windows that the family's code reads in one place and not in another."""
+    """Refuse windows that the family's code reads in one place only, and attention that no fused kernel computes."""
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if config.get(name):
+            raise ValueError(
+                f"{name}={config[name]}: kvp computes plain causal attention and plain logits only; prune a model "
+                "without it"
+            )
     own = {field.name for field in fields(family.config_class)}
     for name in ("sliding_window", "layer_types"):
         if getattr(given, name) is not None and name not in own:
@@ -209,7 +223,8 @@ def _check_attention(config: Mapping[str, Any], given: Fields, family: Family) -
                 f"layer_types has {len(given.layer_types)} entries, num_hidden_layers is {given.num_hidden_layers}: "
                 "they must agree"
             )
-        window = given.sliding_window if given.use_sliding_window else None
+        slides = given.use_sliding_window or "use_sliding_window" not in own
+        window = given.sliding_window if slides else None
         if "sliding_attention" in given.layer_types and window is None:
             raise ValueError(
                 "layer_types has sliding_attention, it needs use_sliding_window=true and sliding_window"

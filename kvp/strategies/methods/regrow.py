@@ -42,7 +42,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
-from kvp.models.spaces import Member, fold, keep_mask, members
+from kvp.models.spaces import Member, fold, keep_mask, members, tokens_first
 from kvp.options import options
 from kvp.strategies.signals.gradients import backward_by_sample
 from kvp.strategies.signals.importance import announce_memory
@@ -158,13 +158,13 @@ def gated_worth(target: Target, plan: Plan) -> dict[Space, Tensor]:
         gone = ~keep_mask(space, plan.keep[space])[member.index].to(model.device)
 
         def collect(output: Tensor, gradient: Tensor) -> None:
-            for sample in (output.float() * gradient.float()).sum(1).flatten(1).cpu():
+            moved = tokens_first(target.config, output.float() * gradient.float())
+            for sample in moved.sum(1).flatten(1).cpu():
                 worth[space] += fold(sample, member, space).abs() / samples
 
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            gated = output.masked_fill(
-                gone.view(output.shape[2:]), 0
-            )  # a norm over heads writes (heads, head_dim)
+            states = tokens_first(target.config, output)
+            gated = tokens_first(target.config, states.masked_fill(gone.view(states.shape[2:]), 0))
             gated.register_hook(partial(collect, output.detach()))
             return gated
 

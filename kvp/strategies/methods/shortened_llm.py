@@ -93,6 +93,6 @@ class ShortenedLLM(DepthStrategy):
         norms = [
             Member(f"{family.layers}.{n}.{norm}", 0, torch.full((config.hidden_size,), n))
             for n in range(space.shape[0])
-            for norm in family.layer_norms
+            for norm in family.layer_norms + family.post_norms
         ]
         return projections + norms if self.grouping == "block" else projections

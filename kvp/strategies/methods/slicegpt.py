@@ -50,7 +50,7 @@ from typing_extensions import override
 from kvp.models.family import family_of
 from kvp.models.plans import SUBLAYERS, bases_file, found_or_made
 from kvp.models.shapes import layer_shapes, size, sliced
-from kvp.models.stream import project
+from kvp.models.stream import project, require_turnable
 from kvp.options import options
 from kvp.strategies.base import Strategy
 from kvp.strategies.signals.gradients import require_finite
@@ -90,6 +90,7 @@ class SliceGPT(Strategy):
 
     @override
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
+        require_turnable(config)
         self.width(config, budget)
 
     def width(self, config: PretrainedConfig, budget: Budget) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kvp.models.nll import next_token_nll
-from kvp.models.spaces import Member, axis_sums
+from kvp.models.spaces import Member, axis_sums, tokens_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,8 +97,8 @@ def gate_derivatives(
         values = activation.detach()  # a hook that held its own tensor would keep every batch's graph alive
 
         def hook(gradient: Tensor) -> None:
-            moved = (values.float() * gradient.float()).sum(1)
-            gates[key].append(moved.flatten(1).cpu())  # a norm over heads writes (heads, head_dim)
+            moved = tokens_first(model.config, values.float() * gradient.float())
+            gates[key].append(moved.sum(1).flatten(1).cpu())
 
         if activation.requires_grad:
             activation.register_hook(hook)
@@ -196,7 +196,8 @@ def output_square_sums(
 
     def collect(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            squares = output.float().pow(2).flatten(2).sum((0, 1)).cpu()
+            states = tokens_first(model.config, output)
+            squares = states.float().pow(2).flatten(2).sum((0, 1)).cpu()
             sums[name] = sums[name] + squares if name in sums else squares
 
         return hook

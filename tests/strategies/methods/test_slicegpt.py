@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from kvp.models.family import FAMILIES
 from kvp.models.plans import read_plan, write_plan
 from kvp.models.shapes import layer_shapes, size, sliced
 from kvp.models.surgery import apply
@@ -114,6 +115,11 @@ def test_bases_and_logits_are_those_of_the_naive_algebra(heads, orientation, tmp
     assert (pruned(calibration()).logits - expected).abs().max() < 1e-7
     elsewhere, _ = naive_slicegpt(model, tokens[:1], bases=plan.bases)
     assert (pruned(tokens[:1]).logits - elsewhere).abs().max() < 1e-7  # rotary tables are float32
+
+
+@pytest.fixture(params=sorted(name for name, family in FAMILIES.items() if not family.post_norms))
+def family(request) -> str:
+    return request.param
 
 
 @torch.no_grad()
