@@ -10,7 +10,14 @@ one:
 3. the layers are refitted one after the other, and each query head's o_proj stays in the directions that it reads
    (`compensation.factored`). So q_proj and o_proj are as small in the export as they were in the dense model.
 
-Worth is KVPruner+'s, in nats per token, for pairs and latent alike. So one sum over all layers decides the widths.
+Formula
+-------
+Worth is KVPruner+'s, in nats per token, so one sum over all layers decides the widths:
+
+    row j of the latent    s/2 (what a_v and a_k, as w_v and w_k, lose less with it than with the rows before it)
+    frequency i            s/2 a_k E_i^2    E_i^2 the mean square that its best direction adds to the logits
+
+s, a_v and a_k are those of `kvp.strategies.methods.kvpruner_plus`.
 
 Faithful or interpreted
 -----------------------
