@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 import kvp  # noqa: F401
@@ -31,6 +32,7 @@ CONFIGS = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "gemma3_text": Gemma3TextConfig,
+    "smollm3": SmolLM3Config,
 }
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
 
@@ -63,6 +65,8 @@ def tiny_config(family: str = "llama", heads: str = "gqa", **changes):
     if family == "llama":
         fields |= {"attention_bias": True, "mlp_bias": True}
         fields.pop("sliding_window")
+    if family == "smollm3":
+        fields |= {"no_rope_layer_interval": 2, "attention_bias": True, "tie_word_embeddings": False}
     if family == "gemma3_text":
         fields |= {"sliding_window": 32, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12}
         fields["tie_word_embeddings"] = False

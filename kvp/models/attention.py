@@ -46,6 +46,7 @@ class PrunedAttention:
     attention_dropout: float
     training: bool
     has_qk_norm: bool  # set by the twin
+    use_rope: bool = True  # SmolLM3 sets it per layer
 
     def __init__(self, config: PretrainedConfig, layer_idx: int, shape: LayerShape, cache_index: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
@@ -85,7 +86,9 @@ class PrunedAttention:
             query, key = self._kept(self.q_norm(query)), self._kept(self.k_norm(key))
         assert position_embeddings is not None
         cos, sin = self._tables(*position_embeddings)
-        query, key = (_rotate(states, cos, sin).flatten(2, 3).transpose(1, 2) for states in (query, key))
+        if self.use_rope:
+            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        query, key = (states.flatten(2, 3).transpose(1, 2) for states in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         if self.latent:

@@ -48,6 +48,8 @@ def pruned_config(
     fields = config.to_dict()
     if not any(with_attention):
         raise ValueError("the plan removes every attention; at least one layer must keep its attention")
+    for name in family_of(config).layer_fields:
+        fields[name] = [fields[name][block] for block in blocks]
     if fields.get("layer_types"):
         fields["layer_types"] = [fields["layer_types"][block] for block in blocks]
         if not all(with_attention) and len(set(fields["layer_types"])) > 1:

@@ -27,6 +27,7 @@ class Family:
         qk_norm: A norm over `head_dim` follows the query and key projections (Qwen3). It averages over all channels of
             a head. So q and k stay whole, and rope pairs are cut after the norm: only the cache shrinks.
         heads_first: That norm sees (batch, heads, seq_len, head_dim), not (batch, seq_len, heads, head_dim) (Gemma 3).
+        layer_fields: The config's fields with an entry per layer, beside `layer_types` (SmolLM3: 1 where RoPE turns).
         qkv_bias: q, k and v always have a bias and o never (Qwen2).
         bias_options: The config's fields that give projections a bias: `attention_bias` to q, k, v and o, `mlp_bias` to
             gate, up and down. A family reads no other.
@@ -38,6 +39,7 @@ class Family:
     infix: str = ""
     qk_norm: bool = False
     heads_first: bool = False
+    layer_fields: tuple[str, ...] = ()
     qkv_bias: bool = False
     bias_options: tuple[str, ...] = ()
     embedding: str = "model.embed_tokens"
@@ -106,6 +108,12 @@ FAMILIES: dict[str, Family] = {
         Family(name="mistral", prefix="Mistral"),
         Family(name="qwen2", prefix="Qwen2", qkv_bias=True),
         Family(name="qwen3", prefix="Qwen3", qk_norm=True, bias_options=("attention_bias",)),
+        Family(
+            name="smollm3",
+            prefix="SmolLM3",
+            bias_options=("attention_bias", "mlp_bias"),
+            layer_fields=("no_rope_layers",),
+        ),
         Family(
             name="gemma3_text",
             prefix="Gemma3",

@@ -83,7 +83,8 @@ def check_gguf(config: PretrainedConfig) -> None:
     Raises:
         ValueError: Names the property and the way out.
     """
-    if family_of(config).post_norms:
+    family = family_of(config)
+    if family.post_norms or family.layer_fields:
         raise ValueError(
             f"kvp writes no GGUF of {config.model_type}, whose graph in llama.cpp is another: use --to stock, and "
             "llama.cpp's convert_hf_to_gguf.py"

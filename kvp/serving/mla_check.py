@@ -49,6 +49,10 @@ def _check_attention(config: PretrainedConfig) -> None:
         raise ValueError(
             f"{family.name} normalises queries and keys per head, which MLA does not: export it --to stock"
         )
+    if family.layer_fields:
+        raise ValueError(
+            f"{family.name} has layers without RoPE, which MLA engines turn: export it --to stock"
+        )
     window, positions = getattr(config, "sliding_window", None), config.max_position_embeddings
     if window is not None and window < positions:
         raise ValueError(

@@ -41,6 +41,11 @@ def to_stock(model: PreTrainedModel, form: Form) -> PreTrainedModel:
     rotary, rope = model.get_submodule(family.rotary), _rope(config)
     if not layout.keeps_rope:
         scaling: float = rotary.attention_scaling  # type: ignore[assignment]
+        if family.layer_fields and scaling != 1:
+            raise ValueError(
+                f"RoPE of type {rope['rope_type']!r} scales cosines, and some layers of {family.name} have none: "
+                "use --to remote_code or custom"
+            )
         rope = longrope(layout, rope, rotary) if form == "stock" else arithmetic(layout, rope)
         _scale_queries(state, config, family, query_scale(layout, scaling))
     check_tied(state, f"{family.embedding}.weight", config)

@@ -32,6 +32,7 @@ DENSE = {
     "qwen2": ("qwen2", {}),
     "qwen2-mixed": ("qwen2", {**MIXED, **WINDOW}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {}),
     "gemma3": ("gemma3_text", {}),
     "gemma3-tied": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 16}),
     "qwen3": ("qwen3", {}),

@@ -41,6 +41,7 @@ KINDS = {
     "mistral": ["attention", "mlp"],
     "qwen2": ["kv_group", "vo"],
     "qwen3": ["qk", "vo"],
+    "smollm3": ["block", "qk"],
     "gemma3_text": ["qk", "vo", "ffn"],
 }
 

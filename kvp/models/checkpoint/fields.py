@@ -59,6 +59,7 @@ class Fields(BaseModel):
     sliding_window: PositiveInt | None = None
     max_window_layers: NonNegativeInt = 0
     layer_types: list[LayerType] | None = None
+    no_rope_layers: list[Literal[0, 1]] | None = None
     attention_chunk_size: None = None
     is_causal: Literal[True] = True
     bos_token_id: int | None = None
@@ -211,6 +212,11 @@ def _check_attention(config: Mapping[str, Any], given: Fields, family: Family) -
                 "without it"
             )
     own = {field.name for field in fields(family.config_class)}
+    if given.no_rope_layers is not None and len(given.no_rope_layers) != given.num_hidden_layers:
+        raise ValueError(
+            f"no_rope_layers has {len(given.no_rope_layers)} entries, num_hidden_layers is {given.num_hidden_layers}: "
+            "they must agree"
+        )
     for name in ("sliding_window", "layer_types"):
         if getattr(given, name) is not None and name not in own:
             raise ValueError(
