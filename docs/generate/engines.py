@@ -45,7 +45,7 @@ def _cell(records: Sequence[Record], whys: list[str]) -> str:
     refused = [record for record in records if record["status"] == "refused"]
     if run:
         largest = max(record["rms"] for record in run)
-        models = f", {len(run)} models" if len(run) > 1 else ""
+        models = f", {len(run)} of {len(records)} models" if len(records) > 1 else ""
         text = f"run {max(record['date'] for record in run)}: {largest:.1g} nats{models}"
     elif refused:
         text = f"refused {max(record['date'] for record in refused)}"

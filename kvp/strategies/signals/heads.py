@@ -60,7 +60,9 @@ class Turned:
 
 
 def first_folded(model: PreTrainedModel, context: int | None, angle: float) -> int | None:
-    """Return the first slow rope pair of a model, see `slow_pair`."""
+    """Return the first slow rope pair of a model, see `slow_pair`; None if no context is given."""
+    if context is None:
+        return None
     return slow_pair(
         model.get_submodule(family_of(model.config).rotary).get_buffer("inv_freq"), context, angle
     )
