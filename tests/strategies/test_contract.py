@@ -16,6 +16,7 @@ from kvp.models.surgery import apply
 from kvp.strategies import methods
 from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.methods.kvpruner import KVPruner
+from kvp.strategies.methods.kvpruner_plus_mla import KVPrunerPlusMLA
 from kvp.strategies.methods.none import NoPruning
 from kvp.strategies.methods.random import Random
 from kvp.strategies.signals.estimate import scoring_bytes
@@ -46,6 +47,10 @@ def test_every_method_is_an_option():
 @pytest.mark.parametrize("name", CUTS)
 def test_contract(name, family, heads, tokens):
     method, model = strategy(name), tiny_model(family, heads, dtype=torch.float64)
+    if isinstance(method, KVPrunerPlusMLA) and family_of(model.config).qk_norm:
+        with pytest.raises(ValueError, match=r"cannot share one latent: choose strategy=kvpruner"):
+            method.check(model.config, BUDGET)
+        return
     mixes = getattr(method, "context", None) and "qk" in method.kinds()
     if mixes and family_of(model.config).qk_norm:
         with pytest.raises(ValueError, match=r"norms queries and keys, .*: set strategy.context=null"):

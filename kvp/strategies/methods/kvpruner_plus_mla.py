@@ -107,8 +107,8 @@ class KVPrunerPlusMLA(ScoreStrategy):
         """Check the model as joined.
 
         Raises:
-            ValueError: The budget is not of the cache, the model is pruned already, its frequencies change with the
-                length, or no widths meet the budget.
+            ValueError: The budget is not of the cache, the model is pruned already, it norms queries and keys, its
+                frequencies change with the length, or no widths meet the budget.
         """
         if budget.of != "kv_cache":
             raise ValueError(
@@ -118,6 +118,11 @@ class KVPrunerPlusMLA(ScoreStrategy):
             raise ValueError(
                 "kvpruner_plus_mla starts from a dense model, and this one is pruned: give it the model that this was "
                 "made from"
+            )
+        if family_of(config).qk_norm:
+            raise ValueError(
+                f"{config.model_type} norms queries and keys, so its heads cannot share one latent: choose "
+                "strategy=kvpruner, which cuts keys after the norm"
             )
         if self.context is not None:
             require_fixed_rope(config)
