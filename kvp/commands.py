@@ -14,7 +14,7 @@ FLAGS = {"run": [], "sweep": ["-m"]}  # commands that Hydra reads, with the flag
 COMMANDS = {
     "run": "one run: prune, recover, evaluate, measure; finished stages are found",
     "sweep": "many runs: values with commas, or the rows of an experiment",
-    "status": "runs that are finished, running, waiting, died or failed, and how to retry",
+    "status": "runs that finished, run, wait, died or failed, and how to retry",
     "report": "tables, plots and a page from the records of runs",
     "export": "a checkpoint that stock engines open, or a GGUF",
     "check": "whether an engine gives the answers of an exported checkpoint",

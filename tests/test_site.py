@@ -150,11 +150,12 @@ def test_a_cell_says_run_refused_or_not_run():
     common = {"form": "stock", "model": "a", "engine": "vllm", "version": "1.0", "date": "2026-11-28"}
     run = common | {"status": "run", "rms": 3.7e-3}
     refused = common | {"form": "gguf", "status": "refused", "why": "made for llama_cpp"}
-    rows = engines.table([run, run | {"model": "b", "rms": 1e-6}, refused]).splitlines()
+    other = run | {"model": "c", "status": "refused", "why": "of another width"}
+    rows = engines.table([run, run | {"model": "b", "rms": 1e-6}, other, refused]).splitlines()
     cells = {
         line.split("|")[1].strip(): line.split("|")[2].strip() for line in rows if line.startswith("| `")
     }
-    assert cells["`stock`"] == "run 2026-11-28: 0.004 nats, 2 models"
+    assert cells["`stock`"] == "run 2026-11-28: 0.004 nats, 2 of 3 models"
     assert cells["`gguf`"] == "refused 2026-11-28 (1)"
     assert cells["`custom`"] == "not run"
     assert rows[-1] == "1. made for llama_cpp"

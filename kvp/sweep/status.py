@@ -1,4 +1,4 @@
-"""Show which runs are finished, running, waiting, died or failed, and how to retry.
+"""Show which runs finished, run, wait, died or failed, and how to retry.
 
 It reads JSON files and imports nothing heavy.
 """

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from kvp.__main__ import CONF
+from kvp.models.joined import joined_config
 from kvp.models.shapes import cut, layer_shapes
 from kvp.strategies.methods.slicegpt import SliceGPT
 from kvp.strategies.templates.scored import ScoreStrategy
@@ -87,12 +88,16 @@ def test_plans_keep_multiples_of_it(option):
         assert strategy.width(CONFIG, Budget(value=0.1, of="params", tolerance=0.1)) in (160, 192, 224)
         return
     assert isinstance(strategy, ScoreStrategy)
-    generator = torch.Generator().manual_seed(0)
-    spaces = strategy.spaces(CONFIG)
+    generator, config = (
+        torch.Generator().manual_seed(0),
+        joined_config(CONFIG, strategy.joins, strategy.latent),
+    )
+    spaces = strategy.spaces(config)
     scores = {space: torch.rand(space.shape, generator=generator) for space in spaces}
     of = "block_params" if "ffn" in strategy.kinds() else "kv_cache"
-    budget, profile = Budget(value=0.2, of=of, tolerance=0.2), torch.zeros(8)
-    after = cut(layer_shapes(CONFIG), strategy.plan(CONFIG, scores, budget, profile))
-    assert after != layer_shapes(CONFIG)
+    value = 0.5 if strategy.latent else 0.2  # a latent has one head's width of values, and keys that turn
+    budget, profile = Budget(value=value, of=of, tolerance=0.2), torch.zeros(8)
+    after = cut(layer_shapes(config), strategy.plan(config, scores, budget, profile))
+    assert after != layer_shapes(config)
     for shape in after:
         assert [shape.qk_head_dim % 32, shape.v_head_dim % 32, shape.intermediate_size % 32] == [0, 0, 0]

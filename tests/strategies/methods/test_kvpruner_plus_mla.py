@@ -212,7 +212,7 @@ def test_widths_and_spacing_keep_the_most(tmp_path):
             r"kv_lora_rank=512, qk_rope_head_dim=64\); the nearest is 0\.7188",
         ),
         (LLAMA_3_8B, {"kv_lora_rank": 2000}, HALF, "a latent of at most 1024 .* there is none"),
-        (tiny_config("qwen3"), {}, HALF, "keep the heads apart"),
+        (tiny_config("qwen3"), {}, HALF, "cannot share one latent"),
         (joined_config(tiny_config("llama"), 1), {}, HALF, "starts from a dense model"),
     ],
 )
