@@ -37,6 +37,9 @@ CONFIGS = {
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
 
 
+LIKE_LLAMA = ("mistral", "qwen2", "smollm3")  # in whatever depends on the heads
+
+
 @pytest.fixture(autouse=True)
 def _logging_is_left_on() -> Iterator[None]:
     """Fail a test whose command left logging off, because later tests would not see their messages."""
@@ -121,6 +124,15 @@ def refitted(compensation: Compensation, model: PreTrainedModel, batches, plan: 
     """The plan after a compensation that starts from nothing."""
     with TemporaryDirectory() as directory:
         return compensation.refit(model, batches, plan, Path(directory))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Families that differ from Llama in no matter of heads are tested with groups; with MHA and MQA slowly."""
+    for item in items:
+        chosen = item.callspec.params if hasattr(item, "callspec") else {}
+        if chosen.get("family") in LIKE_LLAMA and chosen.get("heads", "gqa") != "gqa":
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -303,7 +303,7 @@ def test_budgets_that_cannot_be_had(strategy, budget, message):
 @pytest.mark.parametrize("name", CUTS)
 def test_strategies_that_cut_refuse_a_sparsity(name):
     with pytest.raises(
-        ValueError, match="choose ratio=kv_cache, params, block_params, blocks|goes with ratio=kv_cache only"
+        ValueError, match=r"choose ratio=kv_cache, params, block_params, blocks|goes with ratio=kv_cache only"
     ):
         made(name).check(tiny_config(), Budget(value=0.5, of="sparsity"))
 
