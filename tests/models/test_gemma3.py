@@ -78,6 +78,7 @@ def test_both_rotary_bases_and_the_scale_of_the_embedding_survive(tokens, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_blocks_and_neurons_are_stock(tmp_path):
     model = tiny_model(FAMILY, vocab_size=259)
     block, *ffn = (space for kind in ("block", "ffn") for space in find_spaces(model.config, [kind]))

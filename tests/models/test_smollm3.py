@@ -55,6 +55,7 @@ def test_a_layer_without_rope_looks_at_no_position(tokens):
         assert (apart < 1e-6) == same
 
 
+@pytest.mark.slow
 def test_shared_pairs_are_stock(tmp_path):
     pruned = shared_pairs(tiny_model(FAMILY, **PLAIN))
     save(pruned, byte_tokenizer(), tmp_path / "pruned")

@@ -163,6 +163,7 @@ def test_gradient_checkpointing_changes_nothing(target):
         assert all(torch.allclose(plain[s], checkpointed[s], rtol=1e-5, atol=1e-8) for s in spaces)
 
 
+@pytest.mark.parametrize("heads", ["gqa"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("importance", get_args(Importance))
 def test_no_batch_outlives_its_scores(target, importance, checkpointing):
