@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from kvp.models.shapes import layer_shapes
 from kvp.serving.engines import needs_backend
 from kvp.serving.sample import Sample, token_logprobs
-from kvp.serving.verify import CACHE_BYTES, EXACT, KERNELS, Answer, ask, compare, distance
+from kvp.serving.verify import CACHE_BYTES, EXACT, KERNELS, Answer, ask, compare, distance, require
 
 ROOM = 4  # a check's cache holds the text so many times at least
 
@@ -33,6 +33,7 @@ def check_vllm(
         ModuleNotFoundError: The interpreter does not have vLLM.
         RuntimeError: One of the two cannot open the export.
     """
+    require("vllm", python)
     here = partial(ask, directory, sample, "transformers", own_code=own_code)
     exact = here()
     proof = compare(sample, exact, exact=serving["dtype"] == "float32")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,26 @@ class Answer(dict[str, torch.Tensor]):
     def __init__(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
         super().__init__(tensors)
         self.facts = dict(facts)
+
+
+def require(engine: Engine, python: str) -> str:
+    """Return the path of an interpreter that has an engine; it takes a moment, before anything is opened.
+
+    Raises:
+        ModuleNotFoundError: There is no such interpreter, or it does not have the engine.
+    """
+    found = shutil.which(python)
+    if found is None:
+        raise ModuleNotFoundError(
+            f"there is no interpreter {python}: name the one that has {engine} by --python"
+            + (", or make one by make serve-env" if engine == "vllm" else "")
+        )
+    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({engine!r}) is None)"
+    if subprocess.run([found, "-I", "-c", look], capture_output=True).returncode:
+        raise ModuleNotFoundError(
+            f"{engine} is not installed in {python}: install it there, or name an interpreter that has it by --python"
+        )
+    return str(Path(found).absolute())
 
 
 def ask(
@@ -83,19 +104,8 @@ def ask(
         }
         Path(work, "ask.json").write_text(json.dumps(question))
         alone, environment = ("-I", None) if not imports else ("-P", _that_finds_kvp())
-        found = shutil.which(python)
-        if found is None:
-            raise ModuleNotFoundError(
-                f"there is no interpreter {python}: name the one that has {engine} by --python"
-                + (", or make one by make serve-env" if engine == "vllm" else "")
-            )
-        command = [str(Path(found).absolute()), alone, str(script), str(directory.absolute()), work]
+        command = [require(engine, python), alone, str(script), str(directory.absolute()), work]
         done = children.run(command, capture_output=True, text=True, cwd=work, env=environment)
-        if f"No module named '{engine}'" in done.stderr:
-            raise ModuleNotFoundError(
-                f"{engine} is not installed in {python}: install it there, or name an interpreter that has it "
-                "by --python"
-            )
         if done.returncode:
             raise RuntimeError(f"{engine} cannot open {directory}:\n{root_error(done.stdout + done.stderr)}")
         with safe_open(f"{work}/answer.safetensors", "pt") as file:
