@@ -32,6 +32,7 @@ from kvp.models.shapes import layer_shapes
 from kvp.strategies.compensation.sequential import at_work
 from kvp.strategies.signals.head_moments import Heads, output_columns
 from kvp.strategies.signals.heads import roots
+from kvp.strategies.signals.moments import TINY
 from kvp.strategies.signals.walk import Visit
 
 RIDGE = 1e-6  # of M in S and C, so that directions without variance stay solvable
@@ -112,7 +113,12 @@ def find_latent(visit: Visit, still: Tensor, value_weight: float, key_weight: fl
 
 def _gains(moment: Tensor, encoder: Tensor, loss: Tensor, part: slice) -> Tensor:
     """Return what each row of A takes off the loss of a part of l, the rows before it given."""
-    factor = torch.linalg.cholesky(encoder @ moment @ encoder.T)
+    gram = encoder @ moment @ encoder.T
+    for ridge in (0, RIDGE, 1e-4, 1e-2, 1):  # the first is enough unless tokens are fewer than directions
+        gram.diagonal().add_(ridge * gram.diagonal().mean().abs() + TINY)
+        factor, singular = torch.linalg.cholesky_ex(gram)
+        if not singular:
+            break
     fresh = torch.linalg.solve_triangular(factor, encoder @ moment[:, part], upper=False)
     return ((fresh @ loss) * fresh).sum(1)
 

@@ -19,7 +19,7 @@ from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.compensation.sequential import Sequential
 from kvp.strategies.methods.kvpruner_plus_mla import KVPrunerPlusMLA
 from kvp.strategies.signals.head_moments import Heads, output_columns
-from kvp.strategies.signals.latents import find_latent, still_channels
+from kvp.strategies.signals.latents import _gains, find_latent, still_channels
 from kvp.strategies.signals.walk import caught_inputs, walk
 from kvp.strategies.target import Target
 from kvp.types import Budget
@@ -219,3 +219,15 @@ def test_widths_and_spacing_keep_the_most(tmp_path):
 def test_what_cannot_be_is_refused_with_the_way_out(config, options, budget, message):
     with pytest.raises(ValueError, match=message):
         KVPrunerPlusMLA(**options).check(config, budget)
+
+
+def test_directions_that_no_token_takes_are_worth_nothing():
+    tokens = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    worth = _gains(
+        tokens.T @ tokens, torch.eye(8, dtype=torch.float64), torch.eye(8, dtype=torch.float64), slice(8)
+    )
+    assert worth[:3].min() > 1e-3 and worth[3:].abs().max() < 1e-4
+    zeros = torch.zeros(8, 8, dtype=torch.float64)
+    assert not _gains(
+        zeros, torch.eye(8, dtype=torch.float64), torch.eye(8, dtype=torch.float64), slice(8)
+    ).any()
