@@ -78,7 +78,7 @@ def test_every_importance_scores_the_pairs(model, importance):
 
 
 def test_a_gate_is_the_derivative_by_what_the_norm_writes(model):
-    """By differences: scale both channels of one pair of the normed keys of a group."""
+    """Derive the gate by differences: scale both channels of one pair of the normed keys of a group."""
     space, source = find_spaces(model.config, ["qk"])[1], target(exact_norms(model.double()))
     scores, step = score_spaces(source, [space], "taylor_gate")[space], 1e-5
     norm = model.model.layers[space.layer].self_attn.k_norm

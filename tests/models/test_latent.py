@@ -38,7 +38,7 @@ def test_the_latent_changes_nothing_while_its_queries_are_zero(family, heads, to
 
 @torch.no_grad()
 def test_attention_is_the_softmax_of_both_parts(tokens):
-    """By the formula, token by token: q_rope R k_rope + q_latent v, over the cached keys and values alone."""
+    """Attend by the formula, token by token: q_rope R k_rope + q_latent v, over the cached keys and values alone."""
     model = latent_model()
     layer = model.model.layers[0].self_attn
     x = torch.randn(1, 5, model.config.hidden_size)

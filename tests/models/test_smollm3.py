@@ -28,7 +28,7 @@ def logits(model, tokens):
 
 
 def shared_pairs(model, pairs=(0, 2, 3)):
-    """The same pairs in all layers and groups, and as many channels, so that a stock class can hold them."""
+    """Keep the same pairs in all layers and groups, and as many channels, so that a stock class can hold them."""
     kept = {"qk": torch.tensor(pairs), "vo": torch.arange(2 * len(pairs))}
     spaces = find_spaces(model.config, kept)
     return apply(model, Plan({space: kept[space.kind].expand(space.shape[0], -1) for space in spaces}))

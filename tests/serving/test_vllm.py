@@ -107,7 +107,7 @@ def test_fewer_layers_are_a_smaller_cache(python, tmp_path):
 
 
 def test_its_own_deepseek_class_runs_mla_of_512_and_64_channels(python, tmp_path):
-    """Its operator for default RoPE is wrong on a CPU: the export takes the class for yarn."""
+    """vLLM's operator for default RoPE is wrong on a CPU: the export takes the class for yarn."""
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
     model = joined(tiny_model("llama", "mha", vocab_size=259, **PLAIN, **heads), 1, latent=True)
     with torch.no_grad():

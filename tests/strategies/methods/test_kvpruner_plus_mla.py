@@ -75,7 +75,7 @@ def naive_moments(model, visit, latent):
 
 
 def test_the_worth_of_the_latent_is_the_naive_loss(heads):
-    """What the best decoders lose with fewer rows, from the mean squares of outputs and logits themselves."""
+    """Return what the best decoders lose with fewer rows, from the mean squares of outputs and logits themselves."""
     model = whole(heads)
     model.set_attn_implementation("eager")
     visit, latent = first_latent(model)
