@@ -125,7 +125,7 @@ def _recovering(x: Experiment, config: PretrainedConfig, dense: PretrainedConfig
         width=width,
         adapter=Adapter(
             rank=recipe.rank,
-            modules=recipe.target_modules,
+            modules=recipe.modules,
             dropout=recipe.dropout > 0,
             mask_bytes=FLOAT32 if x.device == "cpu" else 1,
         ),

@@ -100,7 +100,7 @@ def _model(recipe: Lora, job: Job) -> PeftModel:
         r=recipe.rank,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
-        target_modules=list(recipe.target_modules),
+        target_modules=recipe.modules,
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # PEFT reads a renamed attribute

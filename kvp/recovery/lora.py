@@ -87,6 +87,12 @@ class Lora:
                 f"{sizes}"
             )
 
+    @property
+    def modules(self) -> list[str]:
+        """Return the names to update: a latent layer's queries of its latent go with its other queries."""
+        latent = ["q_latent_proj"] if "q_proj" in self.target_modules else []
+        return [*self.target_modules, *latent]
+
     def identity(self, corpora: Mapping[str, Corpus]) -> dict[str, Any]:
         """Return every option that changes numbers, and which bytes the data stand for."""
         apart = ("data", "save_steps", "num_processes", "keep_zeros", "distillation")

@@ -11,12 +11,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
 )
 
 from kvp.data.instructions import Instructions
 from kvp.data.tokens import IGNORE
+from kvp.estimate.kept import Adapter
+from kvp.models.joined import joined
+from kvp.models.load import save
 from kvp.recovery import fit
 from kvp.recovery.batches import collate, mean_loss
 from kvp.recovery.journal import newest_checkpoint
@@ -90,6 +94,22 @@ def test_adapter_and_merged_model_open_as_any_other(recovered, checkpoint):
         updated(ids["input_ids"]).logits, merged(ids["input_ids"]).logits, atol=1e-4, rtol=1e-4
     )
     assert merged.config.to_dict() | {"_name_or_path": ""} == base.config.to_dict() | {"_name_or_path": ""}
+
+
+def test_queries_of_a_latent_learn_with_the_other_queries(checkpoint, corpora, tmp_path):
+    config = AutoConfig.from_pretrained(checkpoint)
+    latent = joined(AutoModelForCausalLM.from_pretrained(checkpoint), 1, latent=True)
+    save(latent, AutoTokenizer.from_pretrained(checkpoint), tmp_path / "latent")
+    recipe = make(max_steps=4, target_modules=["q_proj"])
+    recover(recipe, tmp_path / "latent", tmp_path / "recovered", corpora)
+    tuned = adapter(tmp_path / "recovered")
+    parts = {name.split(".self_attn.")[1].split(".")[0] for name in tuned}
+    assert parts == {"q_proj", "q_latent_proj"} and all(each.any() for each in tuned.values())
+    counted = Adapter(rank=recipe.rank, modules=recipe.modules).params(latent.config)
+    assert counted == sum(each.numel() for each in tuned.values())
+    assert Adapter(rank=8, modules=recipe.modules).params(config) == 2 * 8 * (
+        32 + 32
+    )  # a dense model has no latent
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
