@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -25,7 +26,8 @@ from kvp.tables import markdown
 
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "PASSIVE"}
 HEADS = ("work", "size", "estimate (MiB)", "measured (MiB)", "measured / estimate")
-CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+Case = tuple[str, str, tuple[str, ...]]  # a phase, its name in the table, and the options of its run
+CASES: tuple[Case, ...] = (
     ("measure", "decode", ("measure.batch_size=1", "measure.prompt_length=256", "measure.new_tokens=16")),
     ("measure", "decode", ("measure.batch_size=4", "measure.prompt_length=512", "measure.new_tokens=16")),
     ("measure", "decode", ("measure.batch_size=8", "measure.prompt_length=512", "measure.new_tokens=16")),
@@ -43,12 +45,19 @@ CASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One phase: its estimate and its measured peak, in bytes, without the interpreter."""
+    """One phase: its estimate and its measured peak, in bytes, without the interpreter.
+
+    Attributes:
+        cpu_seconds: Of all threads, for one batch; None: not measured.
+        tokens: Of that batch; None: not measured.
+    """
 
     work: str
     size: str
     estimate: int
     measured: int
+    cpu_seconds: float | None = None
+    tokens: int | None = None
 
     def cells(self) -> list[str]:
         """Return the row of a table."""
@@ -56,11 +65,12 @@ class Row:
         return [self.work, self.size, *sizes, f"{self.measured / self.estimate:.3f}"]
 
 
-def check(model: Sequence[str]) -> Iterator[Row]:
-    """Measure every phase of `CASES` for a model of conf/model.
+def check(model: Sequence[str], cases: Sequence[Case] = CASES) -> Iterator[Row]:
+    """Measure phases of runs on a model of conf/model.
 
     Args:
         model: Options that choose the model, such as ["model=smollm2_135m"].
+        cases: What is measured.
 
     Raises:
         RuntimeError: A process failed; the message holds the end of what it printed.
@@ -71,7 +81,7 @@ def check(model: Sequence[str]) -> Iterator[Row]:
         checkpoint = source.locate() or Path(directory) / "model"
         if source.locate() is None:
             source.write(checkpoint)
-        for phase, work, options in tqdm(CASES, desc="measuring", unit="work"):
+        for phase, work, options in tqdm(cases, desc="measuring", unit="work"):
             words = [*plain, *options]
             x = Experiment.compose(compose(words), words)
             need = next(need for need in needs(x, source.expected()) if need.phase == phase)
@@ -79,17 +89,17 @@ def check(model: Sequence[str]) -> Iterator[Row]:
                 work=work,
                 size=need.size,
                 estimate=need.memory["total"],
-                measured=_measured(x, need, words, checkpoint),
+                **_measured(x, need, words, checkpoint),
             )
 
 
-def _measured(x: Experiment, need: Need, words: Sequence[str], checkpoint: Path) -> int:
+def _measured(x: Experiment, need: Need, words: Sequence[str], checkpoint: Path) -> dict[str, Any]:
     if need.phase == "measure":
         assert x.protocol is not None
         os.environ |= MAPPED
         dtype = str(x.dtype).removeprefix("torch.")
         memory = x.protocol.measure(checkpoint, device=x.device, dtype=dtype)["memory"]
-        return memory["peak_bytes"] - memory["baseline_bytes"]
+        return {"measured": memory["peak_bytes"] - memory["baseline_bytes"]}
     spec = {"phase": need.phase, "words": list(words), "checkpoint": str(checkpoint)}
     command = [sys.executable, "-m", "kvp.fit.child", json.dumps(spec)]
     done = children.run(
@@ -97,7 +107,8 @@ def _measured(x: Experiment, need: Need, words: Sequence[str], checkpoint: Path)
     )
     if done.returncode:
         raise RuntimeError("\n".join([f"{need.phase} failed:", *done.stderr.splitlines()[-20:]]))
-    return json.loads(done.stdout.splitlines()[-1])["bytes"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {"measured": found.pop("bytes"), **found}
 
 
 def table(rows: Sequence[Row]) -> str:

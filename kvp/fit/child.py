@@ -1,4 +1,4 @@
-"""The process that measures the peak of one phase of a run: its argument is a JSON spec, its last line JSON.
+"""The process that measures the cost of one phase of a run: its argument is a JSON spec, its last line JSON.
 
 python -m kvp.fit.child '{"phase": "score", "words": ["model=smollm2_135m"], "checkpoint": "outputs/..."}'
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -121,24 +123,36 @@ def _ids(vocabulary: int, batch_size: int, length: int) -> torch.Tensor:
     return torch.randint(vocabulary, (batch_size, length), generator=generator)
 
 
-def measure(phase: str, words: list[str], checkpoint: Path) -> int:
-    """Return the bytes that a phase takes, beside the interpreter and what libraries take once."""
+def measure(phase: str, words: list[str], checkpoint: Path) -> dict[str, Any]:
+    """Return the bytes, the CPU seconds and the tokens of one batch of a phase.
+
+    The bytes are without the interpreter and what libraries take once. The seconds, of all threads, are without those
+    of a batch of `WARM`, in which loading a model is: what a larger batch adds.
+    """
     x = Experiment.compose(compose(words), words)
     device = torch.device(x.device)
     trial = PHASES[phase](x, checkpoint)
     trial.work(*WARM)
-    memory.reset_peak(device)  # hands back what the first pass has freed
+    began = time.process_time()
+    trial.work(*WARM)
+    least = time.process_time() - began
+    memory.reset_peak(device)  # hands back what the first passes have freed
     before = memory.begin(device) - trial.held
+    began = time.process_time()
     trial.work(trial.batch_size, trial.length)
-    return memory.peak_bytes(device) - before
+    seconds = time.process_time() - began
+    return {
+        "bytes": memory.peak_bytes(device) - before,
+        "cpu_seconds": max(0.0, seconds - least),
+        "tokens": trial.batch_size * trial.length,
+    }
 
 
 def main() -> None:
-    """Measure what the spec in argv[1] names, and print the bytes."""
+    """Measure what the spec in argv[1] names, and print it."""
     only_on_terminals()
     spec = json.loads(sys.argv[1])
-    taken = measure(spec["phase"], spec["words"], Path(spec["checkpoint"]))
-    print(json.dumps({"bytes": taken}), flush=True)
+    print(json.dumps(measure(spec["phase"], spec["words"], Path(spec["checkpoint"]))), flush=True)
 
 
 if __name__ == "__main__":
