@@ -110,6 +110,8 @@ class LayerShape:
         stream: Widths of a sliced residual stream before the attention, before the MLP and after the layer.
             None: hidden_size, and no shortcut matrices.
         latent: Whether queries read the values, too, as keys that never turn. Values are then the latent of MLA.
+        normed_groups: The dense model's KV groups that remain, where a norm over all heads together still reads the
+            queries and keys of the others (OLMo 2). None: no such norm.
     """
 
     num_attention_heads: int
@@ -122,6 +124,7 @@ class LayerShape:
     down_bias: bool = False
     stream: tuple[int, int, int] | None = None
     latent: bool = False
+    normed_groups: tuple[int, ...] | None = None
 
     @property
     def query_head_dim(self) -> int:

@@ -14,6 +14,8 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -33,11 +35,16 @@ CONFIGS = {
     "qwen3": Qwen3Config,
     "gemma3_text": Gemma3TextConfig,
     "smollm3": SmolLM3Config,
+    "olmo2": Olmo2Config,
+    "olmo3": Olmo3Config,
 }
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
 
 
 EVERY_HEADS = ("llama", "gemma3_text")  # families whose MHA and MQA are tested always: without norms and with
+ALIKE = (
+    "olmo3",
+)  # families that share their attention with another; what sets them off has a file of its own
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +80,14 @@ def tiny_config(family: str = "llama", heads: str = "gqa", **changes):
     if family == "gemma3_text":
         fields |= {"sliding_window": 32, "sliding_window_pattern": 2, "query_pre_attn_scalar": 12}
         fields["tie_word_embeddings"] = False
+    if family == "olmo2":
+        fields |= {"attention_bias": True}
+        fields.pop("sliding_window")
+    if family == "olmo3":
+        fields |= {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+        fields["layer_types"] = [
+            fields["layer_types"][n % 2] for n in range(changes.get("num_hidden_layers", 3))
+        ]
     return CONFIGS[family](**{**fields, **changes})
 
 
@@ -128,10 +143,11 @@ def refitted(compensation: Compensation, model: PreTrainedModel, batches, plan: 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """MHA and MQA of the other families are slow tests: what sets these apart does not depend on heads."""
+    """MHA and MQA of most families, and families like another, are slow tests: what is theirs alone is tested always."""
     for item in items:
         chosen = item.callspec.params if hasattr(item, "callspec") else {}
-        if chosen.get("family", "llama") not in EVERY_HEADS and chosen.get("heads", "gqa") != "gqa":
+        family = chosen.get("family", "llama")
+        if family in ALIKE or (family not in EVERY_HEADS and chosen.get("heads", "gqa") != "gqa"):
             item.add_marker(pytest.mark.slow)
 
 

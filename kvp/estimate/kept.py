@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvp.estimate.passes import FLOAT32, working_bytes
 from kvp.models.family import family_of
 from kvp.models.linears import Linear, linears
-from kvp.models.shapes import layer_shapes, projected, stream
+from kvp.models.shapes import layer_shapes, projections, stream
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -73,18 +73,20 @@ def kept_bytes(
     queries, outputs = heads * shape.query_head_dim, heads * shape.v_head_dim
     keys, values = groups * shape.query_head_dim, groups * shape.v_head_dim
     kept = 0
-    post_norm = FLOAT32 * (config.hidden_size + 1) * bool(family.post_norms)
+    norm, post_norm = (
+        FLOAT32 * bool(family.layer_norms),
+        FLOAT32 * (config.hidden_size + 1) * bool(family.post_norms),
+    )
     if groups:
         kept += post_norm
-        kept += FLOAT32 * (before + 1)  # the norm's input and its scale
+        kept += norm * (before + 1)  # the norm's input and its scale
         kept += width * (queries + keys + values + outputs) + FLOAT32 * heads  # of SDPA, with its log-sum-exp
         kept += width * before * ("attention" in gradients) + width * keys * ("attention" in watched)
         if family.qk_norm:
-            normed = (heads + groups) * projected(config, shape)
-            kept += FLOAT32 * (normed + heads + groups)
+            kept += FLOAT32 * (sum(projections(config, shape)) + (2 if family.joint_norm else heads + groups))
     if inner:
         kept += post_norm
-        kept += FLOAT32 * (between + 1) + 3 * width * inner
+        kept += norm * (between + 1) + 3 * width * inner
         kept += width * (between + inner) * ("mlp" in gradients) + width * inner * ("mlp" in watched)
     if adapter:
         kept += sum(_adapted(group, adapter, width) for group in linears(config, layer))

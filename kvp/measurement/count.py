@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvp.models.packed_cache import PackedLayer
-from kvp.models.shapes import projected, stream
+from kvp.models.shapes import projections, stream
 from kvp.types import LayerShape
 
 if TYPE_CHECKING:
@@ -37,11 +37,10 @@ def macs(config: PretrainedConfig, shapes: Sequence[LayerShape], *, prompt_lengt
 def _layer_weights(config: PretrainedConfig, layer: LayerShape) -> int:
     """Count the entries of q, k, v, o, of the gate, up and down of the FFN, and of a sliced stream's shortcuts."""
     before, between, after = stream(config, layer)
-    width, latent = projected(config, layer), layer.latent * layer.v_head_dim
-    queries, outputs = (layer.num_attention_heads * d for d in (width + latent, layer.v_head_dim))
-    kv_width = layer.num_key_value_heads * (width + layer.v_head_dim)
+    (queries, keys), outputs = projections(config, layer), layer.num_attention_heads * layer.v_head_dim
+    rows = queries + keys + layer.latent * outputs + layer.num_key_value_heads * layer.v_head_dim
     shortcuts = between * (before + after) if layer.stream else 0
-    attention = before * (queries + kv_width) + between * outputs
+    attention = before * rows + between * outputs
     return attention + (2 * between + after) * layer.intermediate_size + shortcuts
 
 

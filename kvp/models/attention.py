@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kvp.models.layers import resize
-from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes, stream
+from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes, projections, stream
 from kvp.types import LayerShape
 
 
@@ -46,6 +46,7 @@ class PrunedAttention:
     attention_dropout: float
     training: bool
     has_qk_norm: bool  # set by the twin
+    joint_norm: bool  # set by the twin: that norm is over all heads together
     use_rope: bool = True  # SmolLM3 sets it per layer
 
     def __init__(self, config: PretrainedConfig, layer_idx: int, shape: LayerShape, cache_index: int) -> None:
@@ -53,8 +54,9 @@ class PrunedAttention:
         queries, groups = shape.num_attention_heads, shape.num_key_value_heads
         before, after, _ = stream(config, shape)
         self.projected = dense_shapes(config)[0].qk_head_dim if self.has_qk_norm else shape.qk_head_dim
-        resize(self, "q_proj", before, queries * self.projected)
-        resize(self, "k_proj", before, groups * self.projected)
+        rows_of_q, rows_of_k = projections(config, shape)
+        resize(self, "q_proj", before, rows_of_q)
+        resize(self, "k_proj", before, rows_of_k)
         resize(self, "v_proj", before, groups * shape.v_head_dim)
         resize(self, "o_proj", queries * shape.v_head_dim, after, bias=shape.o_bias)
         if shape.latent:
@@ -64,7 +66,7 @@ class PrunedAttention:
         self.layer_idx, self.latent = cache_index, shape.latent
         self.qk_head_dim, self.v_head_dim = shape.qk_head_dim, shape.v_head_dim
         self.num_key_value_groups = queries // groups
-        self.rope_pairs = shape.rope_pairs
+        self.rope_pairs, self.normed_groups = shape.rope_pairs, shape.normed_groups
         self._pair_index: Tensor | None = None  # built per device: __init__ runs on the meta device
         self._channel_index: dict[int, Tensor] = {}  # by the number of heads
         self.sliding_window = getattr(self, "sliding_window", getattr(config, "sliding_window", None))
@@ -79,11 +81,16 @@ class PrunedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Compute what the family's own forward does; hidden_states is (batch, seq_len, width of the stream)."""
         shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.num_key_value_groups, self.projected)
-        key = self.k_proj(hidden_states).view(*shape, -1, 1, self.projected)
+        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
+        if self.joint_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = query.view(*shape, -1, self.num_key_value_groups, self.projected)
+        key = key.view(*shape, -1, 1, self.projected)
         value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
+        if self.has_qk_norm and not self.joint_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
         if self.has_qk_norm:
-            query, key = self._kept(self.q_norm(query)), self._kept(self.k_norm(key))
+            query, key = self._kept(query), self._kept(key)
         assert position_embeddings is not None
         cos, sin = self._tables(*position_embeddings)
         if self.use_rope:
@@ -116,17 +123,21 @@ class PrunedAttention:
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
     def _kept(self, states: Tensor) -> Tensor:
-        """Return the kept channels (batch, seq_len, groups, heads, qk_head_dim) of normed heads."""
-        if self.qk_head_dim == self.projected:
+        """Return the kept groups and channels (batch, seq_len, groups, heads, qk_head_dim) of normed heads."""
+        groups, heads = states.shape[2:4]
+        remain = range(groups) if self.normed_groups is None else self.normed_groups
+        if self.qk_head_dim == self.projected and len(remain) == groups:
             return states
-        heads = states.shape[2:4]
-        index = self._channel_index.get(heads.numel())
+        index = self._channel_index.get(groups * heads)
         if index is None or index.device != states.device:
-            first = torch.tensor(self.rope_pairs, device=states.device).repeat_interleave(heads[1], dim=0)
-            kept = torch.cat([first, first + self.projected // CHANNELS_PER_PAIR], dim=1)
-            index = (kept + torch.arange(len(kept), device=states.device)[:, None] * self.projected).flatten()
-            self._channel_index[heads.numel()] = index
-        return states.flatten(2).index_select(-1, index).unflatten(-1, (*heads, self.qk_head_dim))
+            pairs = self.projected // CHANNELS_PER_PAIR
+            rows = self.rope_pairs or (tuple(range(pairs)),) * len(remain)
+            channels = [(*row, *(pair + pairs for pair in row)) for row in rows for _ in range(heads)]
+            starts = [self.projected * (group * heads + head) for group in remain for head in range(heads)]
+            both = zip(starts, channels, strict=True)
+            flat = [start + channel for start, row in both for channel in row]
+            index = self._channel_index[groups * heads] = torch.tensor(flat, device=states.device)
+        return states.flatten(2).index_select(-1, index).unflatten(-1, (-1, heads, self.qk_head_dim))
 
     def _tables(self, cos: Tensor, sin: Tensor, *gathered: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return cos and sin of the kept pairs, (batch, seq_len, groups or 1, 1, qk_head_dim)."""

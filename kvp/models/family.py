@@ -23,9 +23,11 @@ class Family:
         prefix: The beginning of the Hugging Face class names; the classes are imported on first use.
         folder: The folder of `transformers.models` that has them, if its name is another.
         infix: What follows the prefix in the names of the config and of the model without a head (Gemma 3: "Text").
-        post_norms: Norms of what attention and MLP write, before it joins the residual stream (Gemma 3).
-        qk_norm: A norm over `head_dim` follows the query and key projections (Qwen3). It averages over all channels of
-            a head. So q and k stay whole, and rope pairs are cut after the norm: only the cache shrinks.
+        layer_norms: Norms of what attention and MLP read; OLMo 2 has none.
+        post_norms: Norms of what attention and MLP write, before it joins the residual stream (Gemma 3, OLMo 2).
+        qk_norm: A norm follows the query and key projections (Qwen3). It averages over all channels of a head. So q and
+            k stay whole, and rope pairs are cut after the norm: only the cache shrinks.
+        joint_norm: That norm averages over the channels of all heads (OLMo 2). KV groups are cut after it, too.
         heads_first: That norm sees (batch, heads, seq_len, head_dim), not (batch, seq_len, heads, head_dim) (Gemma 3).
         layer_fields: The config's fields with an entry per layer, beside `layer_types` (SmolLM3: 1 where RoPE turns).
         qkv_bias: q, k and v always have a bias and o never (Qwen2).
@@ -38,6 +40,7 @@ class Family:
     folder: str = ""
     infix: str = ""
     qk_norm: bool = False
+    joint_norm: bool = False
     heads_first: bool = False
     layer_fields: tuple[str, ...] = ()
     qkv_bias: bool = False
@@ -124,6 +127,18 @@ FAMILIES: dict[str, Family] = {
             bias_options=("attention_bias",),
             layer_norms=("input_layernorm", "pre_feedforward_layernorm"),
             post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+        ),
+        *(
+            Family(
+                name=name,
+                prefix=prefix,
+                qk_norm=True,
+                joint_norm=True,
+                bias_options=("attention_bias",),
+                layer_norms=(),
+                post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
+            )
+            for name, prefix in (("olmo2", "Olmo2"), ("olmo3", "Olmo3"))
         ),
     )
 }

@@ -38,7 +38,7 @@ def joined_config(
     """Return the config of the model that `joined` makes; without a number, the given config.
 
     Raises:
-        ValueError: The number does not divide a layer's number of KV heads, or the family has norms over head_dim.
+        ValueError: The number does not divide a layer's number of KV heads, or the family norms queries and keys.
     """
     if num_key_value_heads is None:
         return config
@@ -53,7 +53,7 @@ def joined(model: PreTrainedModel, num_key_value_heads: int | None, latent: bool
     With `latent` queries may read the values as keys, too: through a projection that is zero.
 
     Raises:
-        ValueError: The number does not divide a layer's number of KV heads, or the family has norms over head_dim.
+        ValueError: The number does not divide a layer's number of KV heads, or the family norms queries and keys.
     """
     if num_key_value_heads is None:
         return model
@@ -84,7 +84,8 @@ def _parameters(state: Mapping[str, Tensor], module: str) -> list[str]:
 def _joined_shapes(config: PretrainedConfig, heads: int, latent: bool) -> list[LayerShape]:
     if family_of(config).qk_norm:
         raise ValueError(
-            f"{config.model_type}: its norms over head_dim keep the heads apart; use strategy.num_key_value_heads=null"
+            f"{config.model_type}: its norms of queries and keys keep the heads apart; use "
+            "strategy.num_key_value_heads=null"
         )
     return [_joined_shape(shape, heads, latent) for shape in layer_shapes(config)]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvp.models.family import family_of
-from kvp.models.shapes import layer_shapes, projected
+from kvp.models.shapes import layer_shapes, projections
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,8 +41,9 @@ def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
     heads, groups, inner = shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size
     found: list[tuple[Linear, ...]] = []
     if groups:
-        q = Linear(f"{attention}.{family.q}", heads * projected(config, shape), hidden)
-        k = Linear(f"{attention}.{family.k}", groups * projected(config, shape), hidden)
+        queries, keys = projections(config, shape)
+        q = Linear(f"{attention}.{family.q}", queries, hidden)
+        k = Linear(f"{attention}.{family.k}", keys, hidden)
         v = Linear(f"{attention}.{family.v}", groups * shape.v_head_dim, hidden)
         still = Linear(f"{attention}.{family.q_latent}", heads * shape.v_head_dim, hidden)
         found += [

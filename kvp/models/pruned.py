@@ -22,7 +22,7 @@ def model_twin(family: Family, Config: type[PretrainedConfig]) -> type[PreTraine
     """Make the model class of a family's pruned twin; an export `--to remote_code` carries this code."""
 
     class Attention(PrunedAttention, family.attention_class):  # type: ignore[name-defined]
-        has_qk_norm = family.qk_norm
+        has_qk_norm, joint_norm = family.qk_norm, family.joint_norm
 
     class Rotary(PrunedRotary, family.rotary_class):  # type: ignore[name-defined]
         pass

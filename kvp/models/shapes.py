@@ -37,6 +37,7 @@ def dense_shapes(config: PretrainedConfig) -> tuple[LayerShape, ...]:
         qk_head_dim=head_dim,
         v_head_dim=head_dim,
         intermediate_size=config.intermediate_size,
+        normed_groups=tuple(range(config.num_key_value_heads)) if family_of(config).joint_norm else None,
     )
     return (layer,) * config.num_hidden_layers
 
@@ -48,6 +49,21 @@ def _frozen(value: Any) -> Any:
 def projected(config: PretrainedConfig, layer: LayerShape) -> int:
     """Return the channels per head that q and k compute: before a norm over the head all of them, else those kept."""
     return dense_shapes(config)[0].qk_head_dim if family_of(config).qk_norm else layer.qk_head_dim
+
+
+def projections(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int]:
+    """Return the rows of q and of k: before a norm over all heads together those of the dense model."""
+    heads = layer if layer.normed_groups is None else dense_shapes(config)[0]
+    width = projected(config, layer)
+    return heads.num_attention_heads * width, heads.num_key_value_heads * width
+
+
+def cut_after_norm(config: PretrainedConfig, layer: LayerShape) -> bool:
+    """Return whether channels or groups of a layer's keys were cut after a norm that reads them all."""
+    if not layer.num_key_value_heads:
+        return False
+    fewer = layer.qk_head_dim != projected(config, layer)
+    return fewer or len(layer.normed_groups or ()) not in (0, dense_shapes(config)[0].num_key_value_heads)
 
 
 def stream(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int, int]:
@@ -101,7 +117,9 @@ def cut(shapes: Sequence[LayerShape], plan: Plan) -> tuple[LayerShape, ...]:
             *(keep.get((kind, index)) for kind in ("kv_group", "qk", "vo", "ffn")),
         )
         if index not in kept_attention:
-            layer = replace(layer, num_attention_heads=0, num_key_value_heads=0, rope_pairs=None)
+            layer = replace(
+                layer, num_attention_heads=0, num_key_value_heads=0, rope_pairs=None, normed_groups=None
+            )
         if index not in kept_mlp:
             layer = replace(layer, intermediate_size=0)
         layers.append(layer)
@@ -160,8 +178,15 @@ def _cut_layer(
         )
     if groups is not None:
         queries = layer.num_attention_heads // layer.num_key_value_heads
-        rope_pairs = rope_pairs and tuple(rope_pairs[group] for group in groups.tolist())
-        layer = replace(layer, num_attention_heads=queries * len(groups), num_key_value_heads=len(groups))
+        kept = groups.tolist()
+        rope_pairs = rope_pairs and tuple(rope_pairs[group] for group in kept)
+        normed = layer.normed_groups and tuple(layer.normed_groups[group] for group in kept)
+        layer = replace(
+            layer,
+            num_attention_heads=queries * len(kept),
+            num_key_value_heads=len(kept),
+            normed_groups=normed,
+        )
     return replace(
         layer,
         rope_pairs=rope_pairs,
@@ -206,14 +231,15 @@ def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
     qkv_bias, o_bias = attention_bias or family.qkv_bias, attention_bias or layer.o_bias
     mlp_bias = family.has_bias("mlp_bias", config)
     down_bias = mlp_bias or layer.down_bias
-    width = projected(config, layer)
-    q_out = layer.num_attention_heads * (width + layer.latent * layer.v_head_dim)
-    k_out, v_out = layer.num_key_value_heads * width, layer.num_key_value_heads * layer.v_head_dim
-    o_in = layer.num_attention_heads * layer.v_head_dim
-    attention = (before + qkv_bias) * (q_out + k_out + v_out) + between * (o_in + o_bias)
+    q_out, k_out = projections(config, layer)
+    o_in, v_out = (
+        heads * layer.v_head_dim for heads in (layer.num_attention_heads, layer.num_key_value_heads)
+    )
+    rows = q_out + k_out + v_out + layer.latent * o_in
+    attention = (before + qkv_bias) * rows + between * (o_in + o_bias)
     if family.qk_norm:
-        attention += 2 * width
+        attention += q_out + k_out if family.joint_norm else 2 * projected(config, layer)
     mlp = 2 * (between + mlp_bias) * layer.intermediate_size + after * (layer.intermediate_size + down_bias)
-    around = before + between if layer.stream is None else between * (before + after)  # norms, or shortcuts
-    around += len(family.post_norms) * config.hidden_size
+    norms = len(family.layer_norms + family.post_norms) * config.hidden_size
+    around = norms if layer.stream is None else between * (before + after)  # norms, or shortcuts
     return around + attention * (layer.num_key_value_heads > 0) + mlp * (layer.intermediate_size > 0)

@@ -4,7 +4,8 @@ The coupling between matrices stands here once. Surgery, masks and scores all re
 
 | index of a space      | rows                                                          | columns                      |
 | --------------------- | ------------------------------------------------------------- | ---------------------------- |
-| kv_group g            | of k and v, and of the group's query heads in q and q_latent  | of those query heads in o    |
+| kv_group g            | of k and v, and of the group's query heads in q and q_latent; | of those query heads in o    |
+|                       | after a norm over all heads: of what the norm writes          |                              |
 | qk i (rope pair)      | i and i + width / 2 of k, and of each query head in q; after  |                              |
 |                       | a norm over the head: of what the norm writes                 |                              |
 | vo j                  | j of v, and of each query head in q_latent                    | j of each query head in o    |
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kvp.models.family import Family, family_of
-from kvp.models.shapes import layer_shapes, projected, space_shape
+from kvp.models.shapes import cut_after_norm, layer_shapes, projected, projections, space_shape
 from kvp.types import KINDS, Kind, LayerShape, Space
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def available_kinds(config: PretrainedConfig) -> tuple[Kind, ...]:
 def _why_not(config: PretrainedConfig, kind: Kind) -> str:
     """Return why a model has no such space; empty if it has."""
     shapes = [shape for shape in layer_shapes(config) if shape.num_key_value_heads]
-    if kind == "qk" and any(shape.qk_head_dim != projected(config, shape) for shape in shapes):
+    cut = any(cut_after_norm(config, shape) for shape in shapes)
+    if cut and (kind == "qk" or (kind == "kv_group" and family_of(config).joint_norm)):
         return "its keys were cut after their norm, which needs the channels as they were"
     if kind == "attention" and len(set(getattr(config, "layer_types", None) or ())) > 1:
         return "it mixes sliding and full attention, and its cache could not tell the layers apart"
@@ -111,11 +113,15 @@ def members(config: PretrainedConfig, space: Space) -> list[Member]:
     group_of_query = torch.arange(groups).repeat_interleave(queries // groups if groups else 1)
     of_groups, of_queries = torch.arange(groups), group_of_query
     q_latent = f"{layer}.{family.attention}.{family.q_latent}"
+    normed = [
+        f"{layer}.{family.attention}.{norm}" if family.qk_norm else None for norm in ("q_norm", "k_norm")
+    ]
     match space.kind:
         case "kv_group":
+            q_norm, k_norm = normed if family.joint_norm else (None, None)
             return [
-                Member(q, 0, of_queries.repeat_interleave(projected(config, shape))),
-                Member(k, 0, of_groups.repeat_interleave(projected(config, shape))),
+                Member(q, 0, of_queries.repeat_interleave(projected(config, shape)), q_norm),
+                Member(k, 0, of_groups.repeat_interleave(projected(config, shape)), k_norm),
                 Member(v, 0, of_groups.repeat_interleave(shape.v_head_dim)),
                 Member(o, 1, of_queries.repeat_interleave(shape.v_head_dim)),
                 *([Member(q_latent, 0, of_queries.repeat_interleave(shape.v_head_dim))] * shape.latent),
@@ -123,13 +129,9 @@ def members(config: PretrainedConfig, space: Space) -> list[Member]:
         case "qk":
             pairs = shape.qk_head_dim // 2
             channel = torch.arange(pairs).repeat(2)
-            norms = (
-                f"{layer}.{family.attention}.{norm}" if family.qk_norm else None
-                for norm in ("q_norm", "k_norm")
-            )
             return [
                 Member(name, 0, (of_heads[:, None] * pairs + channel).flatten(), norm)
-                for name, of_heads, norm in zip((q, k), (of_queries, of_groups), norms, strict=True)
+                for name, of_heads, norm in zip((q, k), (of_queries, of_groups), normed, strict=True)
             ]
         case "vo":
             channel = torch.arange(shape.v_head_dim)
@@ -153,9 +155,10 @@ def _sublayer_rows(
     """Return (module name, number of rows) of the matrices of a layer that go with `kind`."""
     layer, hidden = f"{family.layers}.{index}", config.hidden_size
     groups = shape.num_key_value_heads
+    queries, keys = projections(config, shape)
     attention = {
-        family.q: shape.num_attention_heads * projected(config, shape),
-        family.k: groups * projected(config, shape),
+        family.q: queries,
+        family.k: keys,
         family.v: groups * shape.v_head_dim,
         family.o: hidden,
         **({family.q_latent: shape.num_attention_heads * shape.v_head_dim} if shape.latent else {}),

@@ -16,7 +16,7 @@ from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.session import Checkpoint, Session
 from kvp.provenance import command
 from kvp.record import RecoveryRecord, RunRecord
-from kvp.results import ModelRecord
+from kvp.results import LayerRecord, ModelRecord
 from kvp.store import Finished
 from kvp.strategies.limits import Limit
 from kvp.types import Size
@@ -65,9 +65,7 @@ def make_record(
 def model_record(x: Experiment, checkpoint: Checkpoint, examined: Mapping[str, Finished]) -> ModelRecord:
     """Return what is known of one model, from the stages that looked at it."""
     config, shapes = checkpoint.config, layer_shapes(checkpoint.config)
-    widths = [
-        {k: v for k, v in asdict(shape).items() if k not in ("rope_pairs", "latent")} for shape in shapes
-    ]
+    widths = [{name: getattr(shape, name) for name in LayerRecord.model_fields} for shape in shapes]
     results = {place: stage.result for place, stage in examined.items()}
 
     def below(folder: str) -> dict[str, dict[str, Any]]:

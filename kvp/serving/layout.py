@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvp.models.family import family_of
-from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes, projected
+from kvp.models.shapes import CHANNELS_PER_PAIR, cut_after_norm, dense_shapes, layer_shapes
 from kvp.types import LayerShape
 
 if TYPE_CHECKING:
@@ -84,10 +84,12 @@ def require_whole_keys(config: PretrainedConfig) -> None:
     Raises:
         ValueError: They were; the message names what goes.
     """
-    if any(s.num_key_value_heads and s.qk_head_dim != projected(config, s) for s in layer_shapes(config)):
+    family = family_of(config)
+    if any(cut_after_norm(config, shape) for shape in layer_shapes(config)):
+        others = "vo, ffn or block" if family.joint_norm else "vo, kv_group, ffn or block"
         raise ValueError(
-            f"the keys of this model were cut after their norm, which {family_of(config).name} classes do not: use "
-            "--to remote_code or custom, or prune with strategy.grouping=vo, kv_group, ffn or block"
+            f"the keys of this model were cut after their norm, which {family.name} classes do not: use "
+            f"--to remote_code or custom, or prune with strategy.grouping={others}"
         )
 
 

@@ -47,7 +47,7 @@ def _check_attention(config: PretrainedConfig) -> None:
         )
     if family.qk_norm:
         raise ValueError(
-            f"{family.name} normalises queries and keys per head, which MLA does not: export it --to stock"
+            f"{family.name} normalises queries and keys, which MLA does not: export it --to stock"
         )
     if family.layer_fields:
         raise ValueError(

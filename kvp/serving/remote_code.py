@@ -44,6 +44,7 @@ require_version({needs!r})
 
 
 FAMILY = {family!r}
+FAMILIES = {{FAMILY.name: FAMILY}}
 {config} = config_twin(FAMILY)
 {model} = model_twin(FAMILY, {config})
 {decoder} = {model}.decoder_class

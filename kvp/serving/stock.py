@@ -1,4 +1,4 @@
-"""A pruned checkpoint as an ordinary Llama, Mistral, Qwen2 or Qwen3 directory."""
+"""A pruned checkpoint as an ordinary directory of its family, such as Llama's."""
 
 from __future__ import annotations
 

@@ -36,9 +36,11 @@ DENSE = {
     "gemma3": ("gemma3_text", {}),
     "gemma3-tied": ("gemma3_text", {"tie_word_embeddings": True, "sliding_window": 16}),
     "qwen3": ("qwen3", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 16}),
     "qwen3-llama3": ("qwen3", {"rope_parameters": ROPES["llama3"] | {"rope_theta": 1e4}}),
 }
-PRUNED = ("llama", "llama-tied", "mistral-window", "qwen2", "qwen3", "gemma3-tied")
+PRUNED = ("llama", "llama-tied", "mistral-window", "qwen2", "qwen3", "gemma3-tied", "olmo2")
 SHARDED = ("llama-plain", "qwen2-mixed")
 TYPES = {  # that kvp does not know
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 64},

@@ -19,7 +19,7 @@ from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import exact_norms, random_plan, tiny_config, tiny_model
 
-NORMED = ("gemma3_text", "qwen3")
+NORMED = ("gemma3_text", "olmo2", "qwen3")
 THINK = ThinK(allocator=Uniform(multiple_of=2, max_ratio=1.0))
 IMPORTANCES = ("l1", "l2", "taylor_group", "taylor_element", "taylor_gate", "second_order", "activation")
 
@@ -87,9 +87,10 @@ def test_a_gate_is_the_derivative_by_what_the_norm_writes(model):
         def scaled(factor, group=group, pair=pair):
             gate = torch.ones(space.shape[0], 2 * space.shape[1], dtype=torch.float64)
             gate[group, [pair, pair + space.shape[1]]] = factor
+            norm_shape = (-1,) if model.config.model_type == "olmo2" else gate.shape  # its norm has no heads
             hook = norm.register_forward_hook(
                 lambda module, inputs, output: tokens_first(
-                    model.config, tokens_first(model.config, output) * gate
+                    model.config, tokens_first(model.config, output) * gate.view(norm_shape)
                 )
             )
             with torch.no_grad():

@@ -111,7 +111,7 @@ def test_methods_that_do_not_fit_are_refused_by_name():
         apply(tiny_model(FAMILY), Plan({}, bases=[torch.eye(48)] * 6))
     with pytest.raises(ValueError, match=r"set strategy\.context=null"):
         KVPrunerPlus().check(config, budget)
-    with pytest.raises(ValueError, match="norms over head_dim"):
+    with pytest.raises(ValueError, match="norms of queries and keys"):
         KVPrunerPlus(context=None, num_key_value_heads=1).check(config, budget)
     with pytest.raises(ValueError, match="layers of sliding attention"):
         Mustafar().check(config)

@@ -12,7 +12,7 @@ from kvp.types import Plan
 from tests.conftest import HEADS, exact_norms, random_plan, tiny_config, tiny_model
 from tests.helpers.masks import mask
 
-FAMILIES = ("llama", "mistral", "qwen2")  # qwen3 has norms over head_dim
+FAMILIES = ("llama", "mistral", "qwen2")  # the others norm queries and keys
 DIVISORS = [
     (heads, n) for heads, (_, groups) in HEADS.items() for n in range(1, groups + 1) if groups % n == 0
 ]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from kvp.models.family import family_of
+from kvp.models.family import FAMILIES
 from kvp.models.joined import joined
 from kvp.models.load import byte_tokenizer, save
 from kvp.models.spaces import find_spaces
@@ -76,8 +76,8 @@ def test_arithmetic_sets_need_no_factors(pairs, tokens):
 
 
 def test_padded_gives_the_same_logits_for_any_plan(family, heads, tokens):
-    model = tiny_model(family, heads)
-    kinds = ["kv_group", "vo", "ffn"] + ["qk"] * (not family_of(model.config).qk_norm)
+    model, of = tiny_model(family, heads), FAMILIES[family]
+    kinds = ["vo", "ffn"] + ["kv_group"] * (not of.joint_norm) + ["qk"] * (not of.qk_norm)
     pruned = apply(model, random_plan(model, kinds))
     padded = to_stock(pruned, "padded")
     with torch.no_grad():

@@ -43,6 +43,8 @@ KINDS = {
     "qwen3": ["qk", "vo"],
     "smollm3": ["block", "qk"],
     "gemma3_text": ["qk", "vo", "ffn"],
+    "olmo2": ["kv_group", "qk", "vo"],
+    "olmo3": ["kv_group", "vo", "block"],
 }
 
 

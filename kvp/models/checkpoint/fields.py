@@ -101,7 +101,9 @@ def check_fields(file: Path, config: Mapping[str, Any]) -> Fields:
         if sliding := ropes.get("sliding_attention"):  # whose older name is another
             check_rope({**config, "rope_theta": config.get("rope_local_base_freq")}, sliding, None, pairs)
         if config["model_type"].startswith(PRUNED_PREFIX):
-            check_widths(given.kvp_layers, given.num_hidden_layers, given.hidden_size, pairs)
+            groups = given.num_key_value_heads or given.num_attention_heads
+            normed = groups if family.joint_norm else None
+            check_widths(given.kvp_layers, given.num_hidden_layers, given.hidden_size, pairs, normed)
         elif strange := [name for name in ("kvp_layers", "kvp_cache") if config.get(name) is not None]:
             raise ValueError(
                 f"{strange[0]} belongs to model_type={PRUNED_PREFIX}{family.name}, got {family.name}: copy the config "

@@ -22,9 +22,12 @@ class Layer(BaseModel):
     down_bias: bool = False
     stream: list[PositiveInt] | None = None
     latent: bool = False
+    normed_groups: list[NonNegativeInt] | None = None
 
 
-def check_widths(layers: Sequence[Layer] | None, count: int, hidden_size: int, pairs: int) -> None:
+def check_widths(
+    layers: Sequence[Layer] | None, count: int, hidden_size: int, pairs: int, normed: int | None = None
+) -> None:
     """Refuse widths that no cut leaves.
 
     Args:
@@ -32,6 +35,7 @@ def check_widths(layers: Sequence[Layer] | None, count: int, hidden_size: int, p
         count: The number of layers that the config says.
         hidden_size: The width of the uncut residual stream.
         pairs: The rotary frequencies of the dense model's head.
+        normed: The KV groups of the dense model, if its family norms all heads together.
 
     Raises:
         ValueError: Names the layer, the field and its bound.
@@ -44,6 +48,7 @@ def check_widths(layers: Sequence[Layer] | None, count: int, hidden_size: int, p
     for index, layer in enumerate(layers):
         try:
             _check_heads(layer, pairs)
+            _check_groups(layer, normed)
         except ValueError as error:
             raise ValueError(f"kvp_layers.{index}: {error}; copy the config again") from None
     _check_stream(layers, hidden_size)
@@ -71,6 +76,15 @@ def _check_heads(layer: Layer, pairs: int) -> None:
         raise ValueError(f"rope_pairs must have {groups} rows of {width}, one per KV head")
     if (largest := max(max(row) for row in rows)) >= pairs:
         raise ValueError(f"rope_pairs must be below {pairs}, the pairs of the dense model, got {largest}")
+
+
+def _check_groups(layer: Layer, normed: int | None) -> None:
+    groups, named = layer.num_key_value_heads, layer.normed_groups
+    if normed is None or not groups:
+        if named is not None:
+            raise ValueError(f"normed_groups must be null without a norm over all heads, got {named}")
+    elif named is None or len(named) != groups or named != sorted({*named} & {*range(normed)}):
+        raise ValueError(f"normed_groups must be {groups} ascending numbers below {normed}, got {named}")
 
 
 def _check_stream(layers: Sequence[Layer], hidden_size: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvp.models.family import family_of
-from kvp.models.shapes import layer_shapes, projected
+from kvp.models.shapes import layer_shapes, projected, projections
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.logits import observed_attention, pair_interactions
 from kvp.strategies.signals.walk import Visit
@@ -48,24 +48,30 @@ def statistics(visit: Visit) -> Statistics:
     shape = layer_shapes(visit.model.config)[visit.layer]
     width = projected(visit.model.config, shape)
     work = torch.promote_types(visit.model.dtype, torch.float32)
-    query, key = (heads.rows(part).to(work).flatten(0, 2) for part in "qk")
+    whole = (
+        projections(visit.model.config, shape)[1] == heads.groups * width
+    )  # else their rows are not by group
+    query, key = (heads.rows(part).to(work).flatten(0, 2) for part in "qk") if whole else (None, None)
     entry, output = heads.name("q"), heads.name("o")
     seen: list[tuple[Tensor, Tensor]] = []
     with observed_attention(visit.model, lambda module, q, k: seen.append((q, k))):
         for states, inputs in zip(visit.states, visit.through(entry, output), strict=True):
             rotated_query, rotated_key = (each[..., : shape.qk_head_dim] for each in seen.pop())
             samples, length = states.shape[:2]
-            x = heads.extended(inputs[entry].to(work))
-            k = (x @ key.T).view(samples, length, -1)
             centred = rotated_key - rotated_key.mean(2, keepdim=True)
+            still = {}
+            if query is not None and key is not None:
+                x = heads.extended(inputs[entry].to(work))
+                k = (x @ key.T).view(samples, length, -1)
+                still["queries"] = heads.second_moment(x @ query.T, width)
+                still["keys"] = heads.second_moment((k - k.mean(1, keepdim=True)).flatten(0, 1), width)
             found.add(
                 samples,
                 pairs=pair_interactions(rotated_query, centred),
                 turning_queries=heads.turning_moment(rotated_query),
                 turning_keys=heads.turning_moment(centred),
-                queries=heads.second_moment(x @ query.T, width),
-                keys=heads.second_moment((k - k.mean(1, keepdim=True)).flatten(0, 1), width),
                 values=heads.second_moment(inputs[output].to(work), shape.v_head_dim),
+                **still,
             )
     for name in ("pairs", "queries", "keys", "values"):
         require_finite(getattr(found, name).sum(), f"the {name} of layer {visit.layer}")
