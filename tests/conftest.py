@@ -143,7 +143,7 @@ def refitted(compensation: Compensation, model: PreTrainedModel, batches, plan: 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """MHA and MQA of most families, and families like another, are slow tests: what is theirs alone is tested always."""
+    """MHA and MQA of most families, and families like another, are slow tests; what is theirs alone is not."""
     for item in items:
         chosen = item.callspec.params if hasattr(item, "callspec") else {}
         family = chosen.get("family", "llama")
