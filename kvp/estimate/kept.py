@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvp.estimate.passes import FLOAT32, working_bytes
 from kvp.models.family import family_of
 from kvp.models.linears import Linear, linears
-from kvp.models.shapes import layer_shapes, projections, stream
+from kvp.models.shapes import layer_shapes, normed_rows, stream
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -70,8 +70,8 @@ def kept_bytes(
     shape, family = layer_shapes(config)[layer], family_of(config)
     before, between, _ = stream(config, shape)
     heads, groups, inner = shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size
-    queries, outputs = heads * shape.query_head_dim, heads * shape.v_head_dim
-    keys, values = groups * shape.query_head_dim, groups * shape.v_head_dim
+    queries, outputs = heads * shape.query_head_dim, heads * shape.read_head_dim
+    keys, values = groups * shape.query_head_dim, groups * shape.read_head_dim
     kept = 0
     norm, post_norm = (
         FLOAT32 * bool(family.layer_norms),
@@ -83,7 +83,7 @@ def kept_bytes(
         kept += width * (queries + keys + values + outputs) + FLOAT32 * heads  # of SDPA, with its log-sum-exp
         kept += width * before * ("attention" in gradients) + width * keys * ("attention" in watched)
         if family.qk_norm:
-            kept += FLOAT32 * (sum(projections(config, shape)) + (2 if family.joint_norm else heads + groups))
+            kept += FLOAT32 * (sum(normed_rows(config, shape)) + (2 if family.joint_norm else heads + groups))
     if inner:
         kept += post_norm
         kept += norm * (between + 1) + 3 * width * inner

@@ -54,15 +54,13 @@ class PrunedAttention:
         queries, groups = shape.num_attention_heads, shape.num_key_value_heads
         before, after, _ = stream(config, shape)
         self.projected = dense_shapes(config)[0].qk_head_dim if self.has_qk_norm else shape.qk_head_dim
-        rows_of_q, rows_of_k = projections(config, shape)
-        resize(self, "q_proj", before, rows_of_q)
-        resize(self, "k_proj", before, rows_of_k)
-        resize(self, "v_proj", before, groups * shape.v_head_dim)
+        for name, rows in zip(("q_proj", "k_proj", "v_proj"), projections(config, shape), strict=True):
+            resize(self, name, before, rows)
         resize(self, "o_proj", queries * shape.v_head_dim, after, bias=shape.o_bias)
         if shape.latent:
-            rows, old = queries * shape.v_head_dim, self.q_proj
+            wide, old = queries * shape.v_head_dim, self.q_proj
             placed = {"device": old.weight.device, "dtype": old.weight.dtype}
-            self.q_latent_proj = nn.Linear(before, rows, bias=old.bias is not None, **placed)
+            self.q_latent_proj = nn.Linear(before, wide, bias=old.bias is not None, **placed)
         self.layer_idx, self.latent = cache_index, shape.latent
         self.qk_head_dim, self.v_head_dim = shape.qk_head_dim, shape.v_head_dim
         self.num_key_value_groups = queries // groups
@@ -81,20 +79,12 @@ class PrunedAttention:
     ) -> tuple[Tensor, Tensor | None]:
         """Compute what the family's own forward does; hidden_states is (batch, seq_len, width of the stream)."""
         shape = hidden_states.shape[:-1]
-        query, key = self.q_proj(hidden_states), self.k_proj(hidden_states)
-        if self.joint_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query = query.view(*shape, -1, self.num_key_value_groups, self.projected)
-        key = key.view(*shape, -1, 1, self.projected)
+        query, key = self._by_group(self.q_proj(hidden_states), self.k_proj(hidden_states))
         value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
-        if self.has_qk_norm and not self.joint_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        if self.has_qk_norm:
-            query, key = self._kept(query), self._kept(key)
         assert position_embeddings is not None
         cos, sin = self._tables(*position_embeddings)
         if self.use_rope:
-            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         query, key = (states.flatten(2, 3).transpose(1, 2) for states in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -121,6 +111,21 @@ class PrunedAttention:
         if kind == "vllm":
             output = output.reshape(*shape, -1, width)[..., : self.v_head_dim]
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+    def _by_group(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Return queries and keys (batch, seq_len, groups, heads, qk_head_dim) from what was projected, normed and cut.
+
+        A group of keys has one head.
+        """
+        if self.joint_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = query.unflatten(-1, (-1, self.num_key_value_groups, self.projected))
+        key = key.unflatten(-1, (-1, 1, self.projected))
+        if not self.has_qk_norm:
+            return query, key
+        if not self.joint_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return self._kept(query), self._kept(key)
 
     def _kept(self, states: Tensor) -> Tensor:
         """Return the kept groups and channels (batch, seq_len, groups, heads, qk_head_dim) of normed heads."""
@@ -191,7 +196,7 @@ def _rows(pairs: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
     return pairs if len(set(pairs)) > 1 else pairs[:1]
 
 
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel pairs (i, i + width / 2), the Hugging Face layout."""
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin

@@ -9,6 +9,7 @@ import transformers
 from pydantic import Field
 
 from kvp.models.codecs import Codec
+from kvp.models.shapes import layer_shapes
 from kvp.options import options
 
 if TYPE_CHECKING:
@@ -41,8 +42,14 @@ class CacheFormat(ABC):
         """Refuse a model whose cache cannot be stored so; no weights are read.
 
         Raises:
-            ValueError: The attention of a layer slides, or as the format says.
+            ValueError: The attention of a layer slides or caches latents, or as the format says.
         """
+        for index, shape in enumerate(layer_shapes(config)):
+            if shape.k_latents:
+                raise ValueError(
+                    f"layer {index} caches latents, and a {type(self).__name__} cache stores keys and values of heads: "
+                    "choose cache=none"
+                )
         if any(transformers.DynamicCache(config=config).is_sliding):
             raise ValueError(
                 f"{config.model_type} has layers of sliding attention, whose cache forgets tokens by itself: a "

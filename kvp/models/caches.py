@@ -63,6 +63,8 @@ def _codecs(config: PretrainedConfig) -> Iterator[tuple[int, Codec]]:
     """Yield how the keys and the values of each layer are stored, and of how many heads."""
     kind = cache_format(config)
     for shape in layer_shapes(config):
-        widths = shape.qk_head_dim, shape.v_head_dim
+        if not (heads := 1 if shape.k_latents else shape.num_key_value_heads):
+            continue
+        widths = [channels // heads for channels in shape.cached]
         for codec in kind.codecs(*widths) if kind else map(Whole, widths):
-            yield shape.num_key_value_heads, codec
+            yield heads, codec

@@ -41,10 +41,10 @@ def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
     heads, groups, inner = shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size
     found: list[tuple[Linear, ...]] = []
     if groups:
-        queries, keys = projections(config, shape)
+        queries, keys, values = projections(config, shape)
         q = Linear(f"{attention}.{family.q}", queries, hidden)
         k = Linear(f"{attention}.{family.k}", keys, hidden)
-        v = Linear(f"{attention}.{family.v}", groups * shape.v_head_dim, hidden)
+        v = Linear(f"{attention}.{family.v}", values, hidden)
         still = Linear(f"{attention}.{family.q_latent}", heads * shape.v_head_dim, hidden)
         found += [
             (q, k, v, *[still] * shape.latent),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,10 +52,16 @@ def projected(config: PretrainedConfig, layer: LayerShape) -> int:
     return dense_shapes(config)[0].qk_head_dim if family_of(config).qk_norm else layer.qk_head_dim
 
 
-def projections(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int]:
-    """Return the rows of q and of k: before a norm over all heads together those of the dense model."""
-    heads = layer if layer.normed_groups is None else dense_shapes(config)[0]
-    width = projected(config, layer)
+def projections(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int, int]:
+    """Return the rows of q, k and v: before a norm over all heads those of the dense model, of latents those cached."""
+    queries, keys = normed_rows(config, layer)
+    cached_keys, values = layer.cached
+    return queries, cached_keys if layer.k_latents else keys, values
+
+
+def normed_rows(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int]:
+    """Return the channels of all queries, and of all keys, that a norm of a family with one reads."""
+    heads, width = layer if layer.normed_groups is None else dense_shapes(config)[0], projected(config, layer)
     return heads.num_attention_heads * width, heads.num_key_value_heads * width
 
 
@@ -64,6 +71,13 @@ def cut_after_norm(config: PretrainedConfig, layer: LayerShape) -> bool:
         return False
     fewer = layer.qk_head_dim != projected(config, layer)
     return fewer or len(layer.normed_groups or ()) not in (0, dense_shapes(config)[0].num_key_value_heads)
+
+
+def expansion_rows(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int]:
+    """Return the rows of the matrices that expand one latent of keys, and one of values; 0 where there are none."""
+    heads = layer.num_key_value_heads
+    keys = heads * projected(config, layer) // layer.k_latents[0] if layer.k_latents else 0
+    return keys, heads * layer.v_head_dim // layer.v_latents[0] if layer.v_latents else 0
 
 
 def stream(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int, int]:
@@ -114,11 +128,17 @@ def cut(shapes: Sequence[LayerShape], plan: Plan) -> tuple[LayerShape, ...]:
     for index in kept_blocks:
         layer = _cut_layer(
             folded(shapes[index], plan.folded),
-            *(keep.get((kind, index)) for kind in ("kv_group", "qk", "vo", "ffn")),
+            *(keep.get((kind, index)) for kind in ("kv_group", "qk", "vo", "k_latent", "v_latent", "ffn")),
         )
         if index not in kept_attention:
             layer = replace(
-                layer, num_attention_heads=0, num_key_value_heads=0, rope_pairs=None, normed_groups=None
+                layer,
+                num_attention_heads=0,
+                num_key_value_heads=0,
+                rope_pairs=None,
+                normed_groups=None,
+                k_latents=None,
+                v_latents=None,
             )
         if index not in kept_mlp:
             layer = replace(layer, intermediate_size=0)
@@ -146,6 +166,8 @@ def space_shape(space: Space, shapes: Sequence[LayerShape]) -> tuple[int, ...]:
         "kv_group": (groups,),
         "qk": (groups, layer.qk_head_dim // CHANNELS_PER_PAIR),
         "vo": (groups, layer.v_head_dim),
+        "k_latent": layer.k_latents or (),
+        "v_latent": layer.v_latents or (),
         "ffn": (layer.intermediate_size,),
     }[space.kind]
 
@@ -167,6 +189,8 @@ def _cut_layer(
     groups: torch.Tensor | None,
     pairs: torch.Tensor | None,
     channels: torch.Tensor | None,
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
     neurons: torch.Tensor | None,
 ) -> LayerShape:
     rope_pairs = layer.rope_pairs
@@ -192,6 +216,8 @@ def _cut_layer(
         rope_pairs=rope_pairs,
         qk_head_dim=layer.qk_head_dim if pairs is None else CHANNELS_PER_PAIR * pairs.shape[-1],
         v_head_dim=layer.v_head_dim if channels is None else channels.shape[-1],
+        k_latents=layer.k_latents if keys is None else (keys.shape[0], keys.shape[1]),
+        v_latents=layer.v_latents if values is None else (values.shape[0], values.shape[1]),
         intermediate_size=layer.intermediate_size if neurons is None else len(neurons),
     )
 
@@ -231,14 +257,13 @@ def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
     qkv_bias, o_bias = attention_bias or family.qkv_bias, attention_bias or layer.o_bias
     mlp_bias = family.has_bias("mlp_bias", config)
     down_bias = mlp_bias or layer.down_bias
-    q_out, k_out = projections(config, layer)
-    o_in, v_out = (
-        heads * layer.v_head_dim for heads in (layer.num_attention_heads, layer.num_key_value_heads)
-    )
+    q_out, k_out, v_out = projections(config, layer)
+    o_in = layer.num_attention_heads * layer.v_head_dim
     rows = q_out + k_out + v_out + layer.latent * o_in
     attention = (before + qkv_bias) * rows + between * (o_in + o_bias)
+    attention += sum(map(mul, layer.cached, expansion_rows(config, layer)))
     if family.qk_norm:
-        attention += q_out + k_out if family.joint_norm else 2 * projected(config, layer)
+        attention += sum(normed_rows(config, layer)) if family.joint_norm else 2 * projected(config, layer)
     mlp = 2 * (between + mlp_bias) * layer.intermediate_size + after * (layer.intermediate_size + down_bias)
     norms = len(family.layer_norms + family.post_norms) * config.hidden_size
     around = norms if layer.stream is None else between * (before + after)  # norms, or shortcuts

@@ -65,7 +65,14 @@ def make_record(
 def model_record(x: Experiment, checkpoint: Checkpoint, examined: Mapping[str, Finished]) -> ModelRecord:
     """Return what is known of one model, from the stages that looked at it."""
     config, shapes = checkpoint.config, layer_shapes(checkpoint.config)
-    widths = [{name: getattr(shape, name) for name in LayerRecord.model_fields} for shape in shapes]
+    widths = [
+        {
+            name: value
+            for name in LayerRecord.model_fields
+            if (value := getattr(shape, name)) is not None or name == "stream"
+        }
+        for shape in shapes
+    ]
     results = {place: stage.result for place, stage in examined.items()}
 
     def below(folder: str) -> dict[str, dict[str, Any]]:

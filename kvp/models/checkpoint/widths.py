@@ -23,6 +23,8 @@ class Layer(BaseModel):
     stream: list[PositiveInt] | None = None
     latent: bool = False
     normed_groups: list[NonNegativeInt] | None = None
+    k_latents: list[PositiveInt] | None = None
+    v_latents: list[PositiveInt] | None = None
 
 
 def check_widths(
@@ -64,6 +66,7 @@ def _check_heads(layer: Layer, pairs: int) -> None:
         raise ValueError(
             f"qk_head_dim must be even and both widths > 0, got {layer.qk_head_dim} and {layer.v_head_dim}"
         )
+    _check_latents(layer, groups)
     rows = layer.rope_pairs
     if rows is None:
         if layer.qk_head_dim != 2 * pairs:
@@ -85,6 +88,17 @@ def _check_groups(layer: Layer, normed: int | None) -> None:
             raise ValueError(f"normed_groups must be null without a norm over all heads, got {named}")
     elif named is None or len(named) != groups or named != sorted({*named} & {*range(normed)}):
         raise ValueError(f"normed_groups must be {groups} ascending numbers below {normed}, got {named}")
+
+
+def _check_latents(layer: Layer, groups: int) -> None:
+    if (layer.k_latents is None) != (layer.v_latents is None) or (layer.k_latents and layer.latent):
+        raise ValueError("k_latents and v_latents go together, and not with latent")
+    for name in ("k_latents", "v_latents"):
+        latents = getattr(layer, name)
+        if latents is not None and (len(latents) != 2 or groups % latents[0]):
+            raise ValueError(
+                f"{name} must be a divisor of num_key_value_heads={groups} and a width, got {latents}"
+            )
 
 
 def _check_stream(layers: Sequence[Layer], hidden_size: int) -> None:
