@@ -107,6 +107,7 @@ class LayerShape:
         latent: Whether queries read the values, too, as keys that never turn. Values are then the latent of MLA.
         normed_groups: The dense model's KV groups that remain, where a norm over all heads together still reads the
             queries and keys of the others (OLMo 2). None: no such norm.
+        experts: The experts behind the router of the MLP, each of `intermediate_size`. 0: the MLP is one network.
     """
 
     num_attention_heads: int
@@ -120,6 +121,7 @@ class LayerShape:
     stream: tuple[int, int, int] | None = None
     latent: bool = False
     normed_groups: tuple[int, ...] | None = None
+    experts: int = 0
 
     @property
     def query_head_dim(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvp.models.shapes import projections, stream
+from kvp.models.shapes import active_width, projections, stream
 from kvp.models.sparse_cache import SparseLayer
 from kvp.types import LayerShape
 
@@ -33,13 +33,15 @@ def macs(config: PretrainedConfig, shapes: Sequence[LayerShape], *, prompt_lengt
 
 
 def _layer_weights(config: PretrainedConfig, layer: LayerShape) -> int:
-    """Count the entries of q, k, v, o, of the gate, up and down of the FFN, and of a sliced stream's shortcuts."""
+    """Count the entries that a token meets: q, k, v, o, gate, up and down, router, shortcuts of a sliced stream."""
     before, between, after = stream(config, layer)
     (queries, keys), outputs = projections(config, layer), layer.num_attention_heads * layer.v_head_dim
     rows = queries + keys + layer.latent * outputs + layer.num_key_value_heads * layer.v_head_dim
     shortcuts = between * (before + after) if layer.stream else 0
     attention = before * rows + between * outputs
-    return attention + (2 * between + after) * layer.intermediate_size + shortcuts
+    return (
+        attention + (2 * between + after) * active_width(config, layer) + between * layer.experts + shortcuts
+    )
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -23,6 +23,7 @@ class Layer(BaseModel):
     stream: list[PositiveInt] | None = None
     latent: bool = False
     normed_groups: list[NonNegativeInt] | None = None
+    experts: NonNegativeInt = 0
 
 
 def check_widths(
