@@ -116,6 +116,7 @@ class LayerShape:
         k_latents: Number and width of the latents that are cached in place of keys, each for as many KV heads. Keys
             are expanded from them before every rotation. None: keys are cached.
         v_latents: The same for values. What attention reads of a latent is expanded after it.
+        experts: The experts behind the router of the MLP, each of `intermediate_size`. 0: the MLP is one network.
     """
 
     num_attention_heads: int
@@ -131,6 +132,7 @@ class LayerShape:
     normed_groups: tuple[int, ...] | None = None
     k_latents: tuple[int, int] | None = None
     v_latents: tuple[int, int] | None = None
+    experts: int = 0
 
     @property
     def query_head_dim(self) -> int:

@@ -12,13 +12,16 @@ import pytest
 import torch
 from transformers import (
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -37,14 +40,21 @@ CONFIGS = {
     "smollm3": SmolLM3Config,
     "olmo2": Olmo2Config,
     "olmo3": Olmo3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+    "mixtral": MixtralConfig,
+    "gpt_oss": GptOssConfig,
 }
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
 
 
 EVERY_HEADS = ("llama", "gemma3_text")  # families whose MHA and MQA are tested always: without norms and with
-ALIKE = (
-    "olmo3",
-)  # families that share their attention with another; what sets them off has a file of its own
+NETWORKS = sorted(name for name, family in FAMILIES.items() if not family.experts)  # of one network per MLP
+LATE = (
+    "gpt_oss",
+    "olmo2",
+    "qwen3_moe",
+)  # families on which methods, who see spaces alone, are tested by slow tests
+ALIKE = ("mixtral", "olmo3")  # families that share their attention with another; what is their own has a file
 
 
 @pytest.fixture(autouse=True)
@@ -83,11 +93,15 @@ def tiny_config(family: str = "llama", heads: str = "gqa", **changes):
     if family == "olmo2":
         fields |= {"attention_bias": True}
         fields.pop("sliding_window")
-    if family == "olmo3":
-        fields |= {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
-        fields["layer_types"] = [
-            fields["layer_types"][n % 2] for n in range(changes.get("num_hidden_layers", 3))
-        ]
+    if family in ("olmo3", "gpt_oss"):
+        kinds = ["sliding_attention", "full_attention"] * changes.get("num_hidden_layers", 3)
+        fields |= {"sliding_window": 32, "layer_types": kinds[: len(kinds) // 2]}
+    if family in ("qwen3_moe", "mixtral", "gpt_oss"):
+        fields |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+    if family == "qwen3_moe":
+        fields |= {"moe_intermediate_size": 24, "mlp_only_layers": [1], "norm_topk_prob": True}
+    if family == "gpt_oss":
+        fields |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
     return CONFIGS[family](**{**fields, **changes})
 
 
@@ -97,6 +111,8 @@ def tiny_model(
     """A random model whose biases and norms are random too, so that no term is silently zero."""
     torch.manual_seed(seed)
     config = tiny_config(family, heads, **changes)
+    if dtype == torch.float64:
+        config._experts_implementation = "eager"  # the other kernels have no float64
     model = family_of(config).causal_lm(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -143,11 +159,12 @@ def refitted(compensation: Compensation, model: PreTrainedModel, batches, plan: 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """MHA and MQA of most families, and families like another, are slow tests; what is theirs alone is not."""
+    """MHA and MQA of most families, and families like another, are slow tests; what is their own is not."""
     for item in items:
         chosen = item.callspec.params if hasattr(item, "callspec") else {}
         family = chosen.get("family", "llama")
-        if family in ALIKE or (family not in EVERY_HEADS and chosen.get("heads", "gqa") != "gqa"):
+        late = family in LATE and "strategies" in item.path.parts
+        if late or family in ALIKE or (family not in EVERY_HEADS and chosen.get("heads", "gqa") != "gqa"):
             item.add_marker(pytest.mark.slow)
 
 

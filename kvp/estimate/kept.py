@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kvp.estimate.passes import FLOAT32, working_bytes
 from kvp.models.family import family_of
 from kvp.models.linears import Linear, linears
-from kvp.models.shapes import layer_shapes, normed_rows, stream
+from kvp.models.shapes import active_width, layer_shapes, normed_rows, stream
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -69,7 +69,7 @@ def kept_bytes(
     """
     shape, family = layer_shapes(config)[layer], family_of(config)
     before, between, _ = stream(config, shape)
-    heads, groups, inner = shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size
+    heads, groups, inner = shape.num_attention_heads, shape.num_key_value_heads, active_width(config, shape)
     queries, outputs = heads * shape.query_head_dim, heads * shape.read_head_dim
     keys, values = groups * shape.query_head_dim, groups * shape.read_head_dim
     kept = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvp.models.nll import ROWS
-from kvp.models.shapes import layer_shapes, size, stream
+from kvp.models.shapes import active_width, layer_shapes, size, stream
 from kvp.types import LayerShape
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def working_bytes(config: PretrainedConfig, *, tokens: int, width: int) -> int:
         queries = shape.num_attention_heads * shape.query_head_dim
         norm = 2 * width * hidden + FLOAT32 * hidden * (1 if width == FLOAT32 else 3)
         rotation = width * (2 * hidden + 4 * queries + shape.kv_width + expanded_channels(shape))
-        mlp = width * (2 * hidden + 3 * shape.intermediate_size)
+        mlp = width * (2 * hidden + 3 * active_width(config, shape))
         most = max(most, norm, rotation, mlp)
     return tokens * most
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kvp.models.packed_cache import PackedLayer
-from kvp.models.shapes import expansion_rows, projections, stream
+from kvp.models.shapes import active_width, expansion_rows, projections, stream
 from kvp.types import LayerShape
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def macs(config: PretrainedConfig, shapes: Sequence[LayerShape], *, prompt_lengt
 
 
 def _layer_weights(config: PretrainedConfig, layer: LayerShape) -> int:
-    """Count the entries of q, k, v, o, of the gate, up and down of the FFN, and of a sliced stream's shortcuts.
+    """Count the entries that a token meets: q, k, v, o, gate, up and down, router, shortcuts of a sliced stream.
 
     Expansions of latents count, too: of keys once per token, of values once per query head.
     """
@@ -47,7 +47,8 @@ def _layer_weights(config: PretrainedConfig, layer: LayerShape) -> int:
     attention = before * (rows + layer.latent * outputs) + between * outputs
     if layer.k_latents:
         attention += layer.cached[0] * expansion_rows(config, layer)[0] + outputs * layer.read_head_dim
-    return attention + (2 * between + after) * layer.intermediate_size + shortcuts
+    mlp = (2 * between + after) * active_width(config, layer) + between * layer.experts
+    return attention + mlp + shortcuts
 
 
 def cache_bytes(cache: Cache) -> int:

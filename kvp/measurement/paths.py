@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache
 from kvp.estimate.serving import SLICE, room
 from kvp.measurement.cache import check_whole_cache, fixed_cache
 from kvp.measurement.grouped import GROUPED
+from kvp.models.family import family_of
 from kvp.models.packed_cache import cache_for
 from kvp.models.rope import ropes
 
@@ -62,7 +63,13 @@ def prepare(
     """
     length = prompt_length + new_tokens
     check_whole_cache(model.config, length)
-    model.set_attn_implementation("sdpa" if path == "eager" else GROUPED)
+    sinks = family_of(model.config).sinks
+    if sinks and path != "eager":
+        raise ValueError(
+            f"{model.config.model_type} has attention sinks, which the kernels of a fixed cache have not: use --path "
+            "eager"
+        )
+    model.set_attn_implementation("eager" if sinks else "sdpa" if path == "eager" else GROUPED)
     if path == "eager":
         return Eager(model)
     decoder = Static(model, batch_size=batch_size, length=length, compiled=path == "compiled")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvp.models.shapes import layer_shapes, size, stream
+from kvp.models.shapes import active_width, expert_params, layer_shapes, size, stream
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,7 +26,8 @@ class StepBytes:
     """Bytes that one decode step reads or writes.
 
     Attributes:
-        weights_bytes: Every parameter once; of an embedding that is not also the head, the rows looked up.
+        weights_bytes: Every parameter once; of an embedding that is not also the head, the rows looked up. Of experts
+            those that one token needs, because all tokens of a step may agree.
         cache_bytes: Keys and values of all tokens, the new one's written, the others' read.
     """
 
@@ -45,6 +46,10 @@ def step_bytes(config: PretrainedConfig, *, batch_size: int, tokens: float, dtyp
     params = size(config, shapes).params
     if not config.tie_word_embeddings:
         params -= max(0, config.vocab_size - batch_size) * stream(config, shapes[0])[0]
+    for shape in shapes:
+        if shape.experts:
+            idle = shape.experts - active_width(config, shape) // shape.intermediate_size
+            params -= idle * expert_params(config, shape)
     kept = batch_size * tokens * sum(shape.kv_width for shape in shapes)
     return StepBytes(weights_bytes=params * dtype.itemsize, cache_bytes=kept * dtype.itemsize)
 

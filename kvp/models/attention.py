@@ -13,6 +13,7 @@ layers take as much memory as the keys of the sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kvp.models.layers import resize
 from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes, projections, stream
@@ -47,6 +47,8 @@ class PrunedAttention:
     training: bool
     has_qk_norm: bool  # set by the twin
     joint_norm: bool  # set by the twin: that norm is over all heads together
+    has_sinks: bool  # set by the twin
+    eager: Callable[..., tuple[Tensor, Tensor | None]]  # set by the twin
     use_rope: bool = True  # SmolLM3 sets it per layer
 
     def __init__(self, config: PretrainedConfig, layer_idx: int, shape: LayerShape, cache_index: int) -> None:
@@ -61,6 +63,8 @@ class PrunedAttention:
             wide, old = queries * shape.v_head_dim, self.q_proj
             placed = {"device": old.weight.device, "dtype": old.weight.dtype}
             self.q_latent_proj = nn.Linear(before, wide, bias=old.bias is not None, **placed)
+        if self.has_sinks:
+            self.sinks = nn.Parameter(self.q_proj.weight.new_empty(queries))
         self.layer_idx, self.latent = cache_index, shape.latent
         self.qk_head_dim, self.v_head_dim = shape.qk_head_dim, shape.v_head_dim
         self.num_key_value_groups = queries // groups
@@ -96,21 +100,30 @@ class PrunedAttention:
             query, key, value = (
                 nn.functional.pad(states, (0, width - states.shape[-1])) for states in (query, key, value)
             )
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
-        output, weights = attend(
+        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        if kind == "vllm":
+            output = output.reshape(*shape, -1, width)[..., : self.v_head_dim]
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what the config's implementation reads, (batch, seq_len, heads, width), and its weights."""
+        if self.has_sinks:
+            kwargs["s_aux"] = self.sinks
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
+        read: tuple[Tensor, Tensor | None] = attend(
             self,
             query,
             key,
             value,
-            attention_mask,
+            mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        if kind == "vllm":
-            output = output.reshape(*shape, -1, width)[..., : self.v_head_dim]
-        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+        return read
 
     def _by_group(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys (batch, seq_len, groups, heads, qk_head_dim) from what was projected, normed and cut.
@@ -160,7 +173,8 @@ class PrunedRotary:
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        every = (tuple(range(dense_shapes(config)[0].qk_head_dim // CHANNELS_PER_PAIR)),)
+        self.head_dim = dense_shapes(config)[0].qk_head_dim
+        every = (tuple(range(self.head_dim // CHANNELS_PER_PAIR)),)
         shapes = (shape for shape in layer_shapes(config) if shape.num_key_value_heads)
         layers = [_rows(shape.rope_pairs or every) for shape in shapes]
         self.sets = list(dict.fromkeys(layers))
@@ -175,11 +189,16 @@ class PrunedRotary:
         A model that kept only some pairs gets a pair (cos, sin) per attention, each as `PrunedAttention._tables`
         returns it.
         """
-        cos, sin = super().forward(x, position_ids, *layer_type)  # type: ignore[misc]
+        tables = super().forward(x, position_ids, *layer_type)  # type: ignore[misc]
+        cos, sin = (self._whole(table) for table in tables)
         if position_ids.shape[-1] > 1 or not self.cuts:
             return cos, sin
         gathered = list(zip(self._gather(cos), self._gather(sin), strict=True))
         return cos, sin, *(gathered[slot] for slot in self.slots)
+
+    def _whole(self, table: Tensor) -> Tensor:
+        """Return a table (batch, seq_len, head_dim); families whose code needs each frequency once give half of it."""
+        return torch.cat((table, table), dim=-1) if table.shape[-1] < self.head_dim else table
 
     def _gather(self, table: Tensor) -> list[Tensor]:
         """Return the columns of a table per distinct set of pairs, each (batch, 1, groups or 1, 1, width)."""

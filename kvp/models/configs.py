@@ -57,6 +57,9 @@ def pruned_config(
                 "attention cannot be removed from single layers of a model that mixes sliding and full "
                 "attention; remove whole blocks instead"
             )
+    if "mlp_only_layers" in fields:
+        fields["mlp_only_layers"] = [index for index, shape in enumerate(shapes) if not shape.experts]
+        fields["decoder_sparse_step"] = 1
     fields.update(num_hidden_layers=len(shapes), kvp_layers=[dataclasses.asdict(shape) for shape in shapes])
     for name in ("model_type", "architectures", "transformers_version"):
         fields.pop(name, None)

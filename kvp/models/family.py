@@ -30,6 +30,12 @@ class Family:
         joint_norm: That norm averages over the channels of all heads (OLMo 2). KV groups are cut after it, too.
         heads_first: That norm sees (batch, heads, seq_len, head_dim), not (batch, seq_len, heads, head_dim) (Gemma 3).
         layer_fields: The config's fields with an entry per layer, beside `layer_types` (SmolLM3: 1 where RoPE turns).
+        experts: The config's field for the width of an expert, if MLPs are experts behind a router (Qwen3-MoE). Experts
+            stay whole.
+        expert_files: Names of an expert's gate, up and down in files that hold it by itself; none, if no files do.
+        expert_folder: The MLP's name in such files (Mixtral).
+        expert_bias: Router and experts have biases, and the MLP returns the router's scores, too (gpt-oss).
+        sinks: Every query head has a logit that takes attention from all tokens (gpt-oss).
         qkv_bias: q, k and v always have a bias and o never (Qwen2).
         bias_options: The config's fields that give projections a bias: `attention_bias` to q, k, v and o, `mlp_bias` to
             gate, up and down. A family reads no other.
@@ -43,6 +49,11 @@ class Family:
     joint_norm: bool = False
     heads_first: bool = False
     layer_fields: tuple[str, ...] = ()
+    experts: str = ""
+    expert_files: tuple[str, ...] = ()
+    expert_folder: str = "mlp"
+    expert_bias: bool = False
+    sinks: bool = False
     qkv_bias: bool = False
     bias_options: tuple[str, ...] = ()
     embedding: str = "model.embed_tokens"
@@ -89,6 +100,12 @@ class Family:
     def attention_class(self) -> type:
         """Return the attention class, whose forward the pruned twin replaces."""
         return self._class("Attention")
+
+    @property
+    def eager_attention(self) -> Any:
+        """Return the function that computes attention outside of fused kernels."""
+        folder = self.folder or self.name if self.sinks else "llama"
+        return import_module(f"transformers.models.{folder}.modeling_{folder}").eager_attention_forward
 
     @property
     def layer_class(self) -> type:
@@ -141,6 +158,29 @@ FAMILIES: dict[str, Family] = {
                 post_norms=("post_attention_layernorm", "post_feedforward_layernorm"),
             )
             for name, prefix in (("olmo2", "Olmo2"), ("olmo3", "Olmo3"))
+        ),
+        Family(
+            name="qwen3_moe",
+            prefix="Qwen3Moe",
+            qk_norm=True,
+            bias_options=("attention_bias",),
+            experts="moe_intermediate_size",
+            expert_files=("gate_proj", "up_proj", "down_proj"),
+        ),
+        Family(
+            name="mixtral",
+            prefix="Mixtral",
+            experts="intermediate_size",
+            expert_files=("w1", "w3", "w2"),
+            expert_folder="block_sparse_moe",
+        ),
+        Family(
+            name="gpt_oss",
+            prefix="GptOss",
+            bias_options=("attention_bias",),
+            experts="intermediate_size",
+            expert_bias=True,
+            sinks=True,
         ),
     )
 }

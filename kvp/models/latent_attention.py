@@ -24,8 +24,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from kvp.models.attention import PrunedAttention, rotate
 from kvp.models.layers import resize
@@ -119,20 +117,8 @@ class LatentAttention(PrunedAttention):
         query, key = (states.flatten(2, 3).transpose(1, 2) for states in (query, key))
         per_latent = self.num_key_value_heads // self.v_latents
         value = latents[1][:, 0].unflatten(-1, (self.v_latents, -1)).transpose(1, 2)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attend(
-            self,
-            query,
-            key,
-            value.repeat_interleave(per_latent, dim=1),
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        value = value.repeat_interleave(per_latent, dim=1)
+        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
         read = output.reshape(*shape, self.v_latents, per_latent, self.num_key_value_groups, -1)
         expanded = self.v_up_proj(read.movedim(2, -2).flatten(-2))
         return self.o_proj(expanded.reshape(*shape, -1)), weights

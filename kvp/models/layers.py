@@ -16,11 +16,20 @@ class NoAttention(nn.Module):
 
 
 class NoMLP(nn.Module):
-    """A removed feed-forward network, which adds nothing to the residual stream."""
+    """A removed feed-forward network, which adds nothing to the residual stream.
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return a zero that broadcasts."""
-        return hidden_states.new_zeros(())
+    Attributes:
+        scored: Whether the network returned the scores of its router as well.
+    """
+
+    def __init__(self, scored: bool = False) -> None:
+        super().__init__()
+        self.scored = scored
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        """Return a zero that broadcasts; with `scored` in the place of a router's scores, too."""
+        zero = hidden_states.new_zeros(())
+        return (zero, zero) if self.scored else zero
 
 
 def resize(module: Any, name: str, in_features: int, out_features: int, *, bias: bool = False) -> None:

@@ -34,7 +34,7 @@ def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
     """Return the matrices of one layer in the order of the forward pass; the members of a tuple share their input.
 
     The tuples are (q, k, v), (o,), (gate, up), (down,); a latent layer has (q, k, v, q_latent). An absent sublayer has
-    none.
+    none, and neither have experts, whose matrices are one tensor.
     """
     family, shape, hidden = family_of(config), layer_shapes(config)[layer], config.hidden_size
     attention, mlp = (f"{family.layers}.{layer}.{part}" for part in (family.attention, family.mlp))
@@ -50,7 +50,7 @@ def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
             (q, k, v, *[still] * shape.latent),
             (Linear(f"{attention}.{family.o}", hidden, heads * shape.v_head_dim),),
         ]
-    if inner:
+    if inner and not shape.experts:
         gate, up = (Linear(f"{mlp}.{name}", inner, hidden) for name in (family.gate, family.up))
         found += [(gate, up), (Linear(f"{mlp}.{family.down}", hidden, inner),)]
     return found

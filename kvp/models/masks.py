@@ -66,7 +66,7 @@ def remove_sublayers(model: PreTrainedModel, layer: int, kind: str) -> None:
     if kind in ("block", "attention"):
         module.set_submodule(family.attention, NoAttention())
     if kind in ("block", "mlp"):
-        module.set_submodule(family.mlp, NoMLP())
+        module.set_submodule(family.mlp, NoMLP(family.expert_bias))
 
 
 @contextmanager

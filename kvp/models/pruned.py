@@ -22,11 +22,15 @@ from kvp.types import LayerShape
 def model_twin(family: Family, Config: type[PretrainedConfig]) -> type[PreTrainedModel]:
     """Make the model class of a family's pruned twin; an export `--to remote_code` carries this code."""
 
-    class Attention(PrunedAttention, family.attention_class):  # type: ignore[name-defined]
-        has_qk_norm, joint_norm = family.qk_norm, family.joint_norm
+    class Traits:
+        has_qk_norm, joint_norm, has_sinks = family.qk_norm, family.joint_norm, family.sinks
+        eager = staticmethod(family.eager_attention)
 
-    class OfLatents(LatentAttention, family.attention_class):  # type: ignore[name-defined]
-        has_qk_norm, joint_norm = family.qk_norm, family.joint_norm
+    class Attention(Traits, PrunedAttention, family.attention_class):  # type: ignore[name-defined]
+        pass
+
+    class OfLatents(Traits, LatentAttention, family.attention_class):  # type: ignore[name-defined]
+        pass
 
     class Rotary(PrunedRotary, family.rotary_class):  # type: ignore[name-defined]
         pass
@@ -51,7 +55,7 @@ def model_twin(family: Family, Config: type[PretrainedConfig]) -> type[PreTraine
                 cache_index += 1
             else:
                 layer.self_attn = NoAttention()
-            _resize_mlp(layer, config, shape)
+            _resize_mlp(layer, config, shape, family.expert_bias)
 
     class Decoder(family.decoder):  # type: ignore[name-defined]
         config_class = Config
@@ -69,6 +73,11 @@ def model_twin(family: Family, Config: type[PretrainedConfig]) -> type[PreTraine
             narrow(self.model, config)
             self.post_init()
 
+    for model in (
+        Decoder,
+        Model,
+    ):  # else transformers looks for experts in this file, and chooses the slowest kernel
+        model._can_set_experts_implementation_cached_value = bool(family.experts)
     suffixes = {
         Decoder: "Model",
         Attention: "Attention",
@@ -83,9 +92,11 @@ def model_twin(family: Family, Config: type[PretrainedConfig]) -> type[PreTraine
     return Model
 
 
-def _resize_mlp(layer: Any, config: PretrainedConfig, shape: LayerShape) -> None:
+def _resize_mlp(layer: Any, config: PretrainedConfig, shape: LayerShape, scored: bool) -> None:
     if not (intermediate := shape.intermediate_size):
-        layer.mlp = NoMLP()
+        layer.mlp = NoMLP(scored)
+        return
+    if shape.experts:
         return
     _, before, after = stream(config, shape)
     for name in ("gate_proj", "up_proj"):

@@ -40,7 +40,21 @@ def dense_shapes(config: PretrainedConfig) -> tuple[LayerShape, ...]:
         intermediate_size=config.intermediate_size,
         normed_groups=tuple(range(config.num_key_value_heads)) if family_of(config).joint_norm else None,
     )
-    return (layer,) * config.num_hidden_layers
+    if not (width := family_of(config).experts):
+        return (layer,) * config.num_hidden_layers
+    routed = replace(layer, experts=config.num_experts, intermediate_size=getattr(config, width))
+    return tuple(routed if _is_routed(config, n) else layer for n in range(config.num_hidden_layers))
+
+
+def _is_routed(config: PretrainedConfig, layer: int) -> bool:
+    """Return whether the MLP of a layer of a dense model has experts; Qwen3-MoE may mix both kinds of layers."""
+    every = getattr(config, "decoder_sparse_step", 1)
+    return layer not in (getattr(config, "mlp_only_layers", None) or ()) and (layer + 1) % every == 0
+
+
+def active_width(config: PretrainedConfig, layer: LayerShape) -> int:
+    """Return how many neurons of the MLP a token passes: all of them, or those of the experts chosen for it."""
+    return layer.intermediate_size * (min(config.num_experts_per_tok, layer.experts) if layer.experts else 1)
 
 
 def _frozen(value: Any) -> Any:
@@ -141,7 +155,7 @@ def cut(shapes: Sequence[LayerShape], plan: Plan) -> tuple[LayerShape, ...]:
                 v_latents=None,
             )
         if index not in kept_mlp:
-            layer = replace(layer, intermediate_size=0)
+            layer = replace(layer, intermediate_size=0, experts=0)
         layers.append(layer)
     return tuple(layers)
 
@@ -251,6 +265,12 @@ def itemsize(config: PretrainedConfig) -> int:
     return (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
 
 
+def expert_params(config: PretrainedConfig, layer: LayerShape) -> int:
+    """Return the parameters of one expert."""
+    hidden, inner = config.hidden_size, layer.intermediate_size
+    return 3 * hidden * inner + family_of(config).expert_bias * (2 * inner + hidden)
+
+
 def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
     (before, between, after), family = stream(config, layer), family_of(config)
     attention_bias = family.has_bias("attention_bias", config)
@@ -262,9 +282,14 @@ def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
     rows = q_out + k_out + v_out + layer.latent * o_in
     attention = (before + qkv_bias) * rows + between * (o_in + o_bias)
     attention += sum(map(mul, layer.cached, expansion_rows(config, layer)))
+    attention += layer.num_attention_heads * family.sinks
     if family.qk_norm:
         attention += sum(normed_rows(config, layer)) if family.joint_norm else 2 * projected(config, layer)
     mlp = 2 * (between + mlp_bias) * layer.intermediate_size + after * (layer.intermediate_size + down_bias)
+    if layer.experts:
+        mlp = layer.experts * (
+            expert_params(config, layer) + between + family.expert_bias
+        )  # and a row of the router
     norms = len(family.layer_norms + family.post_norms) * config.hidden_size
     around = norms if layer.stream is None else between * (before + after)  # norms, or shortcuts
     return around + attention * (layer.num_key_value_heads > 0) + mlp * (layer.intermediate_size > 0)

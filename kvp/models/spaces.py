@@ -74,6 +74,9 @@ def _why_not(config: PretrainedConfig, kind: Kind) -> str:
     cut = any(cut_after_norm(config, shape) for shape in shapes)
     if cut and (kind == "qk" or (kind == "kv_group" and family_of(config).joint_norm)):
         return "its keys were cut after their norm, which needs the channels as they were"
+    networks = [shape for shape in layer_shapes(config) if shape.intermediate_size]
+    if kind == "ffn" and networks and all(shape.experts for shape in networks):
+        return "its MLPs are experts behind a router, which stay whole"
     if kind == "attention" and len(set(getattr(config, "layer_types", None) or ())) > 1:
         return "it mixes sliding and full attention, and its cache could not tell the layers apart"
     return ""
@@ -101,14 +104,24 @@ def find_spaces(config: PretrainedConfig, kinds: Iterable[Kind]) -> list[Space]:
 
 
 def _layers_with(kind: Kind, shapes: Sequence[LayerShape]) -> list[int | None]:
-    width = (lambda s: s.intermediate_size) if kind == "ffn" else (lambda s: s.num_key_value_heads)
-    return [index for index, shape in enumerate(shapes) if width(shape)]
+    neurons = (shape.intermediate_size if not shape.experts else 0 for shape in shapes)
+    widths = neurons if kind == "ffn" else (shape.num_key_value_heads for shape in shapes)
+    return [index for index, width in enumerate(widths) if width]
 
 
 def members(config: PretrainedConfig, space: Space) -> list[Member]:
-    """Return the matrices that `space` cuts, with the index that each row or column belongs to."""
+    """Return the matrices that `space` cuts, with the index that each row or column belongs to.
+
+    Raises:
+        ValueError: Experts go with it, which are no matrices of their own.
+    """
     family, shapes = family_of(config), layer_shapes(config)
     if space.layer is None:
+        if space.kind in ("block", "mlp") and any(shape.experts for shape in shapes):
+            raise ValueError(
+                f"{config.model_type} has experts, and no score here sums over their weights: choose a strategy that "
+                "removes blocks by their states or their loss: shortgpt, sleb, or shortened_llm with criterion=ppl"
+            )
         return [
             Member(name, 0, torch.full((rows,), index))
             for index, shape in enumerate(shapes)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kvp.models.family import family_of
+from kvp.models.shapes import layer_shapes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -33,8 +34,14 @@ def require_turnable(config: PretrainedConfig) -> None:
     """Refuse a stream that cannot be expressed in other coordinates.
 
     Raises:
-        ValueError: Norms follow attention and MLP, and their weights belong to single channels of the stream.
+        ValueError: Norms follow attention and MLP, and their weights belong to single channels of the stream. Or there
+            are experts.
     """
+    if any(shape.experts for shape in layer_shapes(config)):
+        raise ValueError(
+            f"{config.model_type} has experts, which read the stream and stay whole, so it cannot be sliced: choose a "
+            "strategy that cuts heads, channels or blocks"
+        )
     if family_of(config).post_norms:
         raise ValueError(
             f"{config.model_type} norms what attention and MLP write, so its stream cannot be sliced: choose a "

@@ -13,11 +13,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kvp.models.configs import pruned_config
 from kvp.models.family import family_of
-from kvp.models.masks import masks_of
+from kvp.models.masks import Masks, masks_of
 from kvp.models.plans import kept_blocks
 from kvp.models.pruned import pruned_class
 from kvp.models.rope import require_fixed_rope, switches
 from kvp.models.shapes import cut, layer_shapes, require_whole_stream, sliced
+from kvp.models.spaces import keep_mask
 from kvp.models.stream import require_turnable, rotated
 from kvp.types import LayerShape, Plan
 
@@ -48,7 +49,7 @@ def _cut(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     shapes = layer_shapes(config)
     blocks = kept_blocks(plan, len(shapes))
     twin = empty_twin(config, _biased(config, cut(shapes, plan), blocks, plan), blocks)
-    masks, source = masks_of(config, plan), _edited(model, plan)
+    masks, source = masks_of(config, plan) | _sinks(config, plan), _edited(model, plan)
     state = {}
     for name in twin.state_dict():
         old = re.sub(rf"^{re.escape(layers)}\.(\d+)\.", lambda m: f"{layers}.{blocks[int(m[1])]}.", name)
@@ -70,6 +71,7 @@ def empty_twin(
     """Return a model of these shapes without weights; its layers are the `blocks` of the config's model."""
     new_config = pruned_config(config, shapes, blocks)
     new_config._attn_implementation = config._attn_implementation
+    new_config._experts_implementation = config._experts_implementation
     with torch.device("meta"):
         return pruned_class(config)(new_config)
 
@@ -139,6 +141,21 @@ def _biased(
         )
         for block, shape in zip(blocks, shapes, strict=True)
     ]
+
+
+def _sinks(config: PretrainedConfig, plan: Plan) -> Masks:
+    """Return masks of the sinks, one number per query head, which go with the KV groups; by name of the attention."""
+    family = family_of(config)
+    groups = {space.layer: space for space in plan.keep if space.kind == "kv_group"} if family.sinks else {}
+    return {
+        f"{family.layers}.{layer}.{family.attention}": {
+            0: keep_mask(space, plan.keep[space].cpu()).repeat_interleave(
+                layer_shapes(config)[layer].num_attention_heads // space.shape[0]
+            )
+        }
+        for layer, space in groups.items()
+        if layer is not None
+    }
 
 
 def _selected(tensor: Tensor, axes: dict[int, Tensor]) -> Tensor:

@@ -84,7 +84,7 @@ def check_gguf(config: PretrainedConfig) -> None:
         ValueError: Names the property and the way out.
     """
     family = family_of(config)
-    if family.post_norms or family.layer_fields:
+    if family.post_norms or family.layer_fields or family.experts:
         raise ValueError(
             f"kvp writes no GGUF of {config.model_type}, whose graph in llama.cpp is another: use --to stock, and "
             "llama.cpp's convert_hf_to_gguf.py"

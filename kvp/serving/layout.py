@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvp.models.family import family_of
@@ -56,7 +56,7 @@ def stock_layout(config: PretrainedConfig, one_width: bool = True) -> Layout:
     require_whole_keys(config)
     shapes = layer_shapes(config)
     for name, way_out in WAY_OUT.items():
-        values = sorted({getattr(shape, name) for shape in shapes})
+        values = sorted(_widths(shapes, name))
         if len(values) > 1:
             missing = " (a sublayer is missing)" if 0 in values else ""
             raise ValueError(
@@ -75,7 +75,19 @@ def stock_layout(config: PretrainedConfig, one_width: bool = True) -> Layout:
                 f"a compensation gave {name} a bias that {family_of(config).name} models have not; use "
                 "strategy/compensation=none or least_squares with intercept=false"
             )
+    if first.experts:  # a config says the width of MLPs beside that of experts
+        networks = {shape.intermediate_size for shape in shapes if not shape.experts}
+        first = replace(first, intermediate_size=min(networks, default=config.intermediate_size))
     return Layout(first, _pairs(shapes), dense_shapes(config)[0].qk_head_dim)
+
+
+def _widths(shapes: Sequence[LayerShape], name: str) -> set[int]:
+    """Return the values of a width; experts are as wide as the MLPs beside them."""
+    values = {getattr(shape, name) for shape in shapes}
+    if name != "intermediate_size" or not any(shape.experts for shape in shapes):
+        return values
+    networks = {shape.intermediate_size for shape in shapes if not shape.experts}
+    return networks if networks - {0} else values
 
 
 def require_whole_keys(config: PretrainedConfig) -> None:

@@ -49,6 +49,8 @@ def _check_attention(config: PretrainedConfig) -> None:
         raise ValueError(
             f"{family.name} normalises queries and keys, which MLA does not: export it --to stock"
         )
+    if family.experts:
+        raise ValueError(f"{family.name} has experts, and kvp writes none as MLA: export it --to stock")
     if family.layer_fields:
         raise ValueError(
             f"{family.name} has layers without RoPE, which MLA engines turn: export it --to stock"

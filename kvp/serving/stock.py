@@ -54,7 +54,7 @@ def to_stock(model: PreTrainedModel, form: Form) -> PreTrainedModel:
     with torch.device("meta"):
         stock = stock_family.causal_lm(stock_config)
     stock.load_state_dict(state, assign=True)
-    stock.set_submodule(family.rotary, type(rotary)(stock_config))
+    stock.set_submodule(family.rotary, stock_family.rotary_class(stock_config))
     take_buffers(stock, model, family.embedding)
     stock.tie_weights()
     stock.generation_config = model.generation_config
@@ -143,7 +143,7 @@ def _padded_layer(config: PretrainedConfig) -> LayerShape:
             "folded rope pairs share one frequency, which the dense shape has once: no padded form; set "
             "strategy.context=null"
         )
-    return replace(dense, rope_pairs=None)
+    return replace(dense, rope_pairs=None, intermediate_size=config.intermediate_size)
 
 
 def _padded_state(model: PreTrainedModel) -> dict[str, Tensor]:

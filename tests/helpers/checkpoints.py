@@ -38,16 +38,29 @@ DENSE = {
     "qwen3": ("qwen3", {}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": 16}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "mixtral": ("mixtral", WINDOW),
+    "gpt_oss": ("gpt_oss", {"sliding_window": 16}),
     "qwen3-llama3": ("qwen3", {"rope_parameters": ROPES["llama3"] | {"rope_theta": 1e4}}),
 }
-PRUNED = ("llama", "llama-tied", "mistral-window", "qwen2", "qwen3", "gemma3-tied", "olmo2")
-SHARDED = ("llama-plain", "qwen2-mixed")
+PRUNED = (
+    "llama",
+    "llama-tied",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+    "gemma3-tied",
+    "olmo2",
+    "qwen3_moe",
+    "gpt_oss",
+)
+SHARDED = ("llama-plain", "qwen2-mixed", "qwen3_moe")
 TYPES = {  # that kvp does not know
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 64},
     "gemma": {"head_dim": 8},
     "olmo": {},
     "phi3": {},
-    "mixtral": {"num_local_experts": 2},
+    "olmoe": {"num_experts": 2, "num_experts_per_tok": 1},
 }
 SHAPE = {
     "vocab_size": VOCABULARY,

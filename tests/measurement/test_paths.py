@@ -11,6 +11,7 @@ from kvp.measurement import paths
 from kvp.measurement.cache import fixed_cache
 from kvp.measurement.count import cache_bytes, cache_bytes_per_token
 from kvp.measurement.paths import Eager, Static, attention_kernels, next_token, prepare
+from kvp.models.family import FAMILIES
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.surgery import apply
 from tests.conftest import random_plan, tiny_model
@@ -87,6 +88,10 @@ def test_captured_steps_decode_the_same_tokens(kind, path, prompt, monkeypatch):
 
 def test_families_decode_statically(family, prompt):
     model = tiny_model(family, dtype=torch.float64)
+    if FAMILIES[family].sinks:
+        with pytest.raises(ValueError, match=r"has attention sinks, .*: use --path eager"):
+            prepare("static", model, batch_size=3, prompt_length=PROMPT, new_tokens=NEW)
+        return
     decoder = prepare("static", model, batch_size=3, prompt_length=PROMPT, new_tokens=NEW)
     assert torch.equal(decoded(decoder, prompt), decoded(Eager(model), prompt))
 

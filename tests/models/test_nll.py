@@ -20,7 +20,7 @@ def test_next_token_nll_is_the_models_own_loss(family, rows, words, monkeypatch)
     logits = model(ids).logits[:, :-1]
     expected = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    weight = model.model.layers[1].mlp.up_proj.weight
+    weight = model.model.layers[1].self_attn.v_proj.weight
     ours, theirs = (
         torch.autograd.grad(loss, weight)[0] for loss in (losses.mean(), model(ids, labels=ids).loss)
     )

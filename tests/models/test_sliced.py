@@ -18,14 +18,14 @@ from kvp.models.spaces import available_kinds
 from kvp.models.surgery import apply
 from kvp.serving.write import export
 from kvp.types import Plan
-from tests.conftest import exact_norms, random_plan, tiny_config, tiny_model
+from tests.conftest import NETWORKS, exact_norms, random_plan, tiny_config, tiny_model
 from tests.helpers.masks import mask
 
 WIDTHS = (40, 32, 36, 24, 44, 28)  # of the six places of three layers
 WHOLE = (48,) * 6
 
 
-@pytest.fixture(params=sorted(name for name, family in FAMILIES.items() if not family.post_norms))
+@pytest.fixture(params=[name for name in NETWORKS if not FAMILIES[name].post_norms])
 def family(request) -> str:
     return request.param
 

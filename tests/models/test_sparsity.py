@@ -8,7 +8,12 @@ import torch
 from kvp.models.linears import all_linears
 from kvp.models.sparsity import count_zeros, is_n_of_m, zeros_of
 from kvp.models.surgery import apply
-from tests.conftest import random_plan, tiny_model
+from tests.conftest import NETWORKS, random_plan, tiny_model
+
+
+@pytest.fixture(params=NETWORKS)
+def family(request) -> str:
+    return request.param
 
 
 def test_bytes_of_one_matrix():

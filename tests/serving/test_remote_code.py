@@ -45,6 +45,9 @@ KINDS = {
     "gemma3_text": ["qk", "vo", "ffn"],
     "olmo2": ["kv_group", "qk", "vo"],
     "olmo3": ["kv_group", "vo", "block"],
+    "qwen3_moe": ["qk", "vo", "ffn"],
+    "mixtral": ["kv_group", "mlp"],
+    "gpt_oss": ["kv_group", "qk", "mlp"],
 }
 
 

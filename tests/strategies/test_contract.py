@@ -12,6 +12,7 @@ import torch
 from kvp.models.family import family_of
 from kvp.models.plans import read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import cut, layer_shapes, size
+from kvp.models.spaces import available_kinds
 from kvp.models.surgery import apply
 from kvp.strategies import methods
 from kvp.strategies.allocation.allocate import Uniform
@@ -26,6 +27,12 @@ from tests.helpers.masks import mask
 from tests.helpers.published import LLAMA_7B
 from tests.strategies.cases import BUDGET, CASES, CUTS, OPTIONS, ZEROS, make_plan, strategy, whole
 from tests.strategies.golden import assert_golden, zero_rows
+
+READ_MLPS = (
+    "llm_bip",
+    "shortened_llm_magnitude",
+    "shortened_llm_taylor",
+)  # as matrices, which experts have not
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -49,6 +56,11 @@ def test_contract(name, family, heads, tokens):
     method, model = strategy(name), tiny_model(family, heads, dtype=torch.float64)
     if isinstance(method, KVPrunerPlusMLA) and family_of(model.config).qk_norm:
         with pytest.raises(ValueError, match=r"cannot share one latent: choose strategy=kvpruner"):
+            method.check(model.config, BUDGET)
+        return
+    lacks = {*method.kinds()} - {*available_kinds(model.config)}
+    if family_of(model.config).experts and (lacks or name in READ_MLPS):
+        with pytest.raises(ValueError, match=r"has experts|MLPs are experts behind a router"):
             method.check(model.config, BUDGET)
         return
     mixes = getattr(method, "context", None) and "qk" in method.kinds()

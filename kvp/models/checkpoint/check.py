@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kvp.models.caches import cache_format
+from kvp.models.checkpoint.experts import as_stored
 from kvp.models.checkpoint.fields import check_fields
 from kvp.models.checkpoint.files import CONFIG, read_json, require_directory, weight_files
 from kvp.models.checkpoint.tensors import (
@@ -92,7 +93,8 @@ def check_weights(path: Path) -> Weights:
     model = _without_weights(path, config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = config.tie_word_embeddings
-    check_tensors(path, headers, expected, f"{family.embedding}.weight" if tied else None)
+    stored = as_stored(expected, headers, family)
+    check_tensors(path, headers, stored, f"{family.embedding}.weight" if tied else None)
     _check_size(path, config, count := parameters(expected, tied))
     check_generation(path, config.vocab_size)
     linears = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))

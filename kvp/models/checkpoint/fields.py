@@ -59,6 +59,12 @@ class Fields(BaseModel):
     sliding_window: PositiveInt | None = None
     max_window_layers: NonNegativeInt = 0
     layer_types: list[LayerType] | None = None
+    num_experts: PositiveInt | None = None
+    num_local_experts: PositiveInt | None = None
+    num_experts_per_tok: PositiveInt | None = None
+    moe_intermediate_size: PositiveInt | None = None
+    decoder_sparse_step: PositiveInt = 1
+    mlp_only_layers: list[NonNegativeInt] | None = None
     no_rope_layers: list[Literal[0, 1]] | None = None
     attention_chunk_size: None = None
     is_causal: Literal[True] = True
@@ -95,6 +101,8 @@ def check_fields(file: Path, config: Mapping[str, Any]) -> Fields:
         _check_names(config, family)
         _check_numbers(given)
         _check_attention(config, given, family)
+        if family.experts:
+            _check_experts(given)
         pairs = given.dense_head_dim // 2
         ropes = given.ropes or {}
         check_rope(config, ropes.get("full_attention", given.rope_parameters), given.rope_scaling, pairs)
@@ -203,6 +211,21 @@ def check_ids(name: str, value: int | list[int] | None, vocab_size: int) -> None
                 f"{name} must be below vocab_size={vocab_size}, got {number!r}: correct it, or resize the embedding "
                 "once with resize_token_embeddings(len(tokenizer))"
             )
+
+
+def _check_experts(given: Fields) -> None:
+    named = {given.num_experts, given.num_local_experts} - {None}
+    if len(named) != 1:
+        raise ValueError(
+            f"num_experts={given.num_experts} and num_local_experts={given.num_local_experts}: give one of them"
+        )
+    count, chosen = named.pop(), given.num_experts_per_tok
+    if chosen is None or chosen > count:  # type: ignore[operator]
+        raise ValueError(f"num_experts_per_tok must be at most num_experts={count}, got {chosen}")
+    if outside := [n for n in given.mlp_only_layers or () if n >= given.num_hidden_layers]:
+        raise ValueError(
+            f"mlp_only_layers must be below num_hidden_layers={given.num_hidden_layers}, got {outside[0]}"
+        )
 
 
 def _check_attention(config: Mapping[str, Any], given: Fields, family: Family) -> None:

@@ -25,6 +25,7 @@ class Layer(BaseModel):
     normed_groups: list[NonNegativeInt] | None = None
     k_latents: list[PositiveInt] | None = None
     v_latents: list[PositiveInt] | None = None
+    experts: NonNegativeInt = 0
 
 
 def check_widths(

@@ -114,7 +114,7 @@ class KVPrunerPlusMLA(ScoreStrategy):
             raise ValueError(
                 f"kvpruner_plus_mla cuts what is cached, so it goes with ratio=kv_cache only; got ratio.of={budget.of}"
             )
-        if len(set(layer_shapes(config))) > 1 or layer_shapes(config)[0] != dense_shapes(config)[0]:
+        if layer_shapes(config) != dense_shapes(config):
             raise ValueError(
                 "kvpruner_plus_mla starts from a dense model, and this one is pruned: give it the model that this was "
                 "made from"

@@ -45,7 +45,7 @@ from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.walk import Visit
 from kvp.strategies.target import Scores
 from kvp.strategies.templates.projections import LayerwiseStrategy, shares
-from kvp.types import Space
+from kvp.types import Budget, Space
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -64,6 +64,15 @@ class LLMBIP(LayerwiseStrategy):
 
     allocator: Allocator = Uniform(multiple_of=1, max_ratio=1.0)
     by_share: bool = True
+
+    @override
+    def check(self, config: PretrainedConfig, budget: Budget) -> None:
+        if any(shape.experts for shape in layer_shapes(config)):
+            raise ValueError(
+                f"llm_bip follows a channel through up_proj and down_proj, and {config.model_type} has experts there: "
+                "choose another strategy with strategy.grouping=kv_group, such as magnitude"
+            )
+        super().check(config, budget)
 
     @override
     def pools(self, config: PretrainedConfig, scores: Scores) -> list[Pool]:

@@ -43,7 +43,7 @@ from kvp.options import options
 from kvp.strategies.signals.importance import Importance, row_sums
 from kvp.strategies.target import Target
 from kvp.strategies.templates.blocks import DepthStrategy
-from kvp.types import Space
+from kvp.types import Budget, Space
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -76,6 +76,12 @@ class ShortenedLLM(DepthStrategy):
     @override
     def backward(self) -> Mapping[str, Collection[str]] | None:
         return None if self.criterion in ("ppl", "magnitude") else super().backward()
+
+    @override
+    def check(self, config: PretrainedConfig, budget: Budget) -> None:
+        if self.criterion != "ppl":
+            self._weights(config, self.space(config))  # which experts have none of
+        super().check(config, budget)
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:

@@ -9,7 +9,7 @@ from kvp.estimate.kept import until_backward
 from kvp.estimate.passes import FLOAT32, weights_bytes, with_total, working_bytes
 from kvp.models.linears import all_linears, linears
 from kvp.models.nll import ROWS, WORDS
-from kvp.models.shapes import itemsize, layer_shapes, size
+from kvp.models.shapes import active_width, itemsize, layer_shapes, size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -57,7 +57,7 @@ def layerwise_bytes(
             8 * hidden
             + 5 * shape.num_attention_heads * max(shape.query_head_dim, shape.read_head_dim)
             + 4 * shape.num_key_value_heads * (shape.query_head_dim + shape.read_head_dim)
-            + 4 * shape.intermediate_size
+            + 4 * active_width(config, shape)
         )
         + 4 * 4 * hidden
         for shape in shapes
@@ -124,7 +124,7 @@ def scoring_bytes(
     shapes, width = layer_shapes(config), itemsize(config)
     tokens = batch_size * length
     channels = sum(
-        s.kv_width * ("attention" in watched) + s.intermediate_size * ("mlp" in watched) for s in shapes
+        s.kv_width * ("attention" in watched) + active_width(config, s) * ("mlp" in watched) for s in shapes
     )
     largest = max(
         config.hidden_size

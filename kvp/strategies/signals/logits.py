@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from kvp.models.family import family_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -39,7 +41,9 @@ def observed_attention(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     name = model.config._attn_implementation
-    attend = ALL_ATTENTION_FUNCTIONS.get(name, sdpa_attention_forward)  # "eager" has no entry
+    family = family_of(model.config)
+    plain = family.eager_attention if family.sinks else sdpa_attention_forward
+    attend = ALL_ATTENTION_FUNCTIONS.get(name, plain)  # "eager" has no entry
 
     def observing(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         observe(module, query, key)

@@ -16,13 +16,13 @@ from typing_extensions import override
 
 from kvp.models.masks import without
 from kvp.models.shapes import cut, layer_shapes, size
-from kvp.models.spaces import find_spaces, members
+from kvp.models.spaces import find_spaces
 from kvp.options import options
 from kvp.strategies.base import PlannedStrategy, Strategy
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.losses import losses_without
 from kvp.strategies.target import Scores, Target
-from kvp.types import Budget, Kind, Plan, Space
+from kvp.types import Budget, Kind, LayerShape, Plan, Space
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -73,7 +73,11 @@ class DepthStrategy(PlannedStrategy):
         return min(len(self.candidates(config)), len(self._present(config)) - 1)
 
     def _present(self, config: PretrainedConfig) -> set[int]:
-        return {int(member.index[0]) for member in members(config, self.space(config))}
+        def has(shape: LayerShape) -> bool:
+            attention, mlp = shape.num_key_value_heads > 0, shape.intermediate_size > 0
+            return {"attention": attention, "mlp": mlp, "block": attention or mlp}[self.grouping]
+
+        return {layer for layer, shape in enumerate(layer_shapes(config)) if has(shape)}
 
     def losses(self, target: Target, layers: list[int], desc: str) -> Tensor:
         """Return (len(layers),) the calibration loss without each layer's part, in nats per token.

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from kvp.models.spaces import find_spaces
+from kvp.models.spaces import find_spaces, members
 from kvp.options import options
 from kvp.strategies.allocation.pools import Part, Pool
 from kvp.strategies.signals.estimate import SUBLAYERS
 from kvp.strategies.signals.importance import Importance, score_spaces
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.scored import ScoreStrategy
-from kvp.types import Kind, Space
+from kvp.types import Budget, Kind, Space
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -121,6 +121,13 @@ class ImportanceStrategy(ChannelStrategy):
     @override
     def needs_calibration(self) -> bool:
         return self.probes or self.criterion not in ("random", "l1", "l2")
+
+    @override
+    def check(self, config: PretrainedConfig, budget: Budget) -> None:
+        if self.grouping in ("block", "mlp") and self.criterion != "random":
+            for space in self.spaces(config):
+                members(config, space)  # which experts have none of
+        super().check(config, budget)
 
     @override
     def backward(self) -> Mapping[str, Collection[str]] | None:

@@ -27,6 +27,7 @@ from typing_extensions import override
 from kvp.models.linears import all_linears, linears
 from kvp.models.masks import edited
 from kvp.models.plans import edits_file, found_or_made
+from kvp.models.shapes import layer_shapes
 from kvp.options import options
 from kvp.strategies.base import Strategy
 from kvp.strategies.signals.estimate import layerwise_bytes
@@ -112,6 +113,11 @@ class SparseStrategy(Strategy):
         if budget.of != "sparsity":
             raise ValueError(
                 f"{type(self).__name__} zeroes single weights, which shortens no {budget.of}: choose ratio=sparsity"
+            )
+        if any(shape.experts for shape in layer_shapes(config)):
+            raise ValueError(
+                f"{type(self).__name__} zeroes weights of matrices, and most of {config.model_type} are experts, "
+                "which stay whole: choose a strategy that cuts heads, channels or blocks"
             )
         matrices = all_linears(config)
         if groups := self.groups:

@@ -16,9 +16,14 @@ from kvp.strategies.methods.numerical import Numerical
 from kvp.strategies.signals.moments import Moments
 from kvp.strategies.target import Target
 from kvp.types import Budget
-from tests.conftest import random_plan, refitted, tiny_model
+from tests.conftest import NETWORKS, random_plan, refitted, tiny_model
 from tests.helpers.inputs import batches, naive_inputs
 from tests.helpers.masks import mask
+
+
+@pytest.fixture(params=NETWORKS)
+def family(request) -> str:
+    return request.param
 
 
 def errors(model, plan, compensated):

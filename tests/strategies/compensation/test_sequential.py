@@ -11,10 +11,15 @@ from kvp.models.surgery import apply
 from kvp.strategies.compensation.compensate import LeastSquares
 from kvp.strategies.compensation.sequential import Products, Sequential
 from kvp.strategies.signals.walk import caught_inputs
-from tests.conftest import random_plan, refitted, tiny_model
+from tests.conftest import NETWORKS, random_plan, refitted, tiny_model
 from tests.helpers.masks import mask
 
 IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(params=NETWORKS)
+def family(request) -> str:
+    return request.param
 
 
 def inputs(model, name):

@@ -28,7 +28,7 @@ from kvp.strategies.methods.wanda import Wanda
 from kvp.strategies.methods.wanda_sp import WandaSP
 from kvp.strategies.target import Target
 from kvp.types import Budget
-from tests.conftest import random_plan, refitted, tiny_config, tiny_model
+from tests.conftest import NETWORKS, random_plan, refitted, tiny_config, tiny_model
 from tests.helpers.masks import mask
 from tests.helpers.runs import run_here
 
@@ -52,6 +52,11 @@ BUDGETS = {
     "compensated": CUT,
     "blocks": Budget(value=1 / 3, of="blocks"),
 }
+
+
+@pytest.fixture(params=NETWORKS)
+def family(request) -> str:
+    return request.param
 
 
 def target_of(model):

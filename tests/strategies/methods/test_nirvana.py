@@ -17,13 +17,18 @@ from kvp.strategies.signals.estimate import scoring_bytes
 from kvp.strategies.signals.losses import divergences
 from kvp.strategies.target import Target
 from kvp.types import Budget
-from tests.conftest import random_plan, tiny_config, tiny_model
+from tests.conftest import NETWORKS, random_plan, tiny_config, tiny_model
 from tests.helpers.masks import mask
 
 HEAD_DIM = 8
 ALLOCATOR = Tied(multiple_of=1, max_ratio=1.0, gamma=2.0)
 WHOLE = NIRVANA(allocator=ALLOCATOR, draws=1, share=1.0)
 HALVES = NIRVANA(allocator=ALLOCATOR, draws=3, share=0.5)
+
+
+@pytest.fixture(params=NETWORKS)
+def family(request) -> str:
+    return request.param
 
 
 def target_of(model, batch_size=2):

@@ -18,7 +18,7 @@ from kvp.strategies.compensation.compensate import Bias
 from kvp.strategies.methods.slicegpt import SliceGPT
 from kvp.strategies.target import Target
 from kvp.types import Budget
-from tests.conftest import exact_norms, tiny_config, tiny_model
+from tests.conftest import NETWORKS, exact_norms, tiny_config, tiny_model
 from tests.helpers.masks import mask
 from tests.helpers.runs import LIGHT, run_here
 
@@ -117,7 +117,7 @@ def test_bases_and_logits_are_those_of_the_naive_algebra(heads, orientation, tmp
     assert (pruned(tokens[:1]).logits - elsewhere).abs().max() < 1e-7  # rotary tables are float32
 
 
-@pytest.fixture(params=sorted(name for name, family in FAMILIES.items() if not family.post_norms))
+@pytest.fixture(params=[name for name in NETWORKS if not FAMILIES[name].post_norms])
 def family(request) -> str:
     return request.param
 

@@ -12,12 +12,17 @@ from kvp.models.spaces import find_spaces
 from kvp.models.surgery import apply
 from kvp.strategies.target import Target
 from kvp.types import Budget
-from tests.conftest import tiny_config, tiny_model
+from tests.conftest import NETWORKS, tiny_config, tiny_model
 from tests.helpers.masks import mask
 from tests.strategies import cases
 from tests.strategies.cases import make_plan
 
 HEAD_DIM = 8
+
+
+@pytest.fixture(params=NETWORKS)
+def family(request) -> str:
+    return request.param
 
 
 @pytest.fixture(params=["flap", "numerical", "wanda_sp", "llm_bip"])

@@ -30,7 +30,7 @@ from kvp.strategies.signals.moments import input_moments
 from kvp.strategies.signals.walk import walk
 from kvp.strategies.templates.selection import Pattern, lowest, share
 from kvp.types import Budget
-from tests.conftest import tiny_config, tiny_model
+from tests.conftest import NETWORKS, tiny_config, tiny_model
 from tests.helpers.masks import mask
 from tests.helpers.runs import ROOT, overrides, run_here
 from tests.process import start_kvp
@@ -43,6 +43,11 @@ METHODS = {
     name: made(name) for name in ZEROS if name != "mosaic"
 }  # mosaic varies the sparsity, see its own test
 IN_N_OF_M = {f"{name}_2:4": replace(method, pattern="2:4") for name, method in METHODS.items()}
+
+
+@pytest.fixture(params=NETWORKS)
+def family(request) -> str:
+    return request.param
 
 
 def zeros(plan):
