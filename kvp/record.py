@@ -24,7 +24,7 @@ MODELS = ("dense", "pruned", "recovered")
 EXAMINING = ("sparsity", "evaluate", "measure")  # stages by the first part of their names
 WAY_OUT = "delete it and repeat its command (finished stages are found), or leave it out"
 
-Denominator = Literal["kv_cache", "params", "block_params", "blocks", "sparsity"]
+Denominator = Literal["kv_cache", "params", "block_params", "blocks", "sparsity", "cache_bytes", "memory"]
 Curve = tuple[tuple[int, Nats | None], ...]
 
 
@@ -49,7 +49,9 @@ class AskedRecord(BudgetRecord):
 class RatioRecord(Part):
     """The fraction asked for, and the fraction achieved."""
 
-    asked: AskedRecord | None = Field(description="the budget; null: nothing is pruned")
+    asked: AskedRecord | None = Field(
+        description="the budget; null: nothing is pruned, or the limit is in GiB and the run has not finished"
+    )
     achieved: dict[Denominator, Fraction] | None = Field(
         None, description="if finished: fraction removed, by denominator"
     )

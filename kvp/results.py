@@ -81,6 +81,10 @@ class SizeRecord(Part):
     block_params: int = Field(description="parameters inside the decoder blocks")
     blocks: int = Field(description="decoder blocks")
     kv_bytes_per_token: Bytes = Field(description="keys and values per token, in the checkpoint's dtype")
+    stored_bytes_per_token: Bytes | None = Field(
+        None,
+        description="the same as the cache stores it over 4,096 tokens: bits, scales, window; null: not counted",
+    )
     layers: tuple[LayerRecord, ...] = Field(description="widths, layer by layer")
     sparsity: SparsityRecord | None = Field(description="zeros; null unless the strategy makes some")
 
@@ -113,7 +117,9 @@ class PerplexityRecord(Part):
     num_tokens: Tokens = Field(description="predicted tokens")
     num_windows: int = Field(description="windows")
     protocol: PerplexityProtocol = Field(description="what it was measured under")
-    cache: dict[str, int | float] | None = Field(None, description="sparse KV cache; null: dense")
+    cache: dict[str, int | float | str] | None = Field(
+        None, description="format of the KV cache; null: as the model makes it"
+    )
     data_hash: str = Field(description="sha256 of the token ids")
     dtype: str = Field(description="dtype of the weights and activations")
     overlap: Overlap = Field(description="whether calibration or recovery read the text")

@@ -71,6 +71,11 @@ class Budget:
         description="widths come in steps; a budget further than this from every step is refused",
     )
 
+    @property
+    def amount(self) -> str:
+        """Return how much is asked for, in names: "0.25"."""
+        return f"{self.value:g}"
+
 
 @dataclass(frozen=True)
 class Plan:

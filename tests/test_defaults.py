@@ -38,6 +38,8 @@ MEANT = {  # where a preset or a source differs from the class default on purpos
         for field in ("wheels", "files", "sha256", "origin")
     ),
     ("model.licence", "gemma3_270m"),
+    ("cache.group", "int8"),
+    *((f"cache.{field}", name) for name in ("kivi4", "kivi2") for field in ("keys", "window")),
     ("corpora.column", "ptb"),
     ("corpora.max_documents", "bookcorpus"),
     ("corpora.max_documents", "c4"),

@@ -33,17 +33,15 @@ LARGEST_NLL = math.log(sys.float_info.max)  # nats per token
 def window_nll(model: PreTrainedModel, windows: Tensor, scored: int) -> Tensor:
     """Return the NLL of the last `scored` tokens of each window given the tokens before them, (windows, scored).
 
-    A model with a sparse cache decodes token by token, because one forward pass would not read its cache.
+    With a packed cache every token reads what a decoder would have read, in one forward pass all the same.
     """
-    if getattr(model.config, "kvp_cache", None) is None:
-        logits = model(windows[:, :-1], logits_to_keep=scored, use_cache=False).logits
-        return token_nll(logits, windows[:, -scored:])
-    from kvp.models.sparse_cache import cache_for
+    read: dict[str, Any] = {"use_cache": False}
+    if getattr(model.config, "kvp_cache", None) is not None:
+        from kvp.models.one_pass import as_decoded
 
-    cache, losses = cache_for(model.config), []
-    for token, target in pairwise(windows.split(1, dim=1)):
-        losses.append(token_nll(model(token, past_key_values=cache, use_cache=True).logits, target))
-    return torch.cat(losses[-scored:], dim=1)
+        read = as_decoded(model, windows.shape[1] - 1)
+    logits = model(windows[:, :-1], logits_to_keep=scored, **read).logits
+    return token_nll(logits, windows[:, -scored:])
 
 
 @options

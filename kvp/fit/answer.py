@@ -29,6 +29,7 @@ from kvp.models.shapes import layer_shapes, size
 from kvp.pipeline.clock import Clock
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.needs import host_bytes, needs
+from kvp.strategies.limits import Limit
 from kvp.strategies.shape import expected_shape
 
 if TYPE_CHECKING:
@@ -113,6 +114,11 @@ def answer(asked: Question) -> Answer:
         raise ValueError(
             f"context must be <= {config.max_position_embeddings} (max_position_embeddings of {x.source.name}), got "
             f"{context}: the model knows no further positions"
+        )
+    if asked.ratios and isinstance(x.budget, Limit):
+        raise ValueError(
+            f"kvp fit shows what fractions leave, ratio={x.budget.of} looks for one: choose ratio=kv_cache or params "
+            "here, or kvp run --dry-run for the limit"
         )
     memory = _memory(x, asked)
     models, notes = {"dense": config}, []

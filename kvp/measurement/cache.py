@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvp.estimate.serving import room
-from kvp.models.mustafar import Mustafar
+from kvp.models.caches import cache_format
 from kvp.models.shapes import layer_shapes
 from kvp.types import LayerShape
 
@@ -79,7 +79,7 @@ def check_whole_cache(config: PretrainedConfig, length: int) -> None:
     """Refuse a model whose cache would not hold `length` tokens as they are; reads no weights.
 
     Raises:
-        ValueError: Its attention slides over fewer tokens, or its cache is sparse.
+        ValueError: Its attention slides over fewer tokens, or its cache is packed.
     """
     window = getattr(config, "sliding_window", None)
     if window is not None and length > window:
@@ -87,9 +87,9 @@ def check_whole_cache(config: PretrainedConfig, length: int) -> None:
             f"this model attends to {window} tokens only (sliding_window), a cache for {length} would keep more "
             "than it reads: use shorter sequences"
         )
-    if Mustafar.of(config):
+    if cache_format(config):
         raise ValueError(
-            "this checkpoint decodes with a sparse cache (kvp_cache), which only grows: measure it with "
+            "this checkpoint decodes with a packed cache (kvp_cache), which only grows: measure it with "
             "`python -m kvp`, measure=..."
         )
 

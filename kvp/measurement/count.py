@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvp.models.packed_cache import PackedLayer
 from kvp.models.shapes import projected, stream
-from kvp.models.sparse_cache import SparseLayer
 from kvp.types import LayerShape
 
 if TYPE_CHECKING:
@@ -44,21 +46,23 @@ def _layer_weights(config: PretrainedConfig, layer: LayerShape) -> int:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Return the bytes of keys and values that `cache` holds for the whole batch, with the bitmaps of a sparse one."""
+    """Return the bytes of keys and values that `cache` holds for the whole batch, scales and bitmaps included."""
     return sum(tensor.nbytes for layer in _filled(cache) for tensor in _stored(layer))
 
 
 def cache_bytes_per_token(cache: Cache) -> int:
-    """Return the bytes of keys and values per token of one sequence, over all layers, as stored.
+    """Return the bytes of keys and values per token of one sequence, over all layers, as stored, rounded up.
 
-    A sliding window layer counts what a token costs while it is inside the window, a sparse layer what one
+    A sliding window layer counts what a token costs while it is inside the window, a packed layer what one
     costs that has left it (0 if none has).
     """
-    return sum(
-        tensor.nbytes // (tensor.shape[0] * max(1, tensor.shape[-2]))
-        for layer in _filled(cache)
-        for tensor in (layer.packed() if isinstance(layer, SparseLayer) else _stored(layer))
-    )
+    return ceil(sum(map(_bytes_per_token, _filled(cache))))
+
+
+def _bytes_per_token(layer: Any) -> Fraction:
+    if isinstance(layer, PackedLayer):
+        return layer.bytes_per_token()
+    return sum((Fraction(x.nbytes, x.shape[0] * max(1, x.shape[-2])) for x in _stored(layer)), Fraction(0))
 
 
 def _filled(cache: Cache) -> list[Any]:
@@ -68,5 +72,5 @@ def _filled(cache: Cache) -> list[Any]:
 
 
 def _stored(layer: Any) -> list[Tensor]:
-    """Return the tensors that a layer keeps, each of shape (batch, groups, tokens, ...)."""
-    return layer.tensors() if isinstance(layer, SparseLayer) else [layer.keys, layer.values]
+    """Return the tensors that a layer keeps."""
+    return layer.tensors() if isinstance(layer, PackedLayer) else [layer.keys, layer.values]

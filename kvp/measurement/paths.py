@@ -24,8 +24,8 @@ from transformers.cache_utils import Cache
 from kvp.estimate.serving import SLICE, room
 from kvp.measurement.cache import check_whole_cache, fixed_cache
 from kvp.measurement.grouped import GROUPED
+from kvp.models.packed_cache import cache_for
 from kvp.models.rope import ropes
-from kvp.models.sparse_cache import cache_for
 
 DecodePath = Literal["eager", "static", "compiled"]
 

@@ -2,10 +2,10 @@
 
 A twin's config is the family's config and two more fields:
 
-| field        | holds                                                         |
-| ------------ | ------------------------------------------------------------- |
-| `kvp_layers` | the widths of every layer                                     |
-| `kvp_cache`  | the options of a sparse cache (`kvp.models.mustafar`), if any |
+| field        | holds                                                       |
+| ------------ | ----------------------------------------------------------- |
+| `kvp_layers` | the widths of every layer                                   |
+| `kvp_cache`  | the format of its cache (`kvp.models.caches`), if it is one |
 """
 
 import dataclasses

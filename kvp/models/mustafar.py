@@ -2,22 +2,26 @@
 
 A unit is one channel of one token's value, or of its key after the rotation, per KV group. The score is the channel's
 magnitude; higher = kept. Nothing is learnt and no weight changes. The checkpoint's config carries the options
-(`kvp_cache`), and `kvp.models.sparse_cache` is the cache.
+(`kvp_cache`), and `kvp.models.packed_cache` is the cache.
 
-Every token of a group keeps the same number of channels. A token is stored as its kept values, in the cache's dtype,
-and a bitmap of one bit per channel: no offsets, no padding, no ragged rows. The released code keeps one channel more,
-because it keeps its threshold too. It keeps still more on ties, and stores tiles of 64.
+Every token of a group keeps the same number of channels. A token is stored as its kept values, in the cache's dtype or
+as integers, and a bitmap of one bit per channel: no offsets, no padding, no ragged rows. The released code keeps one
+channel more, because it keeps its threshold too. It keeps still more on ties, and stores tiles of 64.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
 
 import torch
-import transformers
 from pydantic import Field
 from torch import Tensor
+from typing_extensions import override
 
+from kvp.models.cache_formats import CacheFormat
+from kvp.models.codecs import Codec, Integers, Packed, Whole
 from kvp.models.shapes import layer_shapes
 from kvp.options import options
 
@@ -28,10 +32,9 @@ WORD = 8  # channels per word of the bitmap
 
 
 @options
-class Mustafar:
+class Mustafar(CacheFormat):
     """The sparsity of a cache; a fraction of channels is rounded down."""
 
-    node: ClassVar[str] = "cache"
     key_sparsity: float = Field(
         default=0.5, ge=0, lt=1, description="it is the fraction dropped of every key"
     )
@@ -40,23 +43,25 @@ class Mustafar:
     )
     window: int = Field(default=32, ge=0, description="newest tokens whose keys and values stay whole")
 
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> Mustafar | None:
-        """Return the options in a checkpoint's config; None: the ordinary, dense cache."""
-        options = getattr(config, "kvp_cache", None)
-        return None if options is None else cls(**options)
+    @override
+    def codecs(self, qk_head_dim: int, v_head_dim: int) -> tuple[Codec, Codec]:
+        return self._sparse(qk_head_dim, self.key_sparsity), self._sparse(v_head_dim, self.value_sparsity)
 
+    def _sparse(self, width: int, sparsity: float) -> Codec:
+        return Sparse(width, self.window, values=self._values(kept(width, sparsity)))
+
+    def _values(self, count: int) -> Codec:
+        """Return how the `count` values that stay of a vector are stored."""
+        return Whole(count)
+
+    @override
     def check(self, config: PretrainedConfig) -> None:
         """Refuse a model whose cache cannot be packed; no weights are read.
 
         Raises:
             ValueError: A width is no multiple of a bitmap word, or a layer's attention slides.
         """
-        if any(transformers.DynamicCache(config=config).is_sliding):
-            raise ValueError(
-                f"{config.model_type} has layers of sliding attention, whose cache forgets tokens by itself: a "
-                "sparse cache is for full attention; choose cache=none"
-            )
+        super().check(config)
         for index, shape in enumerate(layer_shapes(config)):
             for name in ("qk_head_dim", "v_head_dim"):
                 width = getattr(shape, name)
@@ -68,23 +73,42 @@ class Mustafar:
                     )
 
 
-def bytes_per_token(config: PretrainedConfig, itemsize: int) -> int:
-    """Return the bytes of keys and values per token of one sequence, over all layers.
+@options
+class MustafarIntegers(Mustafar):
+    """Mustafar with integers for the channels that stay."""
 
-    In a sparse cache this is a token outside the window.
+    format: Literal["mustafar_int"] = "mustafar_int"
+    bits: int = Field(default=4, ge=1, le=8, description="bits of a kept value")
+    group: int = Field(default=32, ge=1, description="kept values of a token that share a scale, at most")
+
+    @override
+    def _values(self, count: int) -> Codec:
+        return Integers(count, bits=self.bits, group=self.group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sparse(Codec):
+    """The largest channels of a vector, and a bitmap.
+
+    Attributes:
+        values: How those that stay are stored.
     """
-    sparse, shapes = Mustafar.of(config), layer_shapes(config)
-    if sparse is None:
-        return itemsize * sum(shape.kv_width for shape in shapes)
 
-    def stored(width: int, sparsity: float) -> int:
-        return kept(width, sparsity) * itemsize + width // WORD
+    values: Codec
 
-    return sum(
-        shape.num_key_value_heads
-        * (stored(shape.qk_head_dim, sparse.key_sparsity) + stored(shape.v_head_dim, sparse.value_sparsity))
-        for shape in shapes
-    )
+    @override
+    def pack(self, states: Tensor) -> Packed:
+        values, bitmap = pack(states, self.values.width)
+        return *self.values.pack(values), bitmap
+
+    @override
+    def unpack(self, packed: Packed) -> Tensor:
+        *values, bitmap = packed
+        return unpack(self.values.unpack(tuple(values)), bitmap)
+
+    @override
+    def bytes_per_token(self, itemsize: int) -> Fraction:
+        return self.values.bytes_per_token(itemsize) + self.width // WORD
 
 
 def kept(width: int, sparsity: float) -> int:

@@ -12,9 +12,9 @@ from kvp.models.attention import PrunedAttention, PrunedRotary
 from kvp.models.configs import PRUNED_CONFIGS
 from kvp.models.family import FAMILIES, Family, family_of
 from kvp.models.layers import NoAttention, NoMLP, resize
+from kvp.models.packed_cache import PackedDecoding
 from kvp.models.shapes import layer_shapes, stream
 from kvp.models.sliced import SlicedLayer, sliced_embedding
-from kvp.models.sparse_cache import SparseDecoding
 from kvp.types import LayerShape
 
 
@@ -84,13 +84,13 @@ def _resize_mlp(layer: Any, config: PretrainedConfig, shape: LayerShape) -> None
     resize(layer.mlp, "down_proj", intermediate, after, bias=shape.down_bias)
 
 
-def _sparse(model: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _decoding(model: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the class with the cache that its config asks for."""
-    return type(model.__name__, (SparseDecoding, model), {"__module__": __name__})
+    return type(model.__name__, (PackedDecoding, model), {"__module__": __name__})
 
 
 PRUNED_CLASSES = {
-    name: _sparse(model_twin(family, PRUNED_CONFIGS[name])) for name, family in FAMILIES.items()
+    name: _decoding(model_twin(family, PRUNED_CONFIGS[name])) for name, family in FAMILIES.items()
 }
 for name, model_class in PRUNED_CLASSES.items():
     AutoModelForCausalLM.register(PRUNED_CONFIGS[name], model_class)

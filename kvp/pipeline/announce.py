@@ -80,6 +80,8 @@ def finals(model: ModelRecord) -> dict[str, Any]:
         "zero_shot": {task: dict(result.metrics) for task, result in tasks.tasks.items()},
         "bytes": {"kv_per_token": model.size.kv_bytes_per_token},
     }
+    if model.size.stored_bytes_per_token not in (None, model.size.kv_bytes_per_token):
+        numbers["bytes"]["kv_per_token_stored"] = model.size.stored_bytes_per_token
     if model.size.sparsity:
         numbers["sparsity"] = model.size.sparsity.fraction
     if tasks.average and tasks.average.value is not None:

@@ -11,8 +11,8 @@ from typing import Any, Self
 from typing_extensions import override
 
 from kvp.data.corpora import find
+from kvp.models.caches import bytes_per_token
 from kvp.models.load import load_tokenizer
-from kvp.models.mustafar import bytes_per_token
 from kvp.models.sparsity import count_zeros
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.session import Before, Inputs, Session, Stage, maker

@@ -23,8 +23,8 @@ from kvp.evaluation.perplexity import Perplexity
 from kvp.evaluation.zeroshot import ZeroShot
 from kvp.identity import chosen_options, named, targets
 from kvp.measurement.measure import Measure
+from kvp.models.cache_formats import CacheFormat
 from kvp.models.load import resolve_device
-from kvp.models.mustafar import Mustafar
 from kvp.models.sources import ModelSource
 from kvp.pipeline.settings import NOT_INPUTS, OPTIONAL, check_places, check_settings
 from kvp.pipeline.targets import check_targets, check_trusted
@@ -32,6 +32,7 @@ from kvp.plugins import owner
 from kvp.recovery.lora import Lora
 from kvp.store import Store
 from kvp.strategies.base import Strategy
+from kvp.strategies.limits import Limit
 from kvp.strategies.steps import Asked
 from kvp.tracking import Tracker
 from kvp.types import Budget
@@ -41,7 +42,7 @@ MEANINGS: dict[str, Any] = {  # the class of each node
     "strategy": Strategy,
     "ratio": Budget,
     "calibration": Calibration,
-    "cache": Mustafar,
+    "cache": CacheFormat,
     "recovery": Lora,
     "evaluation.perplexity": Perplexity,
     "evaluation.zero_shot": ZeroShot,
@@ -113,7 +114,7 @@ class Experiment:
     strategy: Strategy
     budget: Budget
     calibration: Calibration
-    cache: Mustafar | None
+    cache: CacheFormat | None
     recovery: Lora | None
     perplexity: Perplexity | None
     zero_shot: ZeroShot | None
@@ -206,7 +207,7 @@ class Experiment:
     def name(self) -> str:
         """Readable, unique with the hash: model-strategy-ratio-cache-recovery-seed-hash; never a path."""
         ratio = (
-            "dense" if self.unpruned else f"{self.chosen('strategy')}-{self.budget.of}{self.budget.value:g}"
+            "dense" if self.unpruned else f"{self.chosen('strategy')}-{self.budget.of}{self.budget.amount}"
         )
         cache = "" if self.cache is None else f"-{self.chosen('cache')}"
         recovery = self.chosen("recovery")
@@ -251,9 +252,10 @@ class Experiment:
     @property
     def asked(self) -> Asked:
         """Return what decides the plan, as data."""
+        cache = {"cache": self.node["cache"]} if isinstance(self.budget, Limit) else {}
         return Asked(
             options=self.node["strategy"],
-            ratio=self.node["ratio"],
+            ratio=self.node["ratio"] | cache,
             calibration=self.calibration_identity(),
             dtype=str(self.dtype),
             seed=self.node["seed"],

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from kvp.data.corpora import Part, find
+from kvp.models.cache_formats import CacheFormat
+from kvp.models.caches import cache_format
 from kvp.models.checkpoint.fields import check_fields
 from kvp.models.family import family_of
-from kvp.models.mustafar import Mustafar
 from kvp.models.shapes import require_whole_stream
 from kvp.models.sources import ModelSource, RandomModel
 from kvp.pipeline.experiment import Experiment
@@ -30,6 +31,7 @@ from kvp.pipeline.room import check_room, check_weights
 from kvp.pipeline.settings import LONGEST_NAME, check_device
 from kvp.pipeline.stages import check_force
 from kvp.pipeline.texts import check_texts
+from kvp.strategies.limits import expected_ratio
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -131,7 +133,7 @@ def check_model(x: Experiment, config: PretrainedConfig) -> None:
     """Refuse a budget, a space, a length or a protocol that this model cannot offer; read no weights."""
     if not x.unpruned:
         require_whole_stream(config)
-    x.strategy.check(config, x.budget)
+    x.strategy.check(config, expected_ratio(x.budget, x.strategy, config, x.cache))
     if x.recovery is not None and x.strategy.sparsifies and not x.recovery.keep_zeros:
         raise ValueError(
             "LoRA's update is dense: merged into the weights, it leaves none of this strategy's zeros. Choose "
@@ -146,7 +148,7 @@ def check_model(x: Experiment, config: PretrainedConfig) -> None:
     check_lengths(x, config)
     if x.protocol is not None:
         x.protocol.check_positions(config.max_position_embeddings)
-    if cache := x.cache or Mustafar.of(config):
+    if cache := x.cache or cache_format(config):
         cache.check(config)
         _check_decoding(x, cache)
 
@@ -170,8 +172,8 @@ def _lengths(x: Experiment) -> Iterator[tuple[str, int]]:
             yield f"recovery.data.{name}", tokens
 
 
-def _check_decoding(x: Experiment, cache: Mustafar) -> None:
-    """Refuse numbers that a sparse cache would have no part in."""
+def _check_decoding(x: Experiment, cache: CacheFormat) -> None:
+    """Refuse numbers that a packed cache would have no part in."""
     if x.zero_shot is not None:
         raise ValueError(
             "zero-shot tasks are scored in one forward pass, which reads no cache: their accuracy would be "
@@ -181,9 +183,9 @@ def _check_decoding(x: Experiment, cache: Mustafar) -> None:
     if protocol := x.protocol:
         decoded["measure.prompt_length + measure.new_tokens"] = protocol.prompt_length + protocol.new_tokens
     for name, tokens in decoded.items():
-        if tokens < cache.window + 3:  # the first token out of the window is read two predictions later
+        if tokens < cache.whole + 3:  # the first token that is packed is read two predictions later
             raise ValueError(
-                f"{name} must be >= {cache.window + 3}, got {tokens}: cache.window={cache.window} would keep "
+                f"{name} must be >= {cache.whole + 3}, got {tokens}: cache.window={cache.window} would keep "
                 "all of these tokens whole"
             )
 

@@ -7,18 +7,23 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvp.evaluation.zeroshot import average
-from kvp.models.shapes import layer_shapes, size
+from kvp.models.caches import mean_bytes_per_token
+from kvp.models.shapes import itemsize, layer_shapes, size
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.session import Checkpoint, Session
 from kvp.provenance import command
 from kvp.record import RecoveryRecord, RunRecord
 from kvp.results import ModelRecord
 from kvp.store import Finished
+from kvp.strategies.limits import Limit
 from kvp.types import Size
 from kvp.upgrade import SCHEMA
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 OF_STAGE = ("started", "code", "edits")  # what an origin says of one stage alone
 
@@ -43,7 +48,10 @@ def make_record(
         {
             **identity(x),
             "status": "finished",
-            "ratio": {"asked": asked(x), "achieved": achieved(dense, models["pruned"])},
+            "ratio": {
+                "asked": asked(x, session.checkpoint("dense").config),
+                "achieved": achieved(dense, models["pruned"]) | achieved_bytes(session),
+            },
             **models,
             "sensitivity": sensed and sensed.result["nats_per_token"],
             "recovery": recovery_record(session),
@@ -75,7 +83,12 @@ def model_record(x: Experiment, checkpoint: Checkpoint, examined: Mapping[str, F
     return ModelRecord.model_validate(
         {
             "checkpoint": str(checkpoint.path),
-            "size": {**asdict(size(config, shapes)), "layers": widths, "sparsity": results.get("sparsity")},
+            "size": {
+                **asdict(size(config, shapes)),
+                "stored_bytes_per_token": mean_bytes_per_token(config, itemsize(config)),
+                "layers": widths,
+                "sparsity": results.get("sparsity"),
+            },
             "evaluation": {
                 "perplexity": perplexity,
                 "zero_shot": {**tasks, "average": average(tasks) if tasks else None},
@@ -100,12 +113,26 @@ def identity(x: Experiment) -> dict[str, Any]:
     }
 
 
-def asked(x: Experiment) -> dict[str, Any] | None:
-    """Return the budget; None for the dense model."""
-    if x.unpruned:
+def asked(x: Experiment, dense: PretrainedConfig | None = None) -> dict[str, Any] | None:
+    """Return the budget; None for the dense model, or for a limit in GiB as long as the dense model is not known."""
+    value = x.budget.value
+    if isinstance(x.budget, Limit) and value is None and dense is not None:
+        value = x.budget.removed(dense, x.budget.most(dense))
+    if x.unpruned or value is None:
         return None
-    first, *then = ({"value": budget.value, "of": budget.of} for budget in (x.budget, *x.strategy.then))
-    return first | ({"then": then} if then else {})
+    then = [{"value": budget.value, "of": budget.of} for budget in x.strategy.then]
+    return {"value": value, "of": x.budget.of, **({"then": then} if then else {})}
+
+
+def achieved_bytes(session: Session) -> dict[str, float]:
+    """Return the fraction of stored bytes that is gone, if the budget is one or the cache has a format."""
+    x, (dense, pruned) = session.x, (session.checkpoint(name).config for name in ("dense", "pruned"))
+    if not x.unpruned and isinstance(x.budget, Limit):
+        return {x.budget.of: x.budget.removed(dense, x.budget.count(pruned))}
+    if x.cache is None:
+        return {}
+    before, after = (mean_bytes_per_token(config, itemsize(config)) for config in (dense, pruned))
+    return {"cache_bytes": 1 - after / before}
 
 
 def achieved(dense: ModelRecord, pruned: ModelRecord) -> dict[str, float]:

@@ -252,7 +252,7 @@ class Session:
     def job(self) -> Job:
         """Return what the steps from the model to a plan work on."""
         x = self.x
-        return Job(x.strategy, x.budget, self.checkpoint("joined").config, self.target)
+        return Job(x.strategy, x.budget, self.checkpoint("joined").config, self.target, x.cache)
 
     def target(self) -> Target:
         """Load what the strategy may look at."""

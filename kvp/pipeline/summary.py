@@ -40,6 +40,8 @@ def _rows(record: RunRecord) -> Iterator[Row]:
     values = sum(layer.kv_width for layer in dense.size.layers)
     width = f" ({dense.size.kv_bytes_per_token // values} bytes a value)" if values else ""
     yield f"KV cache per token{width}", lambda m: f"{m.size.kv_bytes_per_token:,} B"
+    if record.config.get("cache") and dense.size.stored_bytes_per_token:
+        yield "KV cache per token, stored, over 4,096 tokens", _stored_cache
     if dense.size.sparsity:
         yield "zeros in linear weights", _zeros
         for how in STORAGES:
@@ -56,11 +58,19 @@ def _rows(record: RunRecord) -> Iterator[Row]:
         yield from _measured_rows(dense.measure, stored=bool(record.config.get("cache")))
 
 
+def _stored_cache(model: ModelRecord) -> str:
+    stored = model.size.stored_bytes_per_token
+    return "-" if stored is None else f"{stored:,} B"
+
+
 def _measured_rows(dense: MeasureRecord, *, stored: bool) -> Iterator[Row]:
     protocol = dense.protocol
     shape = f"batch {protocol.batch_size}, {protocol.prompt_length}+{protocol.new_tokens}"
     if stored:
-        yield "KV cache per token, stored", lambda m: f"{_measure(m).kv_bytes_per_token:,} B"
+        yield (
+            "KV cache per token outside the window, measured",
+            lambda m: f"{_measure(m).kv_bytes_per_token:,} B",
+        )
     yield f"prefill tokens/s ({shape})", lambda m: _rate(_measure(m).prefill)
     yield f"decode tokens/s ({shape})", lambda m: _rate(_measure(m).decode)
     yield f"memory: weights ({dense.dtype})", lambda m: _mebibytes(_measure(m).memory.weights_bytes)

@@ -50,7 +50,7 @@ def show_later(x: Experiment, record: RunRecord) -> RunRecord:
 
 def _about(x: Experiment) -> RunInfo:
     """Return what a tracker shows of an experiment before it has results."""
-    ratio = "dense" if x.unpruned else f"{x.budget.of} {x.budget.value:g}"
+    ratio = "dense" if x.unpruned else f"{x.budget.of} {x.budget.amount}"
     strategy, recovery = x.chosen("strategy"), x.chosen("recovery")
     return {
         "name": x.name,

@@ -109,8 +109,8 @@ def _check_form(checkpoint: Path, config: PretrainedConfig, to: str | None) -> N
             )
         if to == "remote_code" and getattr(config, "kvp_cache", None) is not None:
             raise ValueError(
-                f"{checkpoint} decodes with a sparse cache, which needs more of kvp than a modelling file: --to "
-                "custom, or export the checkpoint of the same run with cache=none"
+                f"{checkpoint} decodes with a packed cache (kvp_cache), which needs more of kvp than a modelling file: "
+                "--to custom, or export the checkpoint of the same run with cache=none"
             )
         return
     require_whole_stream(
@@ -119,8 +119,8 @@ def _check_form(checkpoint: Path, config: PretrainedConfig, to: str | None) -> N
     )
     if getattr(config, "kvp_cache", None) is not None:
         raise ValueError(
-            f"{checkpoint} decodes with a sparse cache, which no stock engine has: export the checkpoint of the "
-            "same run with cache=none, or --to custom"
+            f"{checkpoint} decodes with a packed cache (kvp_cache), which no stock engine has: export the checkpoint "
+            "of the same run with cache=none, or --to custom"
         )
     if to not in MLA and any(shape.latent for shape in layer_shapes(config)):
         raise ValueError(f"{checkpoint} is multi-head latent attention, which --to {to} is not: use --to mla")

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from kvp.models.cache_formats import CacheFormat
 from kvp.models.plans import read_edits, read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import layer_shapes
 from kvp.strategies.base import PlannedStrategy, Strategy
+from kvp.strategies.limits import Limit, stored_as
+from kvp.strategies.shape import after
 from kvp.strategies.target import Scores, Target
 from kvp.types import Budget, Plan
 
@@ -60,12 +63,14 @@ class Job:
     Attributes:
         config: The model's.
         target: Loads the model, and the calibration text if the strategy reads any.
+        cache: The format of the cache after the cut; None: as the model makes it.
     """
 
     strategy: Strategy
     budget: Budget
     config: PretrainedConfig
     target: Callable[[], Target]
+    cache: CacheFormat | None = None
 
 
 class Step(ABC):
@@ -185,10 +190,17 @@ class FindPlan(Step):
     def make(self, job: Job, values: Values, directory: Path) -> Plan:
         strategy, scores = job.strategy, values["score"]
         profile = values.get("sensitivity", torch.zeros(len(layer_shapes(job.config))))
-        if strategy.searches:
-            return strategy.search(job.target(), scores, job.budget, profile, directory)
-        assert isinstance(strategy, PlannedStrategy)  # all that do not search are
-        return strategy.plan(job.config, scores, job.budget, profile)
+        if not isinstance(job.budget, Limit):
+            return _plan(job, scores, job.budget, profile, directory)
+        assert isinstance(strategy, PlannedStrategy)  # others were refused at the gate
+
+        def shape(asked: Budget) -> PretrainedConfig:
+            return after(job.config, strategy.plan(job.config, scores, asked, profile))
+
+        plan = _plan(job, scores, job.budget.ratio(job.config, job.cache, shape), profile, directory)
+        left = stored_as(after(job.config, plan), job.cache)
+        job.budget.check_count(job.config, job.budget.count(left))
+        return plan
 
     @override
     def write(self, value: Plan, directory: Path) -> Mapping[str, Any]:
@@ -198,6 +210,13 @@ class FindPlan(Step):
     @override
     def read(self, directory: Path, result: Mapping[str, Any], values: Values) -> Plan:
         return read_plan(directory)
+
+
+def _plan(job: Job, scores: Scores, budget: Budget, profile: Tensor, directory: Path) -> Plan:
+    if job.strategy.searches:
+        return job.strategy.search(job.target(), scores, budget, profile, directory)
+    assert isinstance(job.strategy, PlannedStrategy)  # all that do not search are
+    return job.strategy.plan(job.config, scores, budget, profile)
 
 
 class Refit(Step):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kvp.models.caches import cache_format
 from kvp.models.mustafar import Mustafar, kept
 from kvp.models.shapes import layer_shapes
 
@@ -34,7 +35,7 @@ class Naive(DynamicLayer):
 
 
 def naive(config) -> Cache:
-    return Cache(layers=[Naive(Mustafar.of(config)) for _ in layer_shapes(config)])
+    return Cache(layers=[Naive(cache_format(config)) for _ in layer_shapes(config)])
 
 
 @torch.no_grad()

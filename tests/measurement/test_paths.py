@@ -170,7 +170,7 @@ def test_what_a_fixed_cache_cannot_serve():
         prepare("static", sliding, **options)
     sparse = apply(tiny_model(head_dim=16), random_plan(tiny_model(head_dim=16), ["ffn"]))
     sparse.config.kvp_cache = {"key_sparsity": 0.5}
-    with pytest.raises(ValueError, match="sparse cache"):
+    with pytest.raises(ValueError, match="packed cache"):
         prepare("static", sparse, **options)
     stretched = tiny_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
     with pytest.raises(ValueError, match="depend on the position"):

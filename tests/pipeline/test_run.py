@@ -199,11 +199,60 @@ def test_a_sparse_cache_is_carried_by_the_checkpoint(finished):
     assert alone["ratio"]["asked"] is None
     combined = run_here(tmp_path, *sparse, "measure=none", "evaluation.perplexity=null")
     assert {stage["name"] for stage in combined["stages"] if not stage["found"]} == {"prune", "recover"}
-    assert combined["pruned"]["size"] == first["pruned"]["size"]
+    assert combined["pruned"]["size"] | {"stored_bytes_per_token": 3840} == first["pruned"]["size"]
     for model in ("pruned", "recovered"):
         assert load_config(Path(combined[model]["checkpoint"])).kvp_cache == squad["cache"]
     config = compose_here(tmp_path, *sparse, "strategy=none", "recovery=none")
     assert all(stage.stands for stage in foretell(Experiment.compose(config))[0])
+
+
+def test_a_cache_of_few_bits_is_counted_and_read(finished):
+    tmp_path, _ = finished
+    words = [
+        "tracker=none",
+        "strategy=none",
+        "recovery=none",
+        "evaluation.zero_shot=null",
+        "evaluation.perplexity.corpora=[squad]",
+        "evaluation.perplexity.max_tokens=128",
+    ]
+    kivi = run_here(tmp_path, *words, "cache=kivi2", "cache.group=8", "cache.window=8")
+    dense, packed = kivi["dense"], kivi["pruned"]
+    assert (dense["size"]["stored_bytes_per_token"], dense["size"]["kv_bytes_per_token"]) == (5120, 5120)
+    keys, values = (
+        20 * 32 * (2 / 8 + 4 / 8),
+        20 * (4 * 2 + 4 * 4),
+    )  # a head: 32 channels, four groups of values
+    assert packed["measure"]["kv_bytes_per_token"] == keys + values
+    assert packed["measure"]["memory"]["cache_bytes"] == 2 * (40 * keys + 32 * values + 8 * 2560)
+    whole = (4096 * keys + 4088 * values + 8 * 2560) / 4096
+    assert packed["size"]["stored_bytes_per_token"] == -(-whole // 1)
+    assert kivi["ratio"]["achieved"]["cache_bytes"] == 1 - packed["size"]["stored_bytes_per_token"] / 5120
+    squad = packed["evaluation"]["perplexity"]["squad"]
+    assert squad["cache"]["key_bits"] == 2 and squad["cache"]["format"] == "int"
+    assert squad["value"] != dense["evaluation"]["perplexity"]["squad"]["value"]
+
+
+def test_a_budget_of_bytes_counts_bits_and_cut(finished):
+    tmp_path, _ = finished
+    words = ["ratio=cache_bytes", "ratio.value=0.8", "cache=int8", "evaluation.perplexity=null", *LIGHT]
+    record = run_here(tmp_path, *words, "recovery=none")
+    assert record["ratio"]["asked"] == {"value": 0.8, "of": "cache_bytes"}
+    achieved = record["ratio"]["achieved"]["cache_bytes"]
+    assert 0.8 <= achieved < 0.85
+    assert achieved == 1 - record["pruned"]["size"]["stored_bytes_per_token"] / 5120
+    assert 0 < record["ratio"]["achieved"]["kv_cache"] < 0.5
+    dense = 4 * record["dense"]["size"]["params"] + 4 * 1024 * 5120
+    limit = 0.8 * dense / 2**30
+    memory = ["ratio=memory", f"ratio.gib={limit}", "ratio.batch_size=4", "ratio.context=1024"]
+    fitting = run_here(tmp_path, *memory, "evaluation.perplexity=null", "recovery=none", *LIGHT)
+    held = (
+        4 * fitting["pruned"]["size"]["params"] + 4 * 1024 * fitting["pruned"]["size"]["kv_bytes_per_token"]
+    )
+    assert held <= 0.8 * dense
+    assert fitting["ratio"]["asked"]["value"] == pytest.approx(0.2)
+    assert fitting["ratio"]["achieved"]["memory"] == pytest.approx(1 - held / dense)
+    assert f"memory{limit:g}GiB" in fitting["name"]
 
 
 def test_joined_heads_are_a_stage_and_an_ordinary_checkpoint(tmp_path):
@@ -263,6 +312,18 @@ def test_an_edited_stage_is_not_trusted(finished):
         (["recovery.rank=0"], "rank must be > 0, got 0"),
         (["cache=mustafar"], "evaluation.zero_shot=null"),
         (["cache=mustafar", "cache.window=62", "evaluation.zero_shot=null"], "window must be >= 65, got 64"),
+        (["cache=int4"], "evaluation.zero_shot=null"),
+        (["cache=kivi4", "cache.group=12"], "cache.keys=channel needs a cache.group that is a multiple of 8"),
+        (["cache=kivi2", "cache.window=64", "evaluation.zero_shot=null"], "window must be >= 66, got 64"),
+        (
+            ["ratio=cache_bytes", "ratio.value=0.5", "cache=int4", "evaluation.zero_shot=null"],
+            "without a cut",
+        ),
+        (
+            ["ratio=memory", "ratio.gib=0.000001", "ratio.context=64"],
+            "the most that can be cut leaves ratio.gib=",
+        ),
+        (["ratio=memory"], "ratio.context must be <= 2048"),
         (["measure.batch_size=0"], "batch_size must be >= 1, got 0"),
         (["ratio=params", "ratio.value=0.9"], "the nearest is"),
         (["model.dtype=float8"], "model.dtype must be one of auto"),

@@ -151,6 +151,7 @@ def model(kind: str, ppl: dict[str, float], ratio: float) -> dict[str, Any]:
             "block_params": 106_202_880 - 100 * kept,
             "blocks": 1,
             "kv_bytes_per_token": 4 * 3 * 2 * kept,
+            "stored_bytes_per_token": 4 * 3 * 2 * kept,
             "layers": [layer(qk_head_dim=kept, v_head_dim=kept)],
             "sparsity": None,
         },

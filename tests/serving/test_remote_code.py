@@ -133,7 +133,7 @@ def test_what_has_no_such_form_is_refused(tmp_path):
     pruned = apply(model, Plan({}))
     pruned.config.kvp_cache = {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": 8}
     save(pruned, byte_tokenizer(), tmp_path / "sparse")
-    with pytest.raises(ValueError, match="sparse cache, which needs more of kvp"):
+    with pytest.raises(ValueError, match=r"packed cache \(kvp_cache\), which needs more of kvp"):
         export(tmp_path / "sparse", tmp_path / "out", "remote_code")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "sparse"]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from kvp.models.caches import cache_format
 from kvp.models.checkpoint.fields import check_fields
 from kvp.models.checkpoint.files import CONFIG, read_json, require_directory, weight_files
 from kvp.models.checkpoint.tensors import (
@@ -21,7 +22,6 @@ from kvp.models.checkpoint.tensors import (
 )
 from kvp.models.checkpoint.tokens import check_generation, check_tokenizer, open_tokenizer
 from kvp.models.family import family_of
-from kvp.models.mustafar import Mustafar
 from kvp.models.shapes import layer_shapes, size
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _config(path: Path) -> PretrainedConfig:
 
     try:
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        if (cache := Mustafar.of(config)) is not None:
+        if (cache := cache_format(config)) is not None:
             cache.check(config)
     except Exception as error:
         raise ValueError(f"{path / CONFIG}: {_said(error)}") from error

@@ -76,7 +76,8 @@ def find_points(runs: Sequence[Run]) -> list[Point]:
             if part in models:
                 pruned = state in ("pruned", "recovered")
                 asked, achieved = config["ratio"], run.record.ratio.achieved or {}
-                value = 0.0 if unpruned(run) else asked["value"]
+                budget = run.record.ratio.asked
+                value = 0.0 if unpruned(run) or budget is None else budget.value
                 amount = f"{100 * value:g} %" + (f" of {asked['of']}" if mixed else "")
                 found.append(
                     Point(

@@ -26,6 +26,8 @@ REMOVED = {
     "block_params": "parameters of the blocks removed (%)",
     "blocks": "blocks removed (%)",
     "sparsity": "zeros in the matrices (%)",
+    "cache_bytes": "stored cache bytes removed (%)",
+    "memory": "bytes of weights and cache removed (%)",
 }
 DENSE = Look(color=INK, marker="*")
 COSTS = {  # label, key of the size, unit

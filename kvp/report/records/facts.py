@@ -64,7 +64,7 @@ def facts(record: RunRecord, metric: str) -> Facts:
             return _of_tasks(model.evaluation.zero_shot, task, path[-1]) | {"device": by and by.device}
         case ["measure", *_] if model.measure:
             return _of_measure(model.measure)
-        case ["size", "kv_bytes_per_token"]:
+        case ["size", "kv_bytes_per_token" | "stored_bytes_per_token"]:
             width = sum(layer.kv_width for layer in model.size.layers)
             return {"kv_bytes": model.size.kv_bytes_per_token / width if width else None}
     return {}

@@ -22,7 +22,7 @@ Order = tuple[int, str, float]
 
 
 def unpruned(run: Run) -> bool:
-    """Whether no weight is pruned: the dense baseline, the dense control of a recovery, or a sparse cache alone."""
+    """Whether no weight is pruned: the dense baseline, the dense control of a recovery, or a packed cache alone."""
     return run.record.config["strategy"]["class"] == "NoPruning"
 
 

@@ -27,7 +27,7 @@ def recovery_labels(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _cache(run: Run) -> list[str]:
-    """Return the label of the sparse cache, if the run has one."""
+    """Return the label of the format of the cache, if the run has one."""
     options = run.record.config.get("cache")
     if not options:
         return []

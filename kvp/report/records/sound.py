@@ -108,7 +108,10 @@ def _nodes(field: str, node: Any) -> Iterator[Fault]:
 
 def _budget(field: str, node: Mapping[str, Any]) -> Iterator[Fault]:
     value, of = node.get("value"), node.get("of")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    if of == "memory":  # a limit
+        if isinstance(gib := node.get("gib"), bool) or not isinstance(gib, int | float) or not gib > 0:
+            yield f"{field}.gib", f"is {gib!r}, not a number above 0"
+    elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         yield f"{field}.value", f"is {value!r}, not a number in [0, 1]"
     if of not in get_args(Denominator):
         yield f"{field}.of", f"is {of!r}, not one of {', '.join(get_args(Denominator))}"

@@ -6,19 +6,20 @@ import sys
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
+from typing import get_args
 
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from kvp.record import Denominator
 from kvp.report.plots import choices, layers, losses, panels, quality, speed
 from kvp.report.plots.means import means
 from kvp.report.plots.points import find_points
 from kvp.report.plots.style import INK, looks, style
 from kvp.report.plots.write import figures, write_plots
 from kvp.report.records.runs import Run, read_runs
-from kvp.types import DENOMINATORS
 from tests.report.sample_records import as_runs, decode, layer, make_failed, make_record, perplexity, write
 
 ROOT = Path(__file__).parents[3]
@@ -312,4 +313,4 @@ def test_legends_stay_off_the_data_and_text_is_readable(count, long):
 
 
 def test_every_denominator_has_an_axis():
-    assert set(quality.REMOVED) == set(DENOMINATORS)
+    assert set(quality.REMOVED) == set(get_args(Denominator))

@@ -80,7 +80,7 @@ def test_a_bad_spec_is_refused(tmp_path, text, message):
 
 
 def test_an_unknown_spec_names_the_shipped_ones():
-    with pytest.raises(ValueError, match=r"no spec man: name a YAML file or one of efficiency, .*main"):
+    with pytest.raises(ValueError, match=r"no spec man: name a YAML file or one of bytes, .*main"):
         load_spec("man")
 
 

@@ -1,12 +1,13 @@
-"""The cache that a model decodes with: transformers' own, or a sparse one if the config asks for it.
+"""The cache that a model decodes with: transformers' own, or a packed one if the config asks for it.
 
-The tokens of a forward pass attend densely to one another and to the cache as it was, so a prompt is read densely.
+The tokens of a forward pass attend as they are to one another, and to the cache as it was. A prompt is thus read whole.
 Afterwards the tokens that leave the window are packed. A decode step expands one layer at a time and attends with the
-ordinary kernels. It is exact over the kept channels, but no faster than a dense cache.
+ordinary kernels. It saves memory, and is no faster than a dense cache.
 """
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from typing_extensions import override
 
-from kvp.models.mustafar import Mustafar, kept, pack, unpack
+from kvp.models.cache_formats import CacheFormat
+from kvp.models.caches import cache_format
+from kvp.models.codecs import Codec
 from kvp.models.shapes import layer_shapes
 
 
@@ -23,17 +26,17 @@ def cache_for(config: PretrainedConfig) -> Cache:
     """Return an empty cache of the kind that a checkpoint's config asks for.
 
     Raises:
-        ValueError: The options are out of bounds, or the model's widths cannot be packed.
+        ValueError: The options are out of bounds, or the model's cache cannot be stored so.
     """
-    options = Mustafar.of(config)
+    options = cache_format(config)
     if options is None:
         return DynamicCache(config=config)
     options.check(config)
     attentions = sum(shape.num_key_value_heads > 0 for shape in layer_shapes(config))
-    return Cache(layers=[SparseLayer(options) for _ in range(attentions)])
+    return Cache(layers=[PackedLayer(options) for _ in range(attentions)])
 
 
-class SparseDecoding:
+class PackedDecoding:
     """Mixin in front of a Hugging Face model class, whose `generate` then uses the cache that the config asks for."""
 
     config: Any
@@ -43,38 +46,37 @@ class SparseDecoding:
     ) -> None:
         """Replace the default cache; a cache, a kind of cache, or none, that the caller chose stays."""
         default = generation_config.use_cache is not False and generation_config.cache_implementation is None
-        if default and model_kwargs.get("past_key_values") is None and Mustafar.of(self.config):
+        if default and model_kwargs.get("past_key_values") is None and cache_format(self.config):
             model_kwargs["past_key_values"] = cache_for(self.config)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
 
 
-class SparseStates:
+class PackedStates:
     """The keys or the values of a layer, with the newest tokens whole and older ones packed.
 
     Attributes:
-        recent: (batch, groups, up to `window`, width).
-        values: (batch, groups, older tokens, kept).
-        bitmap: (batch, groups, older tokens, width / 8), bytes.
+        recent: (batch, groups, newest tokens, width).
+        packed: What the codec stores of the older ones.
+        older: How many those are.
     """
 
-    def __init__(self, states: Tensor, sparsity: float, window: int) -> None:
-        self.window, self.kept = window, kept(states.shape[-1], sparsity)
-        self.recent = states[..., :0, :]
-        self.values, self.bitmap = pack(self.recent, self.kept)
+    def __init__(self, states: Tensor, codec: Codec) -> None:
+        self.codec, self.recent, self.older = codec, states[..., :0, :], 0
+        self.packed = codec.pack(self.recent)
 
     @property
     def tokens(self) -> int:
         """Return the number of tokens stored."""
-        return self.values.shape[-2] + self.recent.shape[-2]
+        return self.older + self.recent.shape[-2]
 
     def append(self, new: Tensor) -> Tensor:
         """Store new tokens; return all tokens as they are attended to, with the new and the recent ones whole."""
         recent = torch.cat([self.recent, new], dim=-2)
-        attended = torch.cat([unpack(self.values, self.bitmap), recent], dim=-2)
-        if (leaving := recent.shape[-2] - self.window) > 0:
-            values, bitmap = pack(recent[..., :leaving, :], self.kept)
-            self.values = torch.cat([self.values, values], dim=-2)
-            self.bitmap = torch.cat([self.bitmap, bitmap], dim=-2)
+        attended = torch.cat([self.codec.unpack(self.packed).to(new.dtype), recent], dim=-2)
+        if leaving := self.codec.packed(attended.shape[-2]) - self.older:
+            packed = self.codec.pack(recent[..., :leaving, :])
+            self.packed = tuple(torch.cat(both, dim=2) for both in zip(self.packed, packed, strict=True))
+            self.older += leaving
             recent = recent[..., leaving:, :].clone()  # a view would keep the whole tensor in memory
         self.recent = recent
         return attended
@@ -82,31 +84,32 @@ class SparseStates:
     def select(self, sequences: Tensor) -> None:
         """Make the sequences of these indices the batch."""
         sequences = sequences.to(self.recent.device)
-        self.recent, self.values, self.bitmap = (x[sequences] for x in self.tensors())
+        self.recent, self.packed = self.recent[sequences], tuple(x[sequences] for x in self.packed)
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """Return every stored tensor."""
-        return self.recent, self.values, self.bitmap
+        return self.recent, *self.packed
+
+    def bytes_per_token(self) -> Fraction:
+        """Return the bytes of a packed token of one sequence; 0 if none is packed."""
+        return Fraction(sum(x.nbytes for x in self.packed), len(self.recent) * self.older or 1)
 
 
-class SparseLayer(DynamicLayer):
-    """The keys and values of one layer under `Mustafar`."""
+class PackedLayer(DynamicLayer):
+    """The keys and values of one layer under a `CacheFormat`."""
 
     is_croppable = False
 
-    def __init__(self, options: Mustafar) -> None:
+    def __init__(self, options: CacheFormat) -> None:
         super().__init__()
         self.options = options
-        self.states: tuple[SparseStates, ...] = ()  # keys, values
+        self.states: tuple[PackedStates, ...] = ()  # keys, values
 
     @override
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        options = self.options
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.states = (
-            SparseStates(key_states, options.key_sparsity, options.window),
-            SparseStates(value_states, options.value_sparsity, options.window),
-        )
+        codecs = self.options.codecs(key_states.shape[-1], value_states.shape[-1])
+        self.states = tuple(map(PackedStates, (key_states, value_states), codecs))
         self.is_initialized = True
 
     @override
@@ -126,9 +129,9 @@ class SparseLayer(DynamicLayer):
         """Return every stored tensor."""
         return [tensor for states in self.states for tensor in states.tensors()]
 
-    def packed(self) -> list[Tensor]:
-        """Return the stored tensors of the tokens that have left the window."""
-        return [tensor for states in self.states for tensor in (states.values, states.bitmap)]
+    def bytes_per_token(self) -> Fraction:
+        """Return the bytes of a token of one sequence that has left the window; 0 if none has."""
+        return sum((states.bytes_per_token() for states in self.states), Fraction(0))
 
     @override
     def reset(self) -> None:
@@ -151,6 +154,6 @@ class SparseLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Raise, because packed tokens cannot become whole again."""
         raise NotImplementedError(
-            "a sparse cache cannot take tokens back (assisted decoding, crop): those that left its window are "
+            "a packed cache cannot take tokens back (assisted decoding, crop): those that left its window are "
             "no longer whole. Decode without an assistant, or with past_key_values=DynamicCache(config=config)"
         )

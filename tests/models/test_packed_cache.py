@@ -8,11 +8,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from kvp.measurement.count import cache_bytes, cache_bytes_per_token
+from kvp.models.caches import bytes_per_token
 from kvp.models.family import FAMILIES
-from kvp.models.mustafar import Mustafar, bytes_per_token, kept, pack, unpack
+from kvp.models.mustafar import Mustafar, kept, pack, unpack
+from kvp.models.packed_cache import cache_for
 from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import available_kinds, find_spaces
-from kvp.models.sparse_cache import cache_for
 from kvp.models.surgery import apply
 from kvp.types import Plan
 from tests.conftest import random_plan, tiny_config, tiny_model
@@ -27,13 +28,13 @@ def family(request) -> str:
     return request.param
 
 
-def random_twin(family="llama", heads="gqa", *, options=OPTIONS, **changes):
-    """Unequal widths in every layer, all of them multiples of 8, and one layer without attention."""
+def random_twin(family="llama", heads="gqa", *, options=OPTIONS, counts=KEPT, **changes):
+    """Unequal widths in every layer, by default multiples of 8, and one layer without attention."""
     model = tiny_model(family, heads, head_dim=32, num_hidden_layers=4, **changes)
     generator, keep = torch.Generator().manual_seed(3), {}
     kinds = [kind for kind in ("qk", "vo", "kv_group") if kind in available_kinds(model.config)]
     for space in find_spaces(model.config, kinds):
-        count = min((*KEPT[space.kind], KEPT[space.kind][0])[space.layer], space.shape[-1])
+        count = min((*counts[space.kind], counts[space.kind][0])[space.layer], space.shape[-1])
         scores = torch.rand(space.shape, generator=generator)
         keep[space] = scores.topk(count).indices.sort().values
     keep[find_spaces(model.config, ["attention"])[0]] = torch.tensor([0, 1, 2])
