@@ -13,6 +13,7 @@ from kvp.measurement.count import cache_bytes, cache_bytes_per_token
 from kvp.models.caches import bytes_per_token, cache_format, mean_bytes_per_token, stored_bytes
 from kvp.models.codecs import Float8, Integers, from_bytes, to_bytes
 from kvp.models.family import FAMILIES
+from kvp.models.joined import joined
 from kvp.models.mustafar import MustafarIntegers
 from kvp.models.one_pass import FORMS, as_decoded, visible
 from kvp.models.packed_cache import cache_for
@@ -147,6 +148,12 @@ def test_one_pass_has_the_losses_of_a_decoder(options, tokens):
 def test_one_pass_has_the_losses_of_a_decoder_in_every_family(family, heads, tokens):
     """Keys per channel: three forms of a token, and no width that a group divides."""
     check_one_pass(random_twin(family, heads, options=PER_CHANNEL, counts=ODD), tokens)
+
+
+def test_one_pass_serves_queries_that_read_the_values_too(tokens):
+    twin = joined(tiny_model(), 1, True)
+    twin.config.kvp_cache = PER_CHANNEL
+    check_one_pass(twin, tokens)
 
 
 def test_one_pass_is_the_same_in_eager_attention(tokens):
