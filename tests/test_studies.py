@@ -34,7 +34,7 @@ def packaged() -> PretrainedConfig:
     return AutoConfig.for_model(**OmegaConf.to_container(node))
 
 
-@pytest.mark.parametrize("name", ["sparse", "mustafar", "plasticity", "plasticity_regrow"])
+@pytest.mark.parametrize("name", ["sparse", "mustafar", "bytes", "plasticity", "plasticity_regrow"])
 def test_every_row_fits_the_packaged_model(name):
     for x in experiments(name):
         check_model(x, packaged())

@@ -214,7 +214,7 @@ def expected_ratio(
     Raises:
         ValueError: No fraction meets it, or the strategy plans with the model at hand only.
     """
-    if not isinstance(budget, Limit):
+    if not isinstance(budget, Limit) or not strategy.prunes:
         return budget
     before = joined_config(config, strategy.joins, strategy.latent)
 

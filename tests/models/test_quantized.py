@@ -13,6 +13,7 @@ from kvp.measurement.count import cache_bytes, cache_bytes_per_token
 from kvp.models.caches import bytes_per_token, cache_format, mean_bytes_per_token, stored_bytes
 from kvp.models.codecs import Float8, Integers, from_bytes, to_bytes
 from kvp.models.family import FAMILIES
+from kvp.models.joined import joined
 from kvp.models.mustafar import MustafarIntegers
 from kvp.models.one_pass import FORMS, as_decoded, visible
 from kvp.models.packed_cache import cache_for
@@ -122,24 +123,37 @@ def test_float8_saturates():
     ]  # 4 bits, half to even
 
 
-@pytest.mark.parametrize("prompt", [1, 9])
-def test_bytes_in_memory_are_those_of_the_formula(options, heads, prompt, tokens):
+def test_bytes_in_memory_are_those_of_the_formula(options, heads, tokens):
     """17 tokens of 2 sequences, in widths that no group divides; nothing else hangs on the cache."""
     twin = random_twin(heads=heads, options=options, **counts(options))
     cache = cache_for(twin.config)
-    stepwise(twin, tokens, cache, prompt)
+    stepwise(twin, tokens, cache, 9)
     assert cache.get_seq_length() == 17
     assert cache_bytes_per_token(cache) == bytes_per_token(twin.config, 4)
     held = sum(reachable(cache.layers).values())
     assert held == cache_bytes(cache) == 2 * stored_bytes(twin.config, 4, 17)
 
 
-def test_one_pass_has_the_losses_of_a_decoder(options, family, heads, tokens):
-    twin = random_twin(family, heads, options=options, **counts(options)).double()
-    decoded = stepwise(twin, tokens, cache_for(twin.config), 1)
+def check_one_pass(twin, tokens):
+    decoded = stepwise(twin.double(), tokens, cache_for(twin.config), 1)
     at_once = twin(tokens, **as_decoded(twin, 17)).logits
     torch.testing.assert_close(at_once, decoded, atol=1e-9, rtol=0)
     assert (at_once - twin(tokens).logits).abs().amax() > 1e-3
+
+
+def test_one_pass_has_the_losses_of_a_decoder(options, tokens):
+    check_one_pass(random_twin(options=options, **counts(options)), tokens)
+
+
+def test_one_pass_has_the_losses_of_a_decoder_in_every_family(family, heads, tokens):
+    """Keys per channel: three forms of a token, and no width that a group divides."""
+    check_one_pass(random_twin(family, heads, options=PER_CHANNEL, counts=ODD), tokens)
+
+
+def test_one_pass_serves_queries_that_read_the_values_too(tokens):
+    twin = joined(tiny_model(), 1, True)
+    twin.config.kvp_cache = PER_CHANNEL
+    check_one_pass(twin, tokens)
 
 
 def test_one_pass_is_the_same_in_eager_attention(tokens):
@@ -186,10 +200,10 @@ class Kivi(DynamicLayer):
         return self.old[0].shape[-2] + self.new[0].shape[-2] if self.is_initialized else 0
 
 
-@pytest.mark.parametrize("prompt", [1, 13, 40])
+@pytest.mark.parametrize("prompt", [1, 35])
 def test_keys_per_channel_follow_kivis_algorithm(prompt):
     twin = random_twin(options={**PER_CHANNEL, "window": 16}, counts=ODD).double()
-    text = torch.randint(96, (2, 50), generator=torch.Generator().manual_seed(1))
+    text = torch.randint(96, (2, 37), generator=torch.Generator().manual_seed(1))
     kivi = Cache(layers=[Kivi(2, 5, 8, 16) for s in layer_shapes(twin.config) if s.num_key_value_heads])
     torch.testing.assert_close(
         stepwise(twin, text, cache_for(twin.config), prompt),
@@ -234,7 +248,9 @@ def test_a_head_of_64_channels_in_16_bits_shrinks_to(options, share):
     assert mean_bytes_per_token(config, 2) == -(-dense * (share + whole) // 1)
 
 
-def test_the_checkpoint_carries_its_cache(options, tokens, tmp_path):
+@pytest.mark.parametrize("name", ["token", "channel", "sparse"])
+def test_the_checkpoint_carries_its_cache(name, tokens, tmp_path):
+    options = FORMATS[name]
     random_twin(options=options, **counts(options)).save_pretrained(tmp_path)
     twin = AutoModelForCausalLM.from_pretrained(tmp_path)
     settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}

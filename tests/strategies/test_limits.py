@@ -14,6 +14,7 @@ from kvp.models.surgery import apply
 from kvp.strategies.limits import GIB, CacheBytes, Limit, Memory, expected_ratio, stored_as
 from kvp.strategies.methods.kvpruner_plus import KVPrunerPlus
 from kvp.strategies.methods.magnitude import Magnitude
+from kvp.strategies.methods.none import NoPruning
 from kvp.strategies.methods.slicegpt import SliceGPT
 from kvp.strategies.shape import after
 from kvp.strategies.steps import FindPlan, Job
@@ -79,6 +80,8 @@ def test_a_search_gets_the_plan_that_was_found(model, tmp_path):
 def test_an_ordinary_budget_stays(model):
     budget = Budget(value=0.25, of="kv_cache")
     assert expected_ratio(budget, Magnitude(), model.config, INT4) is budget
+    limit = CacheBytes(value=0.5)
+    assert expected_ratio(limit, NoPruning(), model.config, INT4) is limit
 
 
 @pytest.mark.parametrize(
