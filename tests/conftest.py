@@ -18,6 +18,7 @@ from transformers import (
     MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -28,6 +29,7 @@ from transformers import (
 import kvp  # noqa: F401
 from kvp.models.family import FAMILIES, family_of
 from kvp.models.spaces import find_spaces
+from kvp.models.unfused import unfused
 from kvp.strategies.compensation.compensate import Compensation
 from kvp.types import Kind, Plan
 
@@ -42,6 +44,7 @@ CONFIGS = {
     "olmo3": Olmo3Config,
     "qwen3_moe": Qwen3MoeConfig,
     "mixtral": MixtralConfig,
+    "phi3": Phi3Config,
     "gpt_oss": GptOssConfig,
 }
 HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
@@ -49,11 +52,7 @@ HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
 
 EVERY_HEADS = ("llama", "gemma3_text")  # families whose MHA and MQA are tested always: without norms and with
 NETWORKS = sorted(name for name, family in FAMILIES.items() if not family.experts)  # of one network per MLP
-LATE = (
-    "gpt_oss",
-    "olmo2",
-    "qwen3_moe",
-)  # families on which methods, who see spaces alone, are tested by slow tests
+LATE = ("gpt_oss", "olmo2", "phi3", "qwen3_moe")  # on which methods, which see spaces alone, are slow tests
 ALIKE = ("mixtral", "olmo3")  # families that share their attention with another; what is their own has a file
 
 
@@ -108,7 +107,7 @@ def tiny_config(family: str = "llama", heads: str = "gqa", **changes):
 def tiny_model(
     family: str = "llama", heads: str = "gqa", *, dtype=torch.float32, seed: int = 0, **changes
 ) -> PreTrainedModel:
-    """A random model whose biases and norms are random too, so that no term is silently zero."""
+    """A random model whose biases and norms are random too, so that no term is silently zero; Phi-3's is its twin."""
     torch.manual_seed(seed)
     config = tiny_config(family, heads, **changes)
     if dtype == torch.float64:
@@ -122,7 +121,7 @@ def tiny_model(
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(std=0.15)
-    return model.to(dtype).eval()
+    return unfused(model.to(dtype).eval())
 
 
 def exact_norms(model: PreTrainedModel) -> PreTrainedModel:

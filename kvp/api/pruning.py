@@ -16,6 +16,7 @@ from kvp.models.linears import all_linears
 from kvp.models.plans import write_plan
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.surgery import apply
+from kvp.models.unfused import unfused
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.gate import check_model, check_sources
 from kvp.pipeline.session import origin_of
@@ -97,6 +98,7 @@ def prune(
         FileNotFoundError: Data are missing; the message names the ways out.
     """
     check_in_memory(model)
+    model = unfused(model)
     text = {"num_samples": num_samples, "length": length, "batch_size": batch_size}
     x = _experiment(model, tokenizer, strategy, options, calibration, text, of, ratio, seed, store)
     check_sources(x)

@@ -17,9 +17,10 @@ from kvp.api.chosen import chosen, experiment
 from kvp.api.given import GIVEN, GivenTexts
 from kvp.api.memory import check_in_memory, check_tokenizer, weights_digest, written
 from kvp.code import edits
+from kvp.models.linears import linear_names
 from kvp.models.load import load_model, save
 from kvp.pipeline.experiment import Experiment
-from kvp.pipeline.gate import check_lengths, check_modules, check_sources, linear_modules
+from kvp.pipeline.gate import check_lengths, check_modules, check_sources
 from kvp.pipeline.session import origin_of
 from kvp.pipeline.stages import Recover
 
@@ -102,7 +103,7 @@ def recover(
         )
     check_sources(x)
     check_lengths(x, model.config)
-    check_modules(x, linear_modules(model))
+    check_modules(x, linear_names(model.config, model))
     with tempfile.TemporaryDirectory(prefix="kvp-recover-") as place:
         work = partial(_trained, x, {"given": model, "teacher": teacher}, tokenizer, Path(place))
         if store is None:

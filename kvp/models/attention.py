@@ -23,7 +23,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvp.models.layers import resize
-from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes, projections, stream
+from kvp.models.shapes import (
+    CHANNELS_PER_PAIR,
+    dense_shapes,
+    layer_shapes,
+    projections,
+    stream,
+    turning_pairs,
+)
 from kvp.types import LayerShape
 
 
@@ -173,7 +180,7 @@ class PrunedRotary:
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        self.head_dim = dense_shapes(config)[0].qk_head_dim
+        self.head_dim, self.turning = dense_shapes(config)[0].qk_head_dim, turning_pairs(config)
         every = (tuple(range(self.head_dim // CHANNELS_PER_PAIR)),)
         shapes = (shape for shape in layer_shapes(config) if shape.num_key_value_heads)
         layers = [_rows(shape.rope_pairs or every) for shape in shapes]
@@ -190,15 +197,22 @@ class PrunedRotary:
         returns it.
         """
         tables = super().forward(x, position_ids, *layer_type)  # type: ignore[misc]
-        cos, sin = (self._whole(table) for table in tables)
+        cos, sin = (self._whole(table, still) for table, still in zip(tables, (1, 0), strict=True))
         if position_ids.shape[-1] > 1 or not self.cuts:
             return cos, sin
         gathered = list(zip(self._gather(cos), self._gather(sin), strict=True))
         return cos, sin, *(gathered[slot] for slot in self.slots)
 
-    def _whole(self, table: Tensor) -> Tensor:
-        """Return a table (batch, seq_len, head_dim); families whose code needs each frequency once give half of it."""
-        return torch.cat((table, table), dim=-1) if table.shape[-1] < self.head_dim else table
+    def _whole(self, table: Tensor, still: float) -> Tensor:
+        """Return a table (batch, seq_len, head_dim) from a family's, which may lack pairs that stand still.
+
+        A family's table has the pairs that turn, once (gpt-oss) or twice.
+        """
+        if table.shape[-1] == self.head_dim:
+            return table
+        half = self.head_dim // CHANNELS_PER_PAIR
+        once = nn.functional.pad(table[..., : self.turning], (0, half - self.turning), value=still)
+        return torch.cat((once, once), dim=-1)
 
     def _gather(self, table: Tensor) -> list[Tensor]:
         """Return the columns of a table per distinct set of pairs, each (batch, 1, groups or 1, 1, width)."""

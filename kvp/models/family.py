@@ -30,6 +30,8 @@ class Family:
         joint_norm: That norm averages over the channels of all heads (OLMo 2). KV groups are cut after it, too.
         heads_first: That norm sees (batch, heads, seq_len, head_dim), not (batch, seq_len, heads, head_dim) (Gemma 3).
         layer_fields: The config's fields with an entry per layer, beside `layer_types` (SmolLM3: 1 where RoPE turns).
+        fused: In the family's own class q, k and v are one matrix, and so are gate and up (Phi-3). The twin has them
+            one by one, in Mistral's classes.
         experts: The config's field for the width of an expert, if MLPs are experts behind a router (Qwen3-MoE). Experts
             stay whole.
         expert_files: Names of an expert's gate, up and down in files that hold it by itself; none, if no files do.
@@ -49,6 +51,7 @@ class Family:
     joint_norm: bool = False
     heads_first: bool = False
     layer_fields: tuple[str, ...] = ()
+    fused: bool = False
     experts: str = ""
     expert_files: tuple[str, ...] = ()
     expert_folder: str = "mlp"
@@ -99,7 +102,16 @@ class Family:
     @property
     def attention_class(self) -> type:
         """Return the attention class, whose forward the pruned twin replaces."""
-        return self._class("Attention")
+        if not self.fused:
+            return self._class("Attention")
+        return import_module("transformers.models.mistral.modeling_mistral").MistralAttention
+
+    @property
+    def mlp_class(self) -> Any:
+        """Return the class of a twin's MLP, if it is not the one that the layer has already."""
+        return (
+            import_module("transformers.models.mistral.modeling_mistral").MistralMLP if self.fused else None
+        )
 
     @property
     def eager_attention(self) -> Any:
@@ -159,6 +171,7 @@ FAMILIES: dict[str, Family] = {
             )
             for name, prefix in (("olmo2", "Olmo2"), ("olmo3", "Olmo3"))
         ),
+        Family(name="phi3", prefix="Phi3", fused=True),
         Family(
             name="qwen3_moe",
             prefix="Qwen3Moe",
@@ -187,7 +200,6 @@ FAMILIES: dict[str, Family] = {
 REFUSED = {  # model types that people bring, and why they have no row
     "gemma2": "it caps its logits and its attention softly, which no fused kernel and no loss here computes",
     "gemma3": "it holds an image tower; its text part alone has model_type gemma3_text",
-    "phi3": "q, k and v are one matrix, so are gate and up",
 }
 
 PRUNED_PREFIX = "kvp_"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from kvp.models.family import family_of
 from kvp.models.shapes import layer_shapes, projections
 
@@ -54,6 +56,13 @@ def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
         gate, up = (Linear(f"{mlp}.{name}", inner, hidden) for name in (family.gate, family.up))
         found += [(gate, up), (Linear(f"{mlp}.{family.down}", hidden, inner),)]
     return found
+
+
+def linear_names(config: PretrainedConfig, model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a model's linear modules; of one whose class fuses matrices, those of its twin."""
+    if family_of(config).fused:
+        return (*(linear.module for linear in all_linears(config)), "lm_head")
+    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
 def all_linears(config: PretrainedConfig) -> list[Linear]:

@@ -11,6 +11,7 @@ import transformers
 
 from kvp.models.checkpoint.check import check_weights, read_config
 from kvp.models.checkpoint.tokens import open_tokenizer
+from kvp.models.unfused import unfused
 from kvp.types import DTYPES
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def load_config(path: Path) -> PretrainedConfig:
 
 
 def load_model(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """Return the model of a checkpoint, in eval mode.
+    """Return the model of a checkpoint, in eval mode; the twin, if its own class fuses q, k and v (Phi-3).
 
     Raises:
         FileNotFoundError: It is no checkpoint.
@@ -65,7 +66,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedMode
     )
     model: PreTrainedModel = loaded.eval().to(torch.device(device))
     check_finite(model, str(path))
-    return model
+    return unfused(model)
 
 
 def check_finite(model: PreTrainedModel, where: str) -> None:

@@ -55,6 +55,8 @@ def model_twin(family: Family, Config: type[PretrainedConfig]) -> type[PreTraine
                 cache_index += 1
             else:
                 layer.self_attn = NoAttention()
+            if family.mlp_class:
+                layer.mlp = family.mlp_class(config)
             _resize_mlp(layer, config, shape, family.expert_bias)
 
     class Decoder(family.decoder):  # type: ignore[name-defined]

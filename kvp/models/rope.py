@@ -36,6 +36,11 @@ def require_fixed_rope(config: PretrainedConfig) -> None:
             f"{config.model_type} turns pairs by other frequencies in sliding than in full attention, so none can be "
             "folded into one: set strategy.context=null"
         )
+    if config.rope_parameters.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(
+            f"some pairs of {config.model_type} never turn (partial_rotary_factor), so none can be folded into the "
+            "slowest: set strategy.context=null"
+        )
     if lengths := switches(config):
         raise ValueError(
             f"RoPE of type {config.rope_parameters['rope_type']!r} has other frequencies beyond {lengths[0]} tokens, "

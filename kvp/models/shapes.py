@@ -52,6 +52,13 @@ def _is_routed(config: PretrainedConfig, layer: int) -> bool:
     return layer not in (getattr(config, "mlp_only_layers", None) or ()) and (layer + 1) % every == 0
 
 
+def turning_pairs(config: PretrainedConfig) -> int:
+    """Return how many rope pairs of a head turn: all of them, or the first ones of a partial RoPE (Phi-4-mini)."""
+    head_dim = dense_shapes(config)[0].qk_head_dim
+    factor = (config.rope_parameters or {}).get("partial_rotary_factor") or 1
+    return int(head_dim * factor) // CHANNELS_PER_PAIR
+
+
 def active_width(config: PretrainedConfig, layer: LayerShape) -> int:
     """Return how many neurons of the MLP a token passes: all of them, or those of the experts chosen for it."""
     return layer.intermediate_size * (min(config.num_experts_per_tok, layer.experts) if layer.experts else 1)

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from kvp.data.corpora import Part, find
 from kvp.models.cache_formats import CacheFormat
 from kvp.models.caches import cache_format
 from kvp.models.checkpoint.fields import check_fields
 from kvp.models.family import family_of
+from kvp.models.linears import linear_names
 from kvp.models.shapes import require_whole_stream
 from kvp.models.sources import ModelSource, RandomModel
 from kvp.pipeline.experiment import Experiment
@@ -235,12 +235,7 @@ def _linears(config: PretrainedConfig) -> Sequence[str]:
             model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"model.config makes no model: {_one_line(error)}") from error
-    return linear_modules(model)
-
-
-def linear_modules(model: nn.Module) -> list[str]:
-    """Return the names of the linear modules of a model."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return linear_names(config, model)
 
 
 def check_modules(x: Experiment, linears: Collection[str]) -> None:

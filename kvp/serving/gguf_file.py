@@ -19,6 +19,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from torch import Tensor
 
 from kvp.models.family import Family, family_of
+from kvp.models.shapes import dense_shapes, turning_pairs
 from kvp.serving.gguf_tokens import add_tokens
 from kvp.serving.rope import interleaved
 
@@ -88,6 +89,10 @@ def check_gguf(config: PretrainedConfig) -> None:
         raise ValueError(
             f"kvp writes no GGUF of {config.model_type}, whose graph in llama.cpp is another: use --to stock, and "
             "llama.cpp's convert_hf_to_gguf.py"
+        )
+    if family.fused and turning_pairs(config) != dense_shapes(config)[0].qk_head_dim // 2:
+        raise ValueError(
+            f"some channels of {family.name} never turn, and llama.cpp's Llama turns all: use --to stock"
         )
     if config.hidden_act != "silu":
         raise ValueError(f"llama.cpp's Llama has silu, this model {config.hidden_act}")

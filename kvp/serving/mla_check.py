@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from kvp.models.family import family_of
-from kvp.models.shapes import layer_shapes
+from kvp.models.shapes import dense_shapes, layer_shapes, turning_pairs
 from kvp.serving.layout import Layout, stock_layout
 from kvp.serving.rope import require_fixed_factors
 
@@ -51,6 +51,10 @@ def _check_attention(config: PretrainedConfig) -> None:
         )
     if family.experts:
         raise ValueError(f"{family.name} has experts, and kvp writes none as MLA: export it --to stock")
+    if turning_pairs(config) != dense_shapes(config)[0].qk_head_dim // 2:
+        raise ValueError(
+            f"some channels of {family.name} never turn, and MLA engines turn all: use --to remote_code"
+        )
     if family.layer_fields:
         raise ValueError(
             f"{family.name} has layers without RoPE, which MLA engines turn: export it --to stock"

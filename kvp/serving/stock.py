@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kvp.models.family import FAMILIES, Family, family_of
-from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes
+from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes, turning_pairs
 from kvp.models.surgery import check_tied, take_buffers
+from kvp.models.unfused import fused_state
 from kvp.serving.layout import Layout, require_whole_keys, stock_layout
 from kvp.serving.rope import arithmetic, longrope, query_scale
 from kvp.types import LayerShape
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Form = Literal["stock", "stock_arithmetic", "padded"]  # of an ordinary model
+OF_PHI = ("resid_pdrop", "embd_pdrop", "original_max_position_embeddings", "partial_rotary_factor")
 OURS = ("kvp_layers", "kvp_cache", "model_type", "architectures", "transformers_version")
 
 
@@ -34,10 +36,15 @@ def to_stock(model: PreTrainedModel, form: Form) -> PreTrainedModel:
     config, family = model.config, family_of(model.config)
     require_whole_keys(config)
     if form == "padded":
+        if family.fused:
+            raise ValueError(
+                f"{family.name} has no padded form, because its class fuses matrices: use --to stock"
+            )
         layout = Layout(_padded_layer(config), tuple(range(_head_dim(config) // 2)), _head_dim(config))
         state = _padded_state(model)
     else:
         layout, state = stock_layout(config), dict(model.state_dict())
+    stock_family = servable(config, layout)
     rotary, rope = model.get_submodule(family.rotary), _rope(config)
     if not layout.keeps_rope:
         scaling: float = rotary.attention_scaling  # type: ignore[assignment]
@@ -49,7 +56,8 @@ def to_stock(model: PreTrainedModel, form: Form) -> PreTrainedModel:
         rope = longrope(layout, rope, rotary) if form == "stock" else arithmetic(layout, rope)
         _scale_queries(state, config, family, query_scale(layout, scaling))
     check_tied(state, f"{family.embedding}.weight", config)
-    stock_family = _servable(family, config, layout)
+    if stock_family.fused:
+        state = fused_state(config, state)
     stock_config = _stock_config(config, stock_family, layout, rope)
     with torch.device("meta"):
         stock = stock_family.causal_lm(stock_config)
@@ -97,8 +105,17 @@ def _scale_queries(state: dict[str, Tensor], config: PretrainedConfig, family: F
                 state[name] = (state[name].double() * scale).to(state[name].dtype)
 
 
-def _servable(family: Family, config: PretrainedConfig, layout: Layout) -> Family:
-    """Llama refuses a hidden size that its heads do not divide; Mistral is the same model and does not."""
+def servable(config: PretrainedConfig, layout: Layout) -> Family:
+    """Return the family whose classes hold a layout; no weights are read.
+
+    Llama refuses a hidden size that its heads do not divide. Mistral is the same model and does not.
+
+    Raises:
+        ValueError: There is none; the message names the way out.
+    """
+    family = family_of(config)
+    if family.fused:
+        return _unfused(family, config, layout)
     if family.name != "llama" or config.hidden_size % layout.layer.num_attention_heads == 0:
         return family
     if any(family.has_bias(option, config) for option in family.bias_options):
@@ -109,12 +126,26 @@ def _servable(family: Family, config: PretrainedConfig, layout: Layout) -> Famil
     return FAMILIES["mistral"]
 
 
+def _unfused(family: Family, config: PretrainedConfig, layout: Layout) -> Family:
+    """Mistral's classes compute what Phi-3's do, unless some channels never turn: then only whole heads can be said."""
+    if turning_pairs(config) == layout.dense_head_dim // CHANNELS_PER_PAIR:
+        return FAMILIES["mistral"]
+    if layout.keeps_rope and layout.layer.num_attention_heads == config.num_attention_heads:
+        return family
+    raise ValueError(
+        f"some channels of {family.name} never turn, and its class holds them in the dense number of whole heads "
+        "only: use --to remote_code or custom, or prune with strategy.grouping=ffn or block"
+    )
+
+
 def _stock_config(
     config: PretrainedConfig, family: Family, layout: Layout, rope: dict[str, Any]
 ) -> PretrainedConfig:
     fields = {name: value for name, value in config.to_dict().items() if name not in OURS}
     if family.name == "mistral":
         fields.setdefault("sliding_window", None)
+        fields = {name: value for name, value in fields.items() if name not in OF_PHI}
+        rope = {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
     fields |= {
         "num_attention_heads": layout.layer.num_attention_heads,
         "num_key_value_heads": layout.layer.num_key_value_heads,

@@ -26,7 +26,7 @@ from kvp.serving.quantize import quantize_gguf, require_quantizer
 from kvp.serving.remote_code import write_code
 from kvp.serving.rope import require_fixed_factors
 from kvp.serving.sample import Sample, make_sample, require_positions
-from kvp.serving.stock import add_old_keys, to_stock
+from kvp.serving.stock import add_old_keys, servable, to_stock
 from kvp.serving.verify import ask, compare, has
 from kvp.serving.whole import whole
 
@@ -133,6 +133,7 @@ def _check_form(checkpoint: Path, config: PretrainedConfig, to: str | None) -> N
         mla_layout(config, to)
     elif to != "padded":
         layout = stock_layout(config)
+        servable(config, layout)
         if not layout.keeps_rope:
             require_fixed_factors(config)
     if to in ("gguf", "mla_gguf"):

@@ -13,13 +13,16 @@ from safetensors.torch import load_file, save_file
 from kvp.models.load import byte_tokenizer, save
 from kvp.models.spaces import available_kinds
 from kvp.models.surgery import apply
+from kvp.models.unfused import unfused
 from tests.conftest import random_plan, tiny_model
-from tests.helpers.stock import ROPES
+from tests.helpers.stock import ROPES, fused
 
 VOCABULARY = 259
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WINDOW = {"sliding_window": 16}
 MIXED = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "use_sliding_window": True}
+
+PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 
 DENSE = {
     "llama": ("llama", {}),
@@ -38,6 +41,8 @@ DENSE = {
     "qwen3": ("qwen3", {}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": 16}),
+    "phi3": ("phi3", {}),
+    "phi3-partial": ("phi3", PARTIAL),
     "qwen3_moe": ("qwen3_moe", {}),
     "mixtral": ("mixtral", WINDOW),
     "gpt_oss": ("gpt_oss", {"sliding_window": 16}),
@@ -53,13 +58,13 @@ PRUNED = (
     "olmo2",
     "qwen3_moe",
     "gpt_oss",
+    "phi3-partial",
 )
 SHARDED = ("llama-plain", "qwen2-mixed", "qwen3_moe")
 TYPES = {  # that kvp does not know
     "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 64},
     "gemma": {"head_dim": 8},
     "olmo": {},
-    "phi3": {},
     "olmoe": {"num_experts": 2, "num_experts_per_tok": 1},
 }
 SHAPE = {
@@ -87,7 +92,7 @@ def write(directory: Path, name: str) -> Path:
             kinds = [
                 kind for kind in ("kv_group", "qk", "vo", "ffn") if kind in available_kinds(model.config)
             ]
-            model = apply(model, random_plan(model, kinds))
+            model = apply(unfused(model), random_plan(model, kinds))
         save(model, byte_tokenizer(), directory)
         if kind == "sharded":
             shard(directory)
@@ -98,7 +103,8 @@ def write(directory: Path, name: str) -> Path:
 
 def _dense(name):
     family, changes = DENSE[name]
-    return tiny_model(family, "gqa", vocab_size=VOCABULARY, **changes)
+    model = tiny_model(family, "gqa", vocab_size=VOCABULARY, **changes)
+    return fused(model) if family == "phi3" else model
 
 
 def shard(directory: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from kvp.models.surgery import apply
+from kvp.models.unfused import fused_state
 from kvp.types import Plan
 from tests.conftest import random_plan, tiny_model
 
@@ -20,6 +22,17 @@ ROPES = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
 }
+
+
+def fused(twin):
+    """A dense Phi-3 in transformers' own class, with the weights of its twin."""
+    fields = {name: value for name, value in twin.config.to_dict().items() if not name.startswith("kvp_")}
+    config = Phi3Config(
+        **{name: value for name, value in fields.items() if name not in ("model_type", "architectures")}
+    )
+    model = Phi3ForCausalLM(config)
+    model.load_state_dict(fused_state(twin.config, twin.state_dict()))
+    return model.to(twin.dtype).eval()
 
 
 def shared_plan(model, pairs):

@@ -48,7 +48,10 @@ def require_right(path, model, again):
     assert not loading["missing_keys"]
     assert not loading["mismatched_keys"]
     assert all(name.endswith("inv_freq") or name == "lm_head.weight" for name in loading["unexpected_keys"])
-    assert torch.equal(logits(model), logits(theirs)), "not what transformers opens"
+    ours, expected = logits(model), logits(theirs)
+    twin = theirs.config.model_type == "phi3"  # which kvp opens with its matrices one by one: other products
+    same = torch.allclose(ours, expected, atol=1e-3) if twin else torch.equal(ours, expected)
+    assert same, "not what transformers opens"
     kinds = [kind for kind in ("kv_group", "qk", "vo", "ffn") if kind in available_kinds(model.config)]
     plan = random_plan(model, kinds)
     sliced, masked = logits(apply(model, plan)), logits(mask(model, plan))

@@ -132,7 +132,7 @@ def test_soft_caps_and_two_directions_are_refused(field, value, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("gemma2", "caps its logits"), ("gemma3", "image tower"), ("phi3", "one matrix")]
+    ("name", "reason"), [("gemma2", "caps its logits"), ("gemma3", "image tower"), ("gemma2", "fused kernel")]
 )
 def test_relatives_are_refused_by_name(name, reason):
     with pytest.raises(

@@ -53,7 +53,9 @@ def test_latents_leave_the_function_as_it_is(family, heads, key_heads, value_hea
 
 def test_masked_is_sliced(family, heads, tokens, tmp_path):
     model = with_latents(tiny_model(family, heads, dtype=torch.float64), 2, None)
-    plan = random_plan(model, [kind for kind in (*KINDS, "attention") if kind in available_kinds(model.config)])
+    plan = random_plan(
+        model, [kind for kind in (*KINDS, "attention") if kind in available_kinds(model.config)]
+    )
     sliced = apply(model, plan)
     torch.testing.assert_close(logits(sliced, tokens), logits(mask(model, plan), tokens))
     assert (logits(sliced, tokens) - logits(model, tokens)).abs().max() > 1e-3

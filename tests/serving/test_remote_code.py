@@ -47,6 +47,7 @@ KINDS = {
     "olmo3": ["kv_group", "vo", "block"],
     "qwen3_moe": ["qk", "vo", "ffn"],
     "mixtral": ["kv_group", "mlp"],
+    "phi3": ["kv_group", "qk", "ffn"],
     "gpt_oss": ["kv_group", "qk", "mlp"],
 }
 

@@ -23,6 +23,7 @@ from kvp.models.checkpoint.tensors import (
 )
 from kvp.models.checkpoint.tokens import check_generation, check_tokenizer, open_tokenizer
 from kvp.models.family import family_of
+from kvp.models.linears import linear_names
 from kvp.models.shapes import layer_shapes, size
 
 if TYPE_CHECKING:
@@ -97,8 +98,8 @@ def check_weights(path: Path) -> Weights:
     check_tensors(path, headers, stored, f"{family.embedding}.weight" if tied else None)
     _check_size(path, config, count := parameters(expected, tied))
     check_generation(path, config.vocab_size)
-    linears = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return Weights(path=path, config=config, dtype=stored_dtype(path, headers), linears=linears, params=count)
+    linears, dtype = linear_names(config, model), stored_dtype(path, headers)
+    return Weights(path=path, config=config, dtype=dtype, linears=linears, params=count)
 
 
 def read_config(path: Path) -> tuple[PretrainedConfig, dict[str, Header]]:

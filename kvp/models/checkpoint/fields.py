@@ -75,7 +75,7 @@ class Fields(BaseModel):
     torch_dtype: Dtype | None = None
     rope_theta: Annotated[float, Field(gt=1)] | None = None
     original_max_position_embeddings: PositiveInt | None = None
-    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
     rope_parameters: Rope | None = None
     ropes: dict[LayerType, Rope] | None = None  # `rope_parameters` by type of layer (Gemma 3)
     rope_scaling: Rope | None = None
@@ -104,8 +104,9 @@ def check_fields(file: Path, config: Mapping[str, Any]) -> Fields:
         if family.experts:
             _check_experts(given)
         pairs = given.dense_head_dim // 2
+        turning = _turning(given, family)
         ropes = given.ropes or {}
-        check_rope(config, ropes.get("full_attention", given.rope_parameters), given.rope_scaling, pairs)
+        check_rope(config, ropes.get("full_attention", given.rope_parameters), given.rope_scaling, turning)
         if sliding := ropes.get("sliding_attention"):  # whose older name is another
             check_rope({**config, "rope_theta": config.get("rope_local_base_freq")}, sliding, None, pairs)
         if config["model_type"].startswith(PRUNED_PREFIX):
@@ -211,6 +212,25 @@ def check_ids(name: str, value: int | list[int] | None, vocab_size: int) -> None
                 f"{name} must be below vocab_size={vocab_size}, got {number!r}: correct it, or resize the embedding "
                 "once with resize_token_embeddings(len(tokenizer))"
             )
+
+
+def _turning(given: Fields, family: Family) -> int:
+    """Return how many pairs of a head turn; only Phi-3's code turns some of them."""
+    places = [given.rope_parameters, given.rope_scaling, *(given.ropes or {}).values(), given]
+    factors = {place.partial_rotary_factor for place in places if place} - {None}
+    factor, width = min(factors, default=1.0), given.dense_head_dim  # type: ignore[type-var]
+    if factor == 1:
+        return width // 2
+    if not family.fused:
+        raise ValueError(
+            f"partial_rotary_factor must be 1, got {factor}: {family.name} models turn all channels"
+        )
+    turning = int(width * factor)  # type: ignore[operator]
+    if turning < 2 or turning % 2:
+        raise ValueError(
+            f"partial_rotary_factor={factor} turns {turning} of {width} channels of a head: it must be an even number"
+        )
+    return turning // 2
 
 
 def _check_experts(given: Fields) -> None:

@@ -32,7 +32,7 @@ class Rope(BaseModel):
     )
     type: str | None = None
     rope_theta: Annotated[float, Field(gt=1)] | None = None
-    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
     factor: PositiveFloat | None = None
     original_max_position_embeddings: PositiveInt | None = None
     attention_factor: PositiveFloat | None = None
