@@ -77,7 +77,8 @@ def test_masked_equals_sliced(kinds, twin):
 
 def test_pairs_that_stand_still_look_at_no_position():
     model = tiny_model("phi3", dtype=torch.float64, num_hidden_layers=1, **PARTIAL)
-    assert available_kinds(model.config) == KINDS and turning_pairs(model.config) == 2
+    own = tuple(kind for kind in KINDS if "latent" not in kind)
+    assert available_kinds(model.config) == own and turning_pairs(model.config) == 2
     text = ids(9)
     shuffled = torch.cat([text[:, :-1].flip(1), text[:, -1:]], dim=1)
     for pairs, same in (([2, 3], True), ([1, 2], False)):
