@@ -8,9 +8,11 @@ import torch
 from kvp.models.joined import joined, joined_config
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.surgery import apply
+from kvp.serving.mla_check import mla_layout
 from kvp.types import Plan
 from tests.conftest import HEADS, exact_norms, random_plan, tiny_config, tiny_model
 from tests.helpers.masks import mask
+from tests.helpers.stock import ROPES
 
 FAMILIES = ("llama", "mistral", "qwen2")  # the others norm queries and keys
 DIVISORS = [
@@ -69,3 +71,21 @@ def test_a_number_that_does_not_divide_is_refused(number):
 def test_norms_over_head_dim_are_refused():
     with pytest.raises(ValueError, match="keep the heads apart"):
         joined_config(tiny_config("qwen3"), 1)
+
+
+@pytest.mark.parametrize("heads", ["mha", "gqa"])
+def test_scaled_frequencies_follow_their_pairs(heads, tokens):
+    """Llama 3.1 scales its slow frequencies; joined and cut heads gather them, and MLA engines refuse them by name."""
+    rope = {
+        "rope_parameters": ROPES["llama3"] | {"rope_theta": 5e5},
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+    model = tiny_model("llama", heads, dtype=torch.float64, **rope)
+    twin = joined(model, 1)
+    torch.testing.assert_close(logits(twin, tokens), logits(model, tokens))
+    plan = random_plan(twin, ["qk", "vo"])
+    torch.testing.assert_close(logits(apply(twin, plan), tokens), logits(mask(twin, plan), tokens))
+    with pytest.raises(ValueError, match=r"this model has 'llama3': use --to mla_longrope"):
+        mla_layout(twin.config, "mla")
+    assert mla_layout(twin.config, "mla_longrope").keeps_rope is False
