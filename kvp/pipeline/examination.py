@@ -19,6 +19,10 @@ from kvp.pipeline.session import Before, Inputs, Session, Stage, maker
 from kvp.provenance import hardware
 from kvp.store import Finished
 
+PACKED_VERSION = (
+    2  # of perplexity with a packed cache; 1 decoded token by token, and differs in the sixth digit
+)
+
 
 @dataclass(frozen=True)
 class Examining(Stage):
@@ -81,11 +85,13 @@ class Perplexity(Examining):
     @override
     def inputs(self, x: Experiment, before: Before) -> Inputs:
         assert x.perplexity is not None
+        packed = {} if x.cache is None or self.model == "dense" else {"packed_cache": PACKED_VERSION}
         return {
             "model": before[maker(self.model, before)],
             "dtype": str(x.dtype),
             "protocol": without(asdict(x.perplexity), "corpora"),
             "corpus": find(x.corpora, self.corpus).identity(x.perplexity.part),
+            **packed,
         }
 
     @override

@@ -84,8 +84,8 @@ class Limit(Budget, ABC):
         whole, least = self.count(stored_as(dense, cache)), left(MOST)
         if whole <= most:
             raise ValueError(
-                f"ratio.{self.words(dense, most)} holds without a cut, because the model as it is has "
-                f"ratio.{self.words(dense, whole)}: ask for less bytes than that, or choose strategy=none"
+                f"ratio.{self.words(dense, most)} holds without a cut: the uncut model has "
+                f"ratio.{self.words(dense, whole)}. Ask for fewer bytes than that, or choose strategy=none"
             )
         if least > most:
             raise ValueError(

@@ -87,7 +87,7 @@ def test_an_ordinary_budget_stays(model):
 @pytest.mark.parametrize(
     ("budget", "method", "message"),
     [
-        (CacheBytes(value=0.5), Magnitude(), r"ratio.value=0.5000 holds without a cut, .* has ratio.value=0.8"),
+        (CacheBytes(value=0.5), Magnitude(), r"ratio.value=0.5000 holds without a cut: .* has ratio.value=0.8"),
         (CacheBytes(value=0.999), Magnitude(), r"ratio.value=0.9990 cannot be met by a cut of kv_cache: .* leaves"),
         (CacheBytes(value=0.9, tolerance=0), Magnitude(), r"the plan has ratio.value=0.9\d+. Ask for that"),
         (Memory(gib=1, context=64), Magnitude(), r"ratio.gib=1.0000 holds without a cut"),
