@@ -40,12 +40,17 @@ NODES = {"perplexity": "evaluation.perplexity", "zero_shot": "evaluation.zero_sh
 def check_weights(x: Experiment, config: PretrainedConfig) -> None:
     """Refuse weights that alone take more than is free.
 
+    A CPU that computes in the dtype of the files maps them, and drops pages when it needs room. So there
+    `short_of_memory=warn` reads them from the disk as often as a phase passes through the model.
+
     Raises:
         ValueError: It names both sizes.
     """
     needed, free = size(config, layer_shapes(config)).params * x.dtype.itemsize, _free(x)
-    if needed > free:
+    mapped = x.device == "cpu" and x.dtype == config.dtype
+    if needed > free and not (mapped and x.short_of_memory == "warn"):
         smaller = "" if x.dtype.itemsize == 2 else " model.dtype=bfloat16 (half of it),"
+        smaller += " short_of_memory=warn (which reads them from the disk again and again)," if mapped else ""
         raise ValueError(
             f"the weights of {x.source.name} take {needed / GIB:.2f} GiB in {str(x.dtype).removeprefix('torch.')}, and "
             f"{free / GIB:.2f} GiB are free on {x.device}: free some, or choose{smaller} another device or a smaller "

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from kvp.models.load import load_model
+from kvp.strategies.signals.walk import walk
 from tests.conftest import tiny_model
+from tests.process import start
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
@@ -19,3 +24,31 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 1 of the weights.*k_proj"):
         load_model(tmp_path, dtype=torch.float32, device="cpu")
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs, so that it cannot be dropped and read again."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines["RssAnon"].split()[0])
+
+
+def walk_through(path: Path, out: Path) -> None:
+    """What is measured: a model is opened in the dtype of its files, and walked through."""
+    before = anonymous_bytes()
+    model = load_model(path, dtype=torch.bfloat16, device="cpu")
+    most = 0
+    for visit in walk(model, [torch.arange(8)[None]], "walk"):
+        visit.outputs()
+        most = max(most, anonymous_bytes() - before)
+    out.write_text(str(most))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status")
+def test_weights_in_the_dtype_of_their_files_stay_on_the_disk(tmp_path):
+    wide = tiny_model(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, dtype=torch.bfloat16)
+    wide.save_pretrained(tmp_path / "model")
+    process = start(walk_through, tmp_path / "model", tmp_path / "bytes", log=tmp_path / "log")
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    weights = sum(each.nbytes for each in wide.parameters())
+    assert weights > 50 * 2**20 and int((tmp_path / "bytes").read_text()) < 0.3 * weights

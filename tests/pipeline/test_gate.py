@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import psutil
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
@@ -22,7 +23,7 @@ from kvp.hints import words as worded
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.gate import check_inputs
 from kvp.pipeline.needs import needs
-from kvp.pipeline.room import way_out
+from kvp.pipeline.room import check_weights, way_out
 from kvp.pipeline.run import run
 from tests.helpers.bad_options import ALL, TINY
 from tests.helpers.runs import ROOT
@@ -93,6 +94,11 @@ def test_the_weights_must_fit_what_is_free(smoke, tmp_path, monkeypatch):
             ValueError, match=r"take 28\.61 GiB in float32, and [01]\.\d\d GiB are free on cpu"
         ):
             check_inputs(x)
+        with pytest.raises(ValueError, match=r"or choose model.dtype=bfloat16 .* short_of_memory=warn"):
+            check_weights(x, x.source.expected())
+        check_weights(replace(x, short_of_memory="warn"), x.source.expected())  # mapped: pages can be dropped
+        with pytest.raises(ValueError, match="free on cpu"):  # a copy in another dtype cannot
+            check_weights(replace(x, short_of_memory="warn", dtype=torch.bfloat16), x.source.expected())
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
