@@ -51,11 +51,19 @@ class LayerRecord(Part):
     stream: tuple[int, int, int] | None = Field(
         description="residual stream before attention, before MLP, after; null: whole"
     )
+    k_latents: tuple[int, int] | None = Field(
+        default=None, description="number and width of latents cached in place of keys; null: keys"
+    )
+    v_latents: tuple[int, int] | None = Field(
+        default=None, description="number and width of latents cached in place of values; null: values"
+    )
 
     @property
     def kv_width(self) -> int:
         """Channels of keys and values that the cache holds per token."""
-        return self.num_key_value_heads * (self.qk_head_dim + self.v_head_dim)
+        keys = self.k_latents or (self.num_key_value_heads, self.qk_head_dim)
+        values = self.v_latents or (self.num_key_value_heads, self.v_head_dim)
+        return keys[0] * keys[1] + values[0] * values[1]
 
 
 class MatrixZeros(Part):

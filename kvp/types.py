@@ -15,7 +15,7 @@ from torch import Tensor
 from kvp.options import options
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-Kind = Literal["block", "attention", "mlp", "kv_group", "qk", "vo", "ffn"]
+Kind = Literal["block", "attention", "mlp", "kv_group", "qk", "vo", "k_latent", "v_latent", "ffn"]
 Denominator = Literal["kv_cache", "params", "block_params", "blocks", "sparsity"]
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -35,6 +35,7 @@ class Space:
     | kv_group              | (groups,)             | a key head, a value head, their queries |
     | qk                    | (groups, pairs)       | two channels that RoPE turns together   |
     | vo                    | (groups, v_head_dim)  | one value channel                       |
+    | k_latent, v_latent    | (latents, channels)   | one channel of a latent                 |
     | ffn                   | (intermediate_size,)  | one neuron                              |
     """
 
@@ -79,8 +80,8 @@ class Plan:
     All indices refer to the model that the plan was made for.
 
     Attributes:
-        keep: Sorted int64 indices per space: (kept,), or for "qk" and "vo" (groups, kept). A space without an entry
-            stays whole.
+        keep: Sorted int64 indices per space: (kept,), or for a space of two axes (groups, kept). A space without an
+            entry stays whole.
         edits: The new value of each rewritten parameter, by name.
         bases: Orthonormal directions (hidden_size, width) of a sliced residual stream. Two per layer that stays:
             before its attention and before its MLP. Empty: the stream stays whole.
@@ -105,6 +106,9 @@ class LayerShape:
         stream: Widths of a sliced residual stream before the attention, before the MLP and after the layer.
             None: hidden_size, and no shortcut matrices.
         latent: Whether queries read the values, too, as keys that never turn. Values are then the latent of MLA.
+        k_latents: Number and width of the latents that are cached in place of keys, each for as many KV heads. Keys
+            are expanded from them before every rotation. None: keys are cached.
+        v_latents: The same for values. What attention reads of a latent is expanded after it.
     """
 
     num_attention_heads: int
@@ -117,6 +121,8 @@ class LayerShape:
     down_bias: bool = False
     stream: tuple[int, int, int] | None = None
     latent: bool = False
+    k_latents: tuple[int, int] | None = None
+    v_latents: tuple[int, int] | None = None
 
     @property
     def query_head_dim(self) -> int:
@@ -124,9 +130,21 @@ class LayerShape:
         return self.qk_head_dim + self.latent * self.v_head_dim
 
     @property
+    def read_head_dim(self) -> int:
+        """Return how many channels of values a query head reads: those of a value head, or of a latent."""
+        return self.v_latents[1] if self.v_latents else self.v_head_dim
+
+    @property
     def kv_width(self) -> int:
         """Return how many channels of keys and values the cache holds per token of this layer."""
-        return self.num_key_value_heads * (self.qk_head_dim + self.v_head_dim)
+        return sum(self.cached)
+
+    @property
+    def cached(self) -> tuple[int, int]:
+        """Return how many channels of keys, and how many of values, the cache holds per token."""
+        heads = self.num_key_value_heads
+        keys, values = self.k_latents or (heads, self.qk_head_dim), self.v_latents or (heads, self.v_head_dim)
+        return keys[0] * keys[1], values[0] * values[1]
 
 
 @dataclass(frozen=True)

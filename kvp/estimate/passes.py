@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvp.models.nll import ROWS
 from kvp.models.shapes import layer_shapes, size, stream
+from kvp.types import LayerShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -24,6 +25,11 @@ def weights_bytes(config: PretrainedConfig, width: int) -> int:
     return width * size(config, layer_shapes(config)).params
 
 
+def expanded_channels(shape: LayerShape) -> int:
+    """Return the channels per token that a layer makes of its latents for attention, with the keys' rotation."""
+    return shape.num_key_value_heads * (4 * shape.qk_head_dim + shape.read_head_dim) if shape.k_latents else 0
+
+
 def working_bytes(config: PretrainedConfig, *, tokens: int, width: int) -> int:
     """Return the largest sum of what one layer holds at a time, with the states around it.
 
@@ -38,7 +44,7 @@ def working_bytes(config: PretrainedConfig, *, tokens: int, width: int) -> int:
         hidden = max(stream(config, shape))
         queries = shape.num_attention_heads * shape.query_head_dim
         norm = 2 * width * hidden + FLOAT32 * hidden * (1 if width == FLOAT32 else 3)
-        rotation = width * (2 * hidden + 4 * queries + shape.kv_width)
+        rotation = width * (2 * hidden + 4 * queries + shape.kv_width + expanded_channels(shape))
         mlp = width * (2 * hidden + 3 * shape.intermediate_size)
         most = max(most, norm, rotation, mlp)
     return tokens * most

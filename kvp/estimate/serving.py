@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvp.estimate.passes import Parts, weights_bytes, with_total, working_bytes
+from kvp.estimate.passes import Parts, expanded_channels, weights_bytes, with_total, working_bytes
 from kvp.models.shapes import layer_shapes
 
 if TYPE_CHECKING:
@@ -59,11 +59,7 @@ def room(length: int) -> int:
 
 def token_bytes(config: PretrainedConfig, cache: CacheType) -> int:
     """Return the bytes of keys and values per token of one sequence, over all layers."""
-    return sum(
-        cache.row_bytes(shape.num_key_value_heads * dim)
-        for shape in layer_shapes(config)
-        for dim in (shape.qk_head_dim, shape.v_head_dim)
-    )
+    return sum(cache.row_bytes(channels) for shape in layer_shapes(config) for channels in shape.cached)
 
 
 def largest_batch(left: int, *, length: int, per_token: int) -> int:
@@ -96,7 +92,7 @@ def measured_bytes(
     """Return the peak of `kvp.measurement.measure`: prompts read at once, then a cache that grows by copies."""
     shapes, length = layer_shapes(config), prompt_length + new_tokens
     per_token = width * sum(shape.kv_width for shape in shapes)
-    copied = width * max(max(s.kv_width - s.num_key_value_heads * s.v_head_dim, 0) for s in shapes)
+    copied = width * max(s.cached[0] + expanded_channels(s) for s in shapes)
     reading = batch_size * prompt_length * per_token + _activations(
         config, tokens=batch_size * prompt_length, batch_size=batch_size, width=width
     )

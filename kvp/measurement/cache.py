@@ -32,7 +32,7 @@ class Cursor:
 
 
 class FixedLayer(CacheLayerMixin):
-    """Keys (batch, groups, length, qk_head_dim) and values of one layer."""
+    """Keys (batch, groups, length, qk_head_dim) and values of one layer; all latents are the channels of one head."""
 
     is_sliding = False
 
@@ -41,9 +41,11 @@ class FixedLayer(CacheLayerMixin):
     ) -> None:
         super().__init__()
         self.cursor, device = cursor, cursor.positions.device
-        heads = (batch_size, shape.num_key_value_heads, length)
-        self.keys = torch.zeros(*heads, shape.qk_head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(*heads, shape.v_head_dim, dtype=dtype, device=device)
+        heads = 1 if shape.k_latents else shape.num_key_value_heads
+        self.keys, self.values = (
+            torch.zeros(batch_size, heads, length, channels // heads, dtype=dtype, device=device)
+            for channels in shape.cached
+        )
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

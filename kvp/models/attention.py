@@ -87,7 +87,7 @@ class PrunedAttention:
         assert position_embeddings is not None
         cos, sin = self._tables(*position_embeddings)
         if self.use_rope:
-            query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         query, key = (states.flatten(2, 3).transpose(1, 2) for states in (query, key))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -180,7 +180,7 @@ def _rows(pairs: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
     return pairs if len(set(pairs)) > 1 else pairs[:1]
 
 
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel pairs (i, i + width / 2), the Hugging Face layout."""
     first, second = states.chunk(2, dim=-1)
     return states * cos + torch.cat((-second, first), dim=-1) * sin

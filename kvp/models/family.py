@@ -51,7 +51,9 @@ class Family:
     attention: str = "self_attn"
     mlp: str = "mlp"
     q: str = "q_proj"
-    q_latent: str = "q_latent_proj"  # of pruned twins only
+    q_latent: str = "q_latent_proj"  # of pruned twins only, like k_up and v_up
+    k_up: str = "k_up_proj"
+    v_up: str = "v_up_proj"
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"

@@ -91,6 +91,10 @@ def _joined_shapes(config: PretrainedConfig, heads: int, latent: bool) -> list[L
 
 def _joined_shape(layer: LayerShape, heads: int, latent: bool) -> LayerShape:
     groups = layer.num_key_value_heads
+    if layer.k_latents:
+        raise ValueError(
+            "this model caches latents, which its heads share already: join the model it was made from"
+        )
     if heads < 1 or groups % heads:
         raise ValueError(
             f"strategy.num_key_value_heads must divide the {groups} KV heads of every layer, got {heads}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvp.models.family import family_of
-from kvp.models.shapes import layer_shapes, projected
+from kvp.models.shapes import key_value_rows, layer_shapes, projected
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,8 +42,11 @@ def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
     found: list[tuple[Linear, ...]] = []
     if groups:
         q = Linear(f"{attention}.{family.q}", heads * projected(config, shape), hidden)
-        k = Linear(f"{attention}.{family.k}", groups * projected(config, shape), hidden)
-        v = Linear(f"{attention}.{family.v}", groups * shape.v_head_dim, hidden)
+        keys, values = key_value_rows(config, shape)
+        k, v = (
+            Linear(f"{attention}.{family.k}", keys, hidden),
+            Linear(f"{attention}.{family.v}", values, hidden),
+        )
         still = Linear(f"{attention}.{family.q_latent}", heads * shape.v_head_dim, hidden)
         found += [
             (q, k, v, *[still] * shape.latent),

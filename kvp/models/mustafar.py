@@ -58,6 +58,10 @@ class Mustafar:
                 "sparse cache is for full attention; choose cache=none"
             )
         for index, shape in enumerate(layer_shapes(config)):
+            if shape.k_latents:
+                raise ValueError(
+                    f"layer {index} caches latents, of which no channel is small by itself: choose cache=none"
+                )
             for name in ("qk_head_dim", "v_head_dim"):
                 width = getattr(shape, name)
                 if shape.num_key_value_heads and width % WORD:

@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from kvp.models.attention import PrunedAttention, PrunedRotary
 from kvp.models.configs import PRUNED_CONFIGS
 from kvp.models.family import FAMILIES, Family, family_of
+from kvp.models.latent_attention import LatentAttention
 from kvp.models.layers import NoAttention, NoMLP, resize
 from kvp.models.shapes import layer_shapes, stream
 from kvp.models.sliced import SlicedLayer, sliced_embedding
@@ -22,6 +23,9 @@ def model_twin(family: Family, Config: type[PretrainedConfig]) -> type[PreTraine
     """Make the model class of a family's pruned twin; an export `--to remote_code` carries this code."""
 
     class Attention(PrunedAttention, family.attention_class):  # type: ignore[name-defined]
+        has_qk_norm = family.qk_norm
+
+    class OfLatents(LatentAttention, family.attention_class):  # type: ignore[name-defined]
         has_qk_norm = family.qk_norm
 
     class Rotary(PrunedRotary, family.rotary_class):  # type: ignore[name-defined]
@@ -39,7 +43,11 @@ def model_twin(family: Family, Config: type[PretrainedConfig]) -> type[PreTraine
             model.layers = nn.ModuleList(Layer(config, *shape) for shape in enumerate(shapes))
         for index, (layer, shape) in enumerate(zip(model.layers, shapes, strict=True)):
             if shape.num_key_value_heads:
-                layer.self_attn = Attention(config, index, shape, cache_index)
+                layer.self_attn = (
+                    OfLatents(config, index, shape, cache_index, model.rotary_emb)
+                    if shape.k_latents
+                    else Attention(config, index, shape, cache_index)
+                )
                 cache_index += 1
             else:
                 layer.self_attn = NoAttention()
@@ -64,6 +72,7 @@ def model_twin(family: Family, Config: type[PretrainedConfig]) -> type[PreTraine
     suffixes = {
         Decoder: "Model",
         Attention: "Attention",
+        OfLatents: "LatentAttention",
         Rotary: "RotaryEmbedding",
         Layer: "DecoderLayer",
         Model: "ForCausalLM",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,19 @@ def _frozen(value: Any) -> Any:
 def projected(config: PretrainedConfig, layer: LayerShape) -> int:
     """Return the channels per head that q and k compute: before a norm over the head all of them, else those kept."""
     return dense_shapes(config)[0].qk_head_dim if family_of(config).qk_norm else layer.qk_head_dim
+
+
+def key_value_rows(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int]:
+    """Return how many channels k and v compute; of keys that are normed all, of latents those cached."""
+    keys, values = layer.cached
+    return keys if layer.k_latents else layer.num_key_value_heads * projected(config, layer), values
+
+
+def expansion_rows(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int]:
+    """Return the rows of the matrices that expand one latent of keys, and one of values; 0 where there are none."""
+    heads = layer.num_key_value_heads
+    keys = heads * projected(config, layer) // layer.k_latents[0] if layer.k_latents else 0
+    return keys, heads * layer.v_head_dim // layer.v_latents[0] if layer.v_latents else 0
 
 
 def stream(config: PretrainedConfig, layer: LayerShape) -> tuple[int, int, int]:
@@ -98,10 +112,17 @@ def cut(shapes: Sequence[LayerShape], plan: Plan) -> tuple[LayerShape, ...]:
     for index in kept_blocks:
         layer = _cut_layer(
             folded(shapes[index], plan.folded),
-            *(keep.get((kind, index)) for kind in ("kv_group", "qk", "vo", "ffn")),
+            *(keep.get((kind, index)) for kind in ("kv_group", "qk", "vo", "k_latent", "v_latent", "ffn")),
         )
         if index not in kept_attention:
-            layer = replace(layer, num_attention_heads=0, num_key_value_heads=0, rope_pairs=None)
+            layer = replace(
+                layer,
+                num_attention_heads=0,
+                num_key_value_heads=0,
+                rope_pairs=None,
+                k_latents=None,
+                v_latents=None,
+            )
         if index not in kept_mlp:
             layer = replace(layer, intermediate_size=0)
         layers.append(layer)
@@ -128,6 +149,8 @@ def space_shape(space: Space, shapes: Sequence[LayerShape]) -> tuple[int, ...]:
         "kv_group": (groups,),
         "qk": (groups, layer.qk_head_dim // CHANNELS_PER_PAIR),
         "vo": (groups, layer.v_head_dim),
+        "k_latent": layer.k_latents or (),
+        "v_latent": layer.v_latents or (),
         "ffn": (layer.intermediate_size,),
     }[space.kind]
 
@@ -149,6 +172,8 @@ def _cut_layer(
     groups: torch.Tensor | None,
     pairs: torch.Tensor | None,
     channels: torch.Tensor | None,
+    keys: torch.Tensor | None,
+    values: torch.Tensor | None,
     neurons: torch.Tensor | None,
 ) -> LayerShape:
     rope_pairs = layer.rope_pairs
@@ -167,6 +192,8 @@ def _cut_layer(
         rope_pairs=rope_pairs,
         qk_head_dim=layer.qk_head_dim if pairs is None else CHANNELS_PER_PAIR * pairs.shape[-1],
         v_head_dim=layer.v_head_dim if channels is None else channels.shape[-1],
+        k_latents=layer.k_latents if keys is None else (keys.shape[0], keys.shape[1]),
+        v_latents=layer.v_latents if values is None else (values.shape[0], values.shape[1]),
         intermediate_size=layer.intermediate_size if neurons is None else len(neurons),
     )
 
@@ -208,9 +235,10 @@ def _layer_params(config: PretrainedConfig, layer: LayerShape) -> int:
     down_bias = mlp_bias or layer.down_bias
     width = projected(config, layer)
     q_out = layer.num_attention_heads * (width + layer.latent * layer.v_head_dim)
-    k_out, v_out = layer.num_key_value_heads * width, layer.num_key_value_heads * layer.v_head_dim
+    k_out, v_out = key_value_rows(config, layer)
     o_in = layer.num_attention_heads * layer.v_head_dim
     attention = (before + qkv_bias) * (q_out + k_out + v_out) + between * (o_in + o_bias)
+    attention += sum(map(mul, layer.cached, expansion_rows(config, layer)))
     if family.qk_norm:
         attention += 2 * width
     mlp = 2 * (between + mlp_bias) * layer.intermediate_size + after * (layer.intermediate_size + down_bias)

@@ -8,10 +8,12 @@ The coupling between matrices stands here once. Surgery, masks and scores all re
 | qk i (rope pair)      | i and i + width / 2 of k, and of each query head in q; after  |                              |
 |                       | a norm over the head: of what the norm writes                 |                              |
 | vo j                  | j of v, and of each query head in q_latent                    | j of each query head in o    |
+| k_latent, v_latent c  | c of k, of v                                                  | c of k_up, of v_up           |
 | ffn n                 | n of gate and up                                              | n of down                    |
 | attention, mlp, block | all of the sublayer or layer                                  |                              |
 
-Only latent layers have a q_latent. Query heads belong to groups contiguously: head h to group h // (heads / groups).
+Only latent layers have a q_latent, and only layers that cache latents k_up and v_up. Query heads belong to groups
+contiguously: head h to group h // (heads / groups).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kvp.models.family import Family, family_of
-from kvp.models.shapes import layer_shapes, projected, space_shape
+from kvp.models.shapes import key_value_rows, layer_shapes, projected, space_shape
 from kvp.types import KINDS, Kind, LayerShape, Space
 
 if TYPE_CHECKING:
@@ -63,6 +65,11 @@ def available_kinds(config: PretrainedConfig) -> tuple[Kind, ...]:
 def _why_not(config: PretrainedConfig, kind: Kind) -> str:
     """Return why a model has no such space; empty if it has."""
     shapes = [shape for shape in layer_shapes(config) if shape.num_key_value_heads]
+    latents = any(shape.k_latents for shape in shapes)
+    if kind in ("k_latent", "v_latent") and not latents:
+        return "it caches keys and values, and no latents"
+    if kind in ("kv_group", "qk", "vo") and latents:
+        return "it caches latents, which several heads share"
     if kind == "qk" and any(shape.qk_head_dim != projected(config, shape) for shape in shapes):
         return "its keys were cut after their norm, which needs the channels as they were"
     if kind == "attention" and len(set(getattr(config, "layer_types", None) or ())) > 1:
@@ -139,6 +146,13 @@ def members(config: PretrainedConfig, space: Space) -> list[Member]:
                 Member(o, 1, of_heads),
                 *([Member(q_latent, 0, of_heads)] * shape.latent),
             ]
+        case "k_latent" | "v_latent":
+            channel = torch.arange(torch.Size(space.shape).numel())
+            reads, expands = (k, family.k_up) if space.kind == "k_latent" else (v, family.v_up)
+            return [
+                Member(reads, 0, channel),
+                Member(f"{layer}.{family.attention}.{expands}", 1, channel),
+            ]
         case _:
             neuron = torch.arange(shape.intermediate_size)
             gate, up, down = (
@@ -152,11 +166,11 @@ def _sublayer_rows(
 ) -> list[tuple[str, int]]:
     """Return (module name, number of rows) of the matrices of a layer that go with `kind`."""
     layer, hidden = f"{family.layers}.{index}", config.hidden_size
-    groups = shape.num_key_value_heads
+    groups, (keys, values) = shape.num_key_value_heads, key_value_rows(config, shape)
     attention = {
         family.q: shape.num_attention_heads * projected(config, shape),
-        family.k: groups * projected(config, shape),
-        family.v: groups * shape.v_head_dim,
+        family.k: keys,
+        family.v: values,
         family.o: hidden,
         **({family.q_latent: shape.num_attention_heads * shape.v_head_dim} if shape.latent else {}),
     }

@@ -15,7 +15,7 @@ from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.session import Checkpoint, Session
 from kvp.provenance import command
 from kvp.record import RecoveryRecord, RunRecord
-from kvp.results import ModelRecord
+from kvp.results import LayerRecord, ModelRecord
 from kvp.store import Finished
 from kvp.types import Size
 from kvp.upgrade import SCHEMA
@@ -58,7 +58,12 @@ def model_record(x: Experiment, checkpoint: Checkpoint, examined: Mapping[str, F
     """Return what is known of one model, from the stages that looked at it."""
     config, shapes = checkpoint.config, layer_shapes(checkpoint.config)
     widths = [
-        {k: v for k, v in asdict(shape).items() if k not in ("rope_pairs", "latent")} for shape in shapes
+        {
+            k: v
+            for k, v in asdict(shape).items()
+            if k in LayerRecord.model_fields and (v is not None or k == "stream")
+        }
+        for shape in shapes
     ]
     results = {place: stage.result for place, stage in examined.items()}
 

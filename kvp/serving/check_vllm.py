@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig
 
 from kvp.models.shapes import layer_shapes
-from kvp.serving.engines import needs_backend
+from kvp.serving.engines import caches_latents, needs_backend
 from kvp.serving.sample import Sample, token_logprobs
 from kvp.serving.verify import CACHE_BYTES, EXACT, KERNELS, Answer, ask, compare, distance, require
 
@@ -32,7 +32,13 @@ def check_vllm(
     Raises:
         ModuleNotFoundError: The interpreter does not have vLLM.
         RuntimeError: One of the two cannot open the export.
+        ValueError: The model caches latents.
     """
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)  # by kvp's own class
+    if caches_latents(config):
+        raise ValueError(
+            f"{directory} caches latents and expands keys from them, and vLLM has no such cache: leave out --engine"
+        )
     require("vllm", python)
     here = partial(ask, directory, sample, "transformers", own_code=own_code)
     exact = here()
@@ -41,7 +47,7 @@ def check_vllm(
         return {**proof, "why": f"already in transformers: {proof['why']}"}
     numbers = cached_numbers(directory, serving, own_code=own_code)
     room = max(CACHE_BYTES, ROOM * (len(sample.ids) + len(sample.greedy)) * numbers * torch.float32.itemsize)
-    backend = own_code or needs_backend(AutoConfig.from_pretrained(directory, trust_remote_code=False))
+    backend = own_code or needs_backend(config)
     options = {"model_impl": "transformers"} if backend else {}
     said = ask(directory, sample, "vllm", own_code=own_code, python=python, cache_bytes=room, options=options)
     dtype = said.facts["dtype"]

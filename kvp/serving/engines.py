@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvp.models.rope import switches
+from kvp.models.shapes import layer_shapes
 from kvp.serving.forms import MLA, Write, imports_of
 from kvp.serving.remote_code import NEEDS
 
@@ -36,6 +37,11 @@ def needs_backend(config: PretrainedConfig) -> bool:
     return config.model_type == "qwen2" and config.head_dim * config.num_attention_heads != config.hidden_size
 
 
+def caches_latents(config: PretrainedConfig) -> bool:
+    """Whether keys are expanded from a cache of latents, for which vLLM has no cache."""
+    return any(shape.k_latents for shape in layer_shapes(config))
+
+
 def _vllm_mla(config: PretrainedConfig, to: str) -> str:
     cached = config.kv_lora_rank + config.qk_rope_head_dim
     if cached != VLLM_CPU_MLA:
@@ -54,7 +60,7 @@ def engines(config: PretrainedConfig, to: str, check: dict[str, Any] | None) -> 
         way = "after `import kvp`" if to == "custom" else f"by trust_remote_code=True, {NEEDS}"
         return {
             "transformers": f"yes, {way}: verified, see check",
-            "vllm": VLLM_LAYERS if to == "remote_code" else only,
+            "vllm": only if to == "custom" or caches_latents(config) else VLLM_LAYERS,
             **dict.fromkeys(("sglang", "llama.cpp"), only),
         }
     if to == "gguf":

@@ -122,6 +122,11 @@ def _check_form(checkpoint: Path, config: PretrainedConfig, to: str | None) -> N
             f"{checkpoint} decodes with a sparse cache, which no stock engine has: export the checkpoint of the "
             "same run with cache=none, or --to custom"
         )
+    if any(shape.k_latents for shape in layer_shapes(config)):
+        raise ValueError(
+            f"{checkpoint} expands keys from latents on every step, which no stock engine does: export it --to "
+            "remote_code or custom, for transformers"
+        )
     if to not in MLA and any(shape.latent for shape in layer_shapes(config)):
         raise ValueError(f"{checkpoint} is multi-head latent attention, which --to {to} is not: use --to mla")
     if to in MLA:

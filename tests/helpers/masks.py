@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvp.models.latent_attention import Expansion
 from kvp.models.masks import after_norms, fold_rotary, mask_output, masks_of, remove_sublayers
 from kvp.models.spaces import ACROSS_LAYERS
 from kvp.models.stream import project
@@ -43,9 +44,9 @@ def mask(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
 
 def _zero(model: PreTrainedModel, name: str, axes: dict[int, Tensor]) -> None:
     module = model.get_submodule(name)
-    assert isinstance(module, nn.Linear)
+    assert isinstance(module, nn.Linear | Expansion)
     for axis, stays in axes.items():
         gone = (~stays).nonzero().flatten().to(module.weight.device)
         module.weight.index_fill_(axis, gone, 0)
-        if axis == 0 and module.bias is not None:
+        if axis == 0 and isinstance(module, nn.Linear) and module.bias is not None:
             module.bias.index_fill_(0, gone, 0)

@@ -22,6 +22,8 @@ class Layer(BaseModel):
     down_bias: bool = False
     stream: list[PositiveInt] | None = None
     latent: bool = False
+    k_latents: list[PositiveInt] | None = None
+    v_latents: list[PositiveInt] | None = None
 
 
 def check_widths(layers: Sequence[Layer] | None, count: int, hidden_size: int, pairs: int) -> None:
@@ -59,6 +61,7 @@ def _check_heads(layer: Layer, pairs: int) -> None:
         raise ValueError(
             f"qk_head_dim must be even and both widths > 0, got {layer.qk_head_dim} and {layer.v_head_dim}"
         )
+    _check_latents(layer, groups)
     rows = layer.rope_pairs
     if rows is None:
         if layer.qk_head_dim != 2 * pairs:
@@ -71,6 +74,17 @@ def _check_heads(layer: Layer, pairs: int) -> None:
         raise ValueError(f"rope_pairs must have {groups} rows of {width}, one per KV head")
     if (largest := max(max(row) for row in rows)) >= pairs:
         raise ValueError(f"rope_pairs must be below {pairs}, the pairs of the dense model, got {largest}")
+
+
+def _check_latents(layer: Layer, groups: int) -> None:
+    if (layer.k_latents is None) != (layer.v_latents is None) or (layer.k_latents and layer.latent):
+        raise ValueError("k_latents and v_latents go together, and not with latent")
+    for name in ("k_latents", "v_latents"):
+        latents = getattr(layer, name)
+        if latents is not None and (len(latents) != 2 or groups % latents[0]):
+            raise ValueError(
+                f"{name} must be a divisor of num_key_value_heads={groups} and a width, got {latents}"
+            )
 
 
 def _check_stream(layers: Sequence[Layer], hidden_size: int) -> None:

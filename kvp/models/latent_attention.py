@@ -1,0 +1,163 @@
+"""Attention that caches latents in place of keys and values, for methods of low rank (Palu, arXiv:2407.21118).
+
+    token  ->  latent c = A x, cached  ->  keys B c  ->  norm, RoPE at the token's own position  ->  scores
+                                       ->  attention reads the value latents; each head expands what it has read
+
+Keys are expanded for the whole cache on every step, because RoPE stands between B and the queries. So these methods
+save bytes and add work. Values need no such step: the sum over tokens and B commute.
+
+| step of one token    | further multiply-accumulates per layer, n tokens in the cache |
+| -------------------- | ------------------------------------------------------------- |
+| keys                 | n * KV heads * head_dim * key latent's width                  |
+| values, in attention | n * heads * (value latent's width - head_dim)                 |
+| values, after it     | heads * head_dim * value latent's width                       |
+
+All latents of a layer are cached as the channels of one head, because a static cache has as many heads of keys as of
+values. The position of a cached token follows from the position of the last query: positions in a cache are contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from kvp.models.attention import PrunedAttention, rotate
+from kvp.models.layers import resize
+from kvp.models.shapes import stream
+from kvp.types import LayerShape
+
+
+class Expansion(nn.Module):
+    """Matrices B (rows, width) of several latents side by side: weight (rows, latents * width)."""
+
+    def __init__(self, latents: int, width: int, rows: int, like: Tensor) -> None:
+        super().__init__()
+        self.latents = latents
+        self.weight = nn.Parameter(torch.empty(rows, latents * width, device=like.device, dtype=like.dtype))
+
+
+class KeyExpansion(Expansion):
+    """Expands latents (..., latents * width) to keys (..., latents * rows)."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return B c of each latent, one after the other."""
+        matrices = self.weight.unflatten(1, (self.latents, -1))
+        return torch.einsum("...gc,rgc->...gr", states.unflatten(-1, (self.latents, -1)), matrices).flatten(
+            -2
+        )
+
+
+class ValueExpansion(Expansion):
+    """Expands what the query heads have read of their latents, (..., KV heads, queries, latents * width).
+
+    KV heads are those of one latent, queries those of one KV head.
+    """
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return (..., latents, KV heads, queries, head_dim): each head's own rows of B times what it has read."""
+        heads = states.shape[-3]
+        matrices = self.weight.unflatten(1, (self.latents, -1)).unflatten(0, (heads, -1))
+        return torch.einsum("...hqgc,hdgc->...ghqd", states.unflatten(-1, (self.latents, -1)), matrices)
+
+
+class LatentAttention(PrunedAttention):
+    """Mixin in front of a family's attention class, for a layer with latents of keys and of values.
+
+    Attributes:
+        rotary: The model's rotary embedding, which turns the keys of cached tokens. It is no submodule of this one.
+    """
+
+    k_up_proj: KeyExpansion
+    v_up_proj: ValueExpansion
+    rotary: nn.Module
+
+    def __init__(
+        self, config: PretrainedConfig, layer_idx: int, shape: LayerShape, cache_index: int, rotary: nn.Module
+    ) -> None:
+        super().__init__(config, layer_idx, shape, cache_index)
+        assert shape.k_latents is not None
+        assert shape.v_latents is not None
+        (keys, key_width), (values, value_width) = shape.k_latents, shape.v_latents
+        self.num_key_value_heads, self.v_latents = shape.num_key_value_heads, values
+        before, like = stream(config, shape)[0], self.q_proj.weight
+        resize(self, "k_proj", before, keys * key_width)
+        resize(self, "v_proj", before, values * value_width)
+        rows = self.num_key_value_heads * self.projected // keys
+        self.k_up_proj = KeyExpansion(keys, key_width, rows, like)
+        rows = self.num_key_value_heads * self.v_head_dim // values
+        self.v_up_proj = ValueExpansion(values, value_width, rows, like)
+        self.layer_type = getattr(config, "layer_types", None) and config.layer_types[layer_idx]
+        self.__dict__["rotary"] = rotary  # not registered: its buffers belong to the model
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Any, ...] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute what the family's own forward does; hidden_states is (batch, seq_len, width of the stream)."""
+        assert position_embeddings is not None
+        shape = hidden_states.shape[:-1]
+        tables = position_embeddings[:2]
+        query = self.q_proj(hidden_states).view(*shape, -1, self.num_key_value_groups, self.projected)
+        latents = self.k_proj(hidden_states)[:, None], self.v_proj(hidden_states)[:, None]  # of one head
+        key_tables = tables
+        if past_key_values is not None:
+            key_tables = self._tables_of_cache(past_key_values, tables, shape[1], kwargs.get("position_ids"))
+            latents = past_key_values.update(*latents, self.layer_idx)
+        key = self.k_up_proj(latents[0][:, 0]).unflatten(-1, (self.num_key_value_heads, 1, self.projected))
+        if self.has_qk_norm:
+            query, key = self._kept(self.q_norm(query)), self._kept(self.k_norm(key))
+        if self.use_rope:
+            query = rotate(query, *self._tables(*tables))
+            key = rotate(key, *self._tables(*key_tables))
+        query, key = (states.flatten(2, 3).transpose(1, 2) for states in (query, key))
+        per_latent = self.num_key_value_heads // self.v_latents
+        value = latents[1][:, 0].unflatten(-1, (self.v_latents, -1)).transpose(1, 2)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value.repeat_interleave(per_latent, dim=1),
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        read = output.reshape(*shape, self.v_latents, per_latent, self.num_key_value_groups, -1)
+        expanded = self.v_up_proj(read.movedim(2, -2).flatten(-2))
+        return self.o_proj(expanded.reshape(*shape, -1)), weights
+
+    def _tables_of_cache(
+        self, cache: Cache, tables: tuple[Tensor, Tensor], tokens: int, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return cos and sin for the keys that the cache gives back with `tokens` more in it."""
+        length, first = cache.get_mask_sizes(tokens, self.layer_idx)
+        if length == tokens:  # nothing is cached yet
+            return tables
+        device = tables[0].device
+        slots = torch.arange(length, device=device) + first
+        last = cache.get_seq_length(self.layer_idx) + tokens - 1  # the slot of the last query
+        at = last if positions is None else positions[:, -1:]
+        several = () if self.layer_type is None or not self._ropes_differ else (self.layer_type,)
+        turned: tuple[Tensor, Tensor] = self.rotary(
+            tables[0], (slots - last + at).view(-1, length), *several
+        )[:2]
+        return turned
+
+    @property
+    def _ropes_differ(self) -> bool:
+        """Tell whether each type of layer has a rotary embedding of its own (Gemma 3)."""
+        return any(isinstance(rope, dict) for rope in self.config.rope_parameters.values())
