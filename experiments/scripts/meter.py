@@ -16,7 +16,6 @@ from torch import Tensor
 from experiments.scripts.chosen import chosen
 from kvp.bench.models import Subject, find_subjects
 from kvp.measurement import memory
-from kvp.models.joined import joined
 from kvp.models.sources import RandomModel
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.gate import check_model, check_sources
@@ -69,7 +68,7 @@ def _cost(x: Experiment) -> dict[str, Any]:
         transformers.AutoModelForCausalLM.from_config(subject.config)
     empty = memory.begin(device)
     model = subject.load(device=device, dtype=x.dtype, seed=0)
-    target = Target(joined(model, x.strategy.joins), ids, x.calibration.batch_size, x.node["seed"])
+    target = Target(x.strategy.recast(model), ids, x.calibration.batch_size, x.node["seed"])
     job = Job(x.strategy, x.budget, target.config, lambda: target)
     with TemporaryDirectory() as directory:
         meter = Meter(device, in_folders(Path(directory)))

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kvp.api.chosen import Text, calibrated, check_choice, chosen, experiment, with_strategy
 from kvp.api.memory import as_loaded, check_in_memory, weights_digest, written
-from kvp.models.joined import joined
 from kvp.models.linears import all_linears
 from kvp.models.plans import write_plan
 from kvp.models.shapes import layer_shapes, size
@@ -104,7 +103,7 @@ def prune(
     check_model(x, model.config)
     ids = x.calibration.sample(x.corpora, tokenizer) if x.reads_calibration else None  # type: ignore[arg-type]
     with as_loaded(model), tempfile.TemporaryDirectory() as directory:
-        dense = joined(model, x.strategy.joins, x.strategy.latent)
+        dense = x.strategy.recast(model)
         target = Target(dense, ids, x.calibration.batch_size, seed)
         keep = InStore(x, model) if store else in_folders(Path(directory))
         plan = find_plan(Job(x.strategy, x.budget, dense.config, lambda: target), keep)

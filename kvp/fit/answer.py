@@ -23,7 +23,6 @@ from kvp.estimate.serving import (
 )
 from kvp.fit.words import Question
 from kvp.measurement.memory import available_bytes
-from kvp.models.joined import joined_config
 from kvp.models.published import config_of
 from kvp.models.shapes import layer_shapes, size
 from kvp.pipeline.clock import Clock
@@ -119,7 +118,7 @@ def answer(asked: Question) -> Answer:
     for ratio in asked.ratios:
         cut = expected_shape(
             x.strategy,
-            joined_config(config, x.strategy.joins, x.strategy.latent),
+            x.strategy.recast_config(config),
             replace(x.budget, value=ratio),
         )
         if cut is None:

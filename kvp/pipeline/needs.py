@@ -12,7 +12,6 @@ from kvp.estimate.passes import FLOAT32, Parts, evaluation_bytes, weights_bytes,
 from kvp.estimate.serving import measured_bytes
 from kvp.estimate.training import training_bytes
 from kvp.measurement.count import macs
-from kvp.models.joined import joined_config
 from kvp.models.shapes import itemsize, layer_shapes
 from kvp.pipeline.experiment import Experiment
 from kvp.recovery.lora import Lora
@@ -44,7 +43,7 @@ class Need:
 
 def needs(x: Experiment, dense: PretrainedConfig) -> list[Need]:
     """Return what each phase of a run takes, in order; a pruned model counts like the dense one, which is larger."""
-    config = copy(joined_config(dense, x.strategy.joins, x.strategy.latent))
+    config = copy(x.strategy.recast_config(dense))
     config.dtype = x.dtype
     return [*_planning(x, config), *_examining(x, config), *_recovering(x, config, dense)]
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from typing_extensions import override
 
-from kvp.models.joined import joined
 from kvp.models.load import load_tokenizer, save
 from kvp.models.plans import write_plan
 from kvp.pipeline.examination import EXAMINING, examination
@@ -55,32 +54,28 @@ class Model(Stage):
 
 
 class Join(Stage):
-    """Write the dense model with fewer and wider KV heads."""
+    """Write the dense model in the form in which it is cut: with fewer and wider KV heads, or with latents."""
 
     name = "join"
     writes_model = True
 
     @override
     def applies(self, x: Experiment) -> bool:
-        return x.strategy.joins is not None
+        return bool(x.strategy.recasts)
 
     @override
     def inputs(self, x: Experiment, before: Before) -> Inputs:
-        latent = {"latent": True} if x.strategy.latent else {}
-        return {"model": before["model"], "num_key_value_heads": x.strategy.joins, **latent}
+        return {"model": before["model"], **x.strategy.recasts}
 
     @override
     def runs(self, x: Experiment) -> tuple[str, ...]:
-        return ("kvp.models.joined", "kvp.models.load")
+        return ("kvp.models.joined", "kvp.models.latents", "kvp.models.load")
 
     @override
     def work(self, session: Session, directory: Path) -> None:
         dense = session.checkpoint("dense")
-        save(
-            joined(dense.stored(), session.x.strategy.joins, session.x.strategy.latent),
-            load_tokenizer(dense.path),
-            directory / "model",
-        )
+        model = session.x.strategy.recast(dense.stored())
+        save(model, load_tokenizer(dense.path), directory / "model")
 
 
 class Planning(Stage):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 from typing_extensions import override
 
+from kvp.models.joined import joined, joined_config
 from kvp.models.shapes import layer_shapes
 from kvp.options import options
 from kvp.strategies.compensation.compensate import Compensation
@@ -21,7 +22,7 @@ from kvp.strategies.target import Scores, Target
 from kvp.types import Budget, Plan, Space
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @options
@@ -30,7 +31,8 @@ class Strategy(ABC):
 
     A run calls, in this order:
 
-    1. `check(config, budget)`, before any weight is read: ValueError for a budget that this model cannot meet.
+    1. `check(config, budget)`, before any weight is read: ValueError for a budget that this model cannot meet. Then
+       `recast(model)`, if `recasts`: the same function in other matrices. All that follows sees that model.
     2. `score(target)`: per `Space` a tensor of the space's shape. Higher = kept. The unit is the method's own, but
        one method's scores compare across spaces wherever its allocator compares them.
     3. `sensitivity(target, scores)`, if `probes`: (layers,) float64, nats per token that the loss rises without a
@@ -94,6 +96,24 @@ class Strategy(ABC):
     def latent(self) -> bool:
         """Tell whether joined heads have queries that read the values as keys, too."""
         return False
+
+    @property
+    def recasts(self) -> Mapping[str, Any]:
+        """Return what decides the form in which an attention is cut, if that is not the model's; else nothing."""
+        latent = {"latent": True} if self.latent else {}
+        return {} if self.joins is None else {"num_key_value_heads": self.joins, **latent}
+
+    def recast_config(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Return the config of the model that `recast` makes.
+
+        Raises:
+            ValueError: The model cannot be brought into that form.
+        """
+        return joined_config(config, self.joins, self.latent)
+
+    def recast(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Return the model in the form in which it is cut, which has the same function."""
+        return joined(model, self.joins, self.latent)
 
     @property
     def then(self) -> tuple[Budget, ...]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvp.models.joined import joined_config
 from kvp.models.load import load_config
 from kvp.models.shapes import itemsize, layer_shapes, size
 from kvp.pipeline.experiment import Experiment
@@ -41,7 +40,7 @@ def census(experiments: Sequence[Experiment], chains: list[list[Foretold]]) -> I
                 if dense not in configs:
                     there = (dense / "config.json").exists()
                     configs[dense] = load_config(dense) if there else x.source.expected()
-                config = joined_config(configs[dense], x.strategy.joins, x.strategy.latent)
+                config = x.strategy.recast_config(configs[dense])
                 weights = size(config, layer_shapes(config)).params * itemsize(config)
                 made = [stage for stage in missing if stage.writes_model]
                 checkpoints |= {stage.fingerprint: weights for stage in made}

@@ -16,7 +16,6 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from kvp.__main__ import CONF
-from kvp.models.joined import joined
 from kvp.strategies.base import Strategy
 from kvp.strategies.target import Target
 from kvp.types import Budget
@@ -40,6 +39,12 @@ CUTS = {
     "kvpruner_plus_joined": f"kvpruner_plus {NARROW} {FOLDED} strategy.num_key_value_heads=1",
     "kvpruner_plus_mla": f"kvpruner_plus_mla {NARROW} strategy.context=null",
     "kvpruner_plus_vo": f"kvpruner_plus strategy/allocator=uniform {NARROW} strategy.grouping=vo",
+    "palu": f"palu {NARROW}",
+    "palu_heads": f"palu {NARROW} strategy.key_heads=2 strategy.value_heads=1 strategy.damping=0.01",
+    "care": f"care {NARROW}",
+    "care_uniform": f"care strategy/allocator=uniform {NARROW}",
+    "svd_llm_v2": f"svd_llm_v2 {NARROW}",
+    "recalkv": f"recalkv {NARROW} strategy.key_heads=2",
     "random": f"random {NARROW}",
     "magnitude": f"magnitude {NARROW} strategy.norm=l1",
     "shortened_llm": f"shortened_llm {BARE}",
@@ -103,5 +108,5 @@ def make_plan(strategy: Strategy, model, budget: Budget = BUDGET):
 
 
 def whole(strategy: Strategy, model):
-    """The model as the strategy finds it: with KV heads joined, if it asks for that."""
-    return joined(model, strategy.joins, strategy.latent)
+    """The model as the strategy finds it: with KV heads joined or latents, if it asks for that."""
+    return strategy.recast(model)

@@ -8,7 +8,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from kvp.__main__ import CONF
-from kvp.models.joined import joined_config
 from kvp.models.shapes import cut, layer_shapes
 from kvp.strategies.methods.slicegpt import SliceGPT
 from kvp.strategies.templates.scored import ScoreStrategy
@@ -90,7 +89,7 @@ def test_plans_keep_multiples_of_it(option):
     assert isinstance(strategy, ScoreStrategy)
     generator, config = (
         torch.Generator().manual_seed(0),
-        joined_config(CONFIG, strategy.joins, strategy.latent),
+        strategy.recast_config(CONFIG),
     )
     spaces = strategy.spaces(config)
     scores = {space: torch.rand(space.shape, generator=generator) for space in spaces}

@@ -30,8 +30,16 @@ the slowest pair within `context` tokens.
 
 Faithful or interpreted
 -----------------------
-The method is ours. The Fisher information stands for the curvature in step 2. ASVD and SVD-LLM whiten values
-as step 1 does; TransMLA (arXiv 2502.07864) mixes pairs of one frequency across heads.
+The method is ours. The Fisher information stands for the curvature in step 2. Its nearest relatives:
+
+* CLOVER (arXiv:2411.17426) and Olica (arXiv:2506.08436) take the SVD of values times o_proj, head by head. Olica adds
+  a linear calibration of the MLP.
+* ReCalKV (arXiv:2505.24357) refits latents of values by least squares, and CARE (arXiv:2603.17946) divides ranks by
+  whitened spectra. ASVD and SVD-LLM whiten as step 1 does. Palu, CARE and ReCalKV expand keys before RoPE.
+* TransMLA (arXiv:2502.07864) mixes pairs of one frequency across heads, by real principal components.
+
+So the SVD of values, and a refit behind it, are not new. New are: keys cut where RoPE turns them, by a complex SVD per
+frequency over joined heads and by folding; and one price in nats for keys and values of all layers.
 
 Cost
 ----

@@ -22,6 +22,43 @@ if TYPE_CHECKING:
 FisherReduce = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def mean_root_fisher(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    batches: Sequence[Tensor],
+    *,
+    gradient_checkpointing: bool = False,
+) -> dict[str, float]:
+    """Return, per named matrix, the mean over its entries of the root of their Fisher information.
+
+    That of an entry is the mean over samples of the squared gradient of a sample's mean loss, nats per token. Held at
+    once beside the activations: a float32 copy of all these matrices, and of one sample's gradient of one.
+
+    Raises:
+        FloatingPointError: The loss or a sum is not finite.
+    """
+    squares = {
+        name: torch.zeros_like(model.get_parameter(f"{name}.weight"), dtype=torch.float32) for name in names
+    }
+
+    def collect(name: str, inputs: Tensor, output: Tensor) -> None:
+        @torch.no_grad()
+        def hook(gradients: Tensor) -> None:
+            for derivatives, rows in zip(gradients, inputs, strict=True):
+                squares[name].add_((derivatives.float().T @ rows.float()).square_())
+
+        if output.requires_grad:
+            output.register_hook(hook)
+
+    hooks = [(name, lambda x, y, name=name: collect(name, x.detach(), y)) for name in names]
+    backward_by_sample(model, hooks, batches, "fisher", gradient_checkpointing=gradient_checkpointing)
+    samples = sum(map(len, batches))
+    means = {name: (total / samples).sqrt().mean() for name, total in squares.items()}
+    for name, mean in means.items():
+        require_finite(mean, f"the Fisher information of {name}")
+    return {name: mean.item() for name, mean in means.items()}
+
+
 def fisher_sums(
     model: PreTrainedModel,
     members: Sequence[Member],

@@ -24,7 +24,13 @@ from kvp.types import Budget, Kind, Plan, Space
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CHANNELS_PER_UNIT: dict[Kind, int] = {"qk": CHANNELS_PER_PAIR, "vo": 1, "ffn": 1}
+CHANNELS_PER_UNIT: dict[Kind, int] = {
+    "qk": CHANNELS_PER_PAIR,
+    "vo": 1,
+    "k_latent": 1,
+    "v_latent": 1,
+    "ffn": 1,
+}
 
 
 @options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from kvp.strategies.target import Scores, Target
 from kvp.types import Space
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @options
@@ -35,13 +36,16 @@ class Wrapper(Strategy):
 
     @property
     @override
-    def joins(self) -> int | None:
-        return self.first.joins
+    def recasts(self) -> Mapping[str, Any]:
+        return self.first.recasts
 
-    @property
     @override
-    def latent(self) -> bool:
-        return self.first.latent
+    def recast_config(self, config: PretrainedConfig) -> PretrainedConfig:
+        return self.first.recast_config(config)
+
+    @override
+    def recast(self, model: PreTrainedModel) -> PreTrainedModel:
+        return self.first.recast(model)
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:
