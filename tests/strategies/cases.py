@@ -39,6 +39,7 @@ CUTS = {
     "kvpruner_plus_joined": f"kvpruner_plus {NARROW} {FOLDED} strategy.num_key_value_heads=1",
     "kvpruner_plus_mla": f"kvpruner_plus_mla {NARROW} strategy.context=null",
     "kvpruner_plus_vo": f"kvpruner_plus strategy/allocator=uniform {NARROW} strategy.grouping=vo",
+    "clover": f"clover {NARROW}",
     "palu": f"palu {NARROW}",
     "palu_heads": f"palu {NARROW} strategy.key_heads=2 strategy.value_heads=1 strategy.damping=0.01",
     "care": f"care {NARROW}",
