@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import sys
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
@@ -104,7 +105,8 @@ class Residual(Allocator):
         energies, beyond = ascending.flip(0), ascending.cumsum(0).flip(0)  # of each rank, and from it on
         assert pool.layer is not None
         horizon = math.sqrt(2 * (layers - pool.layer) / (layers + 1))
-        gains = energies / beyond.clamp(min=TINY * beyond[0]) * horizon
+        least = max(TINY * beyond[0].item(), sys.float_info.min)  # no energy is no gain
+        gains = energies / beyond.clamp(min=least) * horizon
         for rank in range(first, pool.units):
             yield gains[rank].item() / math.sqrt(rank / first)
 

@@ -68,6 +68,13 @@ def test_ranks_go_to_the_residual_that_falls_most(ratio):
     assert len(set(ranks)) > 1
 
 
+def test_pools_without_energy_are_divided_alike():
+    given = pools([0.0] * 8, [0.0] * 8, kinds=("k_latent", "v_latent"))
+    for allocator in (Residual(max_ratio=1.0), TruncationLoss(max_ratio=1.0), Proportional(max_ratio=1.0)):
+        removed = allocator.targets(given, [1.0] * 4, 16.0, torch.zeros(2))
+        assert sum(removed) == pytest.approx(16)
+
+
 def test_keys_and_values_share_the_ratio():
     given = pools([5.0, 1.0, 1.0, 1.0], [1.0] * 4, kinds=("k_latent", "v_latent"))
     given[2:] = pools([1e6] * 4, [1e6] * 4, kinds=("v_latent",))
