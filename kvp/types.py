@@ -108,7 +108,7 @@ class LayerShape:
         latent: Whether queries read the values, too, as keys that never turn. Values are then the latent of MLA.
         k_latents: Number and width of the latents that are cached in place of keys, each for as many KV heads. Keys
             are expanded from them before every rotation. None: keys are cached.
-        v_latents: The same for values. What attention reads of a latent is expanded after it.
+        v_latents: The same for values. What a single query reads of a latent is expanded after attention.
     """
 
     num_attention_heads: int
@@ -128,11 +128,6 @@ class LayerShape:
     def query_head_dim(self) -> int:
         """Return how many channels of keys a query head reads: those that turn, and the latent's."""
         return self.qk_head_dim + self.latent * self.v_head_dim
-
-    @property
-    def read_head_dim(self) -> int:
-        """Return how many channels of values a query head reads: those of a value head, or of a latent."""
-        return self.v_latents[1] if self.v_latents else self.v_head_dim
 
     @property
     def kv_width(self) -> int:

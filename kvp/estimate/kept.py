@@ -70,8 +70,8 @@ def kept_bytes(
     shape, family = layer_shapes(config)[layer], family_of(config)
     before, between, _ = stream(config, shape)
     heads, groups, inner = shape.num_attention_heads, shape.num_key_value_heads, shape.intermediate_size
-    queries, outputs = heads * shape.query_head_dim, heads * shape.read_head_dim
-    keys, values = groups * shape.query_head_dim, groups * shape.read_head_dim
+    queries, outputs = heads * shape.query_head_dim, heads * shape.v_head_dim
+    keys, values = groups * shape.query_head_dim, groups * shape.v_head_dim
     kept = 0
     post_norm = FLOAT32 * (config.hidden_size + 1) * bool(family.post_norms)
     if groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -28,16 +29,14 @@ def macs(config: PretrainedConfig, shapes: Sequence[LayerShape], *, prompt_lengt
     )
     if shapes[0].stream and config.tie_word_embeddings:
         per_token += config.hidden_size * shapes[0].stream[0]  # the basis behind the embedding
-    per_pair = sum(
-        layer.num_attention_heads * (layer.query_head_dim + layer.read_head_dim) for layer in shapes
-    )
+    per_pair = sum(layer.num_attention_heads * (layer.query_head_dim + layer.v_head_dim) for layer in shapes)
     return prompt_length * (per_token + prompt_length * per_pair)
 
 
 def _layer_weights(config: PretrainedConfig, layer: LayerShape) -> int:
     """Count the entries of q, k, v, o, of the gate, up and down of the FFN, and of a sliced stream's shortcuts.
 
-    Expansions of latents count, too: of keys once per token, of values once per query head.
+    Expansions of latents count, too, once per token, as a prompt computes them.
     """
     before, between, after = stream(config, layer)
     width, latent = projected(config, layer), layer.latent * layer.v_head_dim
@@ -45,8 +44,7 @@ def _layer_weights(config: PretrainedConfig, layer: LayerShape) -> int:
     kv_width = sum(key_value_rows(config, layer))
     shortcuts = between * (before + after) if layer.stream else 0
     attention = before * (queries + kv_width) + between * outputs
-    if layer.k_latents:
-        attention += layer.cached[0] * expansion_rows(config, layer)[0] + outputs * layer.read_head_dim
+    attention += sum(map(mul, layer.cached, expansion_rows(config, layer)))
     return attention + (2 * between + after) * layer.intermediate_size + shortcuts
 
 
