@@ -115,7 +115,7 @@ class LayerShape:
             queries and keys of the others (OLMo 2). None: no such norm.
         k_latents: Number and width of the latents that are cached in place of keys, each for as many KV heads. Keys
             are expanded from them before every rotation. None: keys are cached.
-        v_latents: The same for values. What attention reads of a latent is expanded after it.
+        v_latents: The same for values. What a single query reads of a latent is expanded after attention.
         experts: The experts behind the router of the MLP, each of `intermediate_size`. 0: the MLP is one network.
     """
 
@@ -138,11 +138,6 @@ class LayerShape:
     def query_head_dim(self) -> int:
         """Return how many channels of keys a query head reads: those that turn, and the latent's."""
         return self.qk_head_dim + self.latent * self.v_head_dim
-
-    @property
-    def read_head_dim(self) -> int:
-        """Return how many channels of values a query head reads: those of a value head, or of a latent."""
-        return self.v_latents[1] if self.v_latents else self.v_head_dim
 
     @property
     def kv_width(self) -> int:

@@ -70,8 +70,8 @@ def kept_bytes(
     shape, family = layer_shapes(config)[layer], family_of(config)
     before, between, _ = stream(config, shape)
     heads, groups, inner = shape.num_attention_heads, shape.num_key_value_heads, active_width(config, shape)
-    queries, outputs = heads * shape.query_head_dim, heads * shape.read_head_dim
-    keys, values = groups * shape.query_head_dim, groups * shape.read_head_dim
+    queries, outputs = heads * shape.query_head_dim, heads * shape.v_head_dim
+    keys, values = groups * shape.query_head_dim, groups * shape.v_head_dim
     kept = 0
     norm, post_norm = (
         FLOAT32 * bool(family.layer_norms),

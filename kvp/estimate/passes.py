@@ -27,7 +27,10 @@ def weights_bytes(config: PretrainedConfig, width: int) -> int:
 
 def expanded_channels(shape: LayerShape) -> int:
     """Return the channels per token that a layer makes of its latents for attention, with the keys' rotation."""
-    return shape.num_key_value_heads * (4 * shape.qk_head_dim + shape.read_head_dim) if shape.k_latents else 0
+    if shape.v_latents is None:
+        return 0
+    values = max(shape.v_head_dim, shape.v_latents[1])  # a single query reads latents
+    return shape.num_key_value_heads * (4 * shape.qk_head_dim + values)
 
 
 def working_bytes(config: PretrainedConfig, *, tokens: int, width: int) -> int:

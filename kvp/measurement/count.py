@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from math import ceil
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -30,23 +31,20 @@ def macs(config: PretrainedConfig, shapes: Sequence[LayerShape], *, prompt_lengt
     )
     if shapes[0].stream and config.tie_word_embeddings:
         per_token += config.hidden_size * shapes[0].stream[0]  # the basis behind the embedding
-    per_pair = sum(
-        layer.num_attention_heads * (layer.query_head_dim + layer.read_head_dim) for layer in shapes
-    )
+    per_pair = sum(layer.num_attention_heads * (layer.query_head_dim + layer.v_head_dim) for layer in shapes)
     return prompt_length * (per_token + prompt_length * per_pair)
 
 
 def _layer_weights(config: PretrainedConfig, layer: LayerShape) -> int:
     """Count the entries that a token meets: q, k, v, o, gate, up and down, router, shortcuts of a sliced stream.
 
-    Expansions of latents count, too: of keys once per token, of values once per query head.
+    Expansions of latents count, too, once per token, as a prompt computes them.
     """
     before, between, after = stream(config, layer)
     rows, outputs = sum(projections(config, layer)), layer.num_attention_heads * layer.v_head_dim
     shortcuts = between * (before + after) if layer.stream else 0
     attention = before * (rows + layer.latent * outputs) + between * outputs
-    if layer.k_latents:
-        attention += layer.cached[0] * expansion_rows(config, layer)[0] + outputs * layer.read_head_dim
+    attention += sum(map(mul, layer.cached, expansion_rows(config, layer)))
     mlp = (2 * between + after) * active_width(config, layer) + between * layer.experts
     return attention + mlp + shortcuts
 

@@ -1,16 +1,16 @@
 """Attention that caches latents in place of keys and values, for methods of low rank (Palu, arXiv:2407.21118).
 
-    token  ->  latent c = A x, cached  ->  keys B c  ->  norm, RoPE at the token's own position  ->  scores
-                                       ->  attention reads the value latents; each head expands what it has read
+    token  ->  latent c = A x, cached  ->  B c  ->  norm, RoPE at the token's own position  ->  ordinary keys
 
 Keys are expanded for the whole cache on every step, because RoPE stands between B and the queries. So these methods
-save bytes and add work. Values need no such step: the sum over tokens and B commute.
+save bytes and add work. A single query attends to latents of values, and each head expands what it has read, because
+the sum over tokens and B commute. A prompt expands its values first, which is less work for many queries.
 
 | step of one token    | further multiply-accumulates per layer, n tokens in the cache |
 | -------------------- | ------------------------------------------------------------- |
 | keys                 | n * KV heads * head_dim * key latent's width                  |
-| values, in attention | n * heads * (value latent's width - head_dim)                 |
-| values, after it     | heads * head_dim * value latent's width                       |
+| values, in attention | n * query heads * (value latent's width - head_dim)           |
+| values, after it     | query heads * head_dim * value latent's width                 |
 
 All latents of a layer are cached as the channels of one head, because a static cache has as many heads of keys as of
 values. The position of a cached token follows from the position of the last query: positions in a cache are contiguous.
@@ -39,29 +39,23 @@ class Expansion(nn.Module):
         self.latents = latents
         self.weight = nn.Parameter(torch.empty(rows, latents * width, device=like.device, dtype=like.dtype))
 
-
-class KeyExpansion(Expansion):
-    """Expands latents (..., latents * width) to keys (..., latents * rows)."""
-
     def forward(self, states: Tensor) -> Tensor:
-        """Return B c of each latent, one after the other."""
+        """Return B c of each latent, (..., latents * rows), of latents (..., latents * width)."""
         matrices = self.weight.unflatten(1, (self.latents, -1))
-        return torch.einsum("...gc,rgc->...gr", states.unflatten(-1, (self.latents, -1)), matrices).flatten(
-            -2
-        )
+        parts = states.unflatten(-1, (self.latents, -1))
+        return torch.einsum("...gc,rgc->...gr", parts, matrices).flatten(-2)
 
+    def by_head(self, read: Tensor) -> Tensor:
+        """Return each head's own rows of B times what it has read of its latent.
 
-class ValueExpansion(Expansion):
-    """Expands what the query heads have read of their latents, (..., KV heads, queries, latents * width).
+        Args:
+            read: (..., latents, KV heads of a latent, queries of a KV head, width).
 
-    KV heads are those of one latent, queries those of one KV head.
-    """
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Return (..., latents, KV heads, queries, head_dim): each head's own rows of B times what it has read."""
-        heads = states.shape[-3]
-        matrices = self.weight.unflatten(1, (self.latents, -1)).unflatten(0, (heads, -1))
-        return torch.einsum("...hqgc,hdgc->...ghqd", states.unflatten(-1, (self.latents, -1)), matrices)
+        Returns:
+            The same shape, with head_dim in the place of the width.
+        """
+        matrices = self.weight.unflatten(1, (self.latents, -1)).unflatten(0, (read.shape[-3], -1))
+        return torch.einsum("...ghqc,hdgc->...ghqd", read, matrices)
 
 
 class LatentAttention(PrunedAttention):
@@ -71,8 +65,8 @@ class LatentAttention(PrunedAttention):
         rotary: The model's rotary embedding, which turns the keys of cached tokens. It is no submodule of this one.
     """
 
-    k_up_proj: KeyExpansion
-    v_up_proj: ValueExpansion
+    k_up_proj: Expansion
+    v_up_proj: Expansion
     rotary: nn.Module
 
     def __init__(
@@ -87,9 +81,9 @@ class LatentAttention(PrunedAttention):
         resize(self, "k_proj", before, keys * key_width)
         resize(self, "v_proj", before, values * value_width)
         rows = self.num_key_value_heads * self.projected // keys
-        self.k_up_proj = KeyExpansion(keys, key_width, rows, like)
+        self.k_up_proj = Expansion(keys, key_width, rows, like)
         rows = self.num_key_value_heads * self.v_head_dim // values
-        self.v_up_proj = ValueExpansion(values, value_width, rows, like)
+        self.v_up_proj = Expansion(values, value_width, rows, like)
         self.layer_type = getattr(config, "layer_types", None) and config.layer_types[layer_idx]
         self.__dict__["rotary"] = rotary  # not registered: its buffers belong to the model
 
@@ -115,13 +109,17 @@ class LatentAttention(PrunedAttention):
             query = rotate(query, *self._tables(*tables))
             key = rotate(key, *self._tables(*key_tables))
         query, key = (states.flatten(2, 3).transpose(1, 2) for states in (query, key))
-        per_latent = self.num_key_value_heads // self.v_latents
-        value = latents[1][:, 0].unflatten(-1, (self.v_latents, -1)).transpose(1, 2)
-        value = value.repeat_interleave(per_latent, dim=1)
+        one, (heads, queries) = shape[1] == 1, (self.num_key_value_heads, self.num_key_value_groups)
+        per_latent = heads // self.v_latents
+        if one:  # attends to latents, and expands what it has read
+            value = latents[1][:, 0].unflatten(-1, (self.v_latents, -1)).transpose(1, 2)
+            value = value.repeat_interleave(per_latent, dim=1)
+        else:
+            value = self.v_up_proj(latents[1][:, 0]).unflatten(-1, (heads, -1)).transpose(1, 2)
         output, weights = self._attend(query, key, value, attention_mask, **kwargs)
-        read = output.reshape(*shape, self.v_latents, per_latent, self.num_key_value_groups, -1)
-        expanded = self.v_up_proj(read.movedim(2, -2).flatten(-2))
-        return self.o_proj(expanded.reshape(*shape, -1)), weights
+        if one:
+            output = self.v_up_proj.by_head(output.reshape(*shape, self.v_latents, per_latent, queries, -1))
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
     def _tables_of_cache(
         self, cache: Cache, tables: tuple[Tensor, Tensor], tokens: int, positions: Tensor | None

@@ -55,8 +55,8 @@ def layerwise_bytes(
         width
         * (
             8 * hidden
-            + 5 * shape.num_attention_heads * max(shape.query_head_dim, shape.read_head_dim)
-            + 4 * shape.num_key_value_heads * (shape.query_head_dim + shape.read_head_dim)
+            + 5 * shape.num_attention_heads * max(shape.query_head_dim, shape.v_head_dim)
+            + 4 * shape.num_key_value_heads * (shape.query_head_dim + shape.v_head_dim)
             + 4 * active_width(config, shape)
         )
         + 4 * 4 * hidden
