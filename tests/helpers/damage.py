@@ -271,9 +271,9 @@ def tensors(rng, d, library):
         if kind == "drop":
             del state[name]
         elif kind == "rename":
-            state[name.replace("weight", "wieght")] = state.pop(name)
+            state[name.replace("weight", "wieght") if "weight" in name else f"{name}s"] = state.pop(name)
         elif kind == "add":
-            state[name.replace(".weight", ".extra")] = value.clone()
+            state[f"{name.removesuffix('.weight')}.extra"] = value.clone()  # experts have no ".weight"
         elif kind == "reshape":
             state[name] = value.flatten()
         elif kind == "transpose":

@@ -112,7 +112,15 @@ def check_fields(file: Path, config: Mapping[str, Any]) -> Fields:
         if config["model_type"].startswith(PRUNED_PREFIX):
             groups = given.num_key_value_heads or given.num_attention_heads
             normed = groups if family.joint_norm else None
-            check_widths(given.kvp_layers, given.num_hidden_layers, given.hidden_size, pairs, normed)
+            queries = given.num_attention_heads // groups
+            check_widths(
+                given.kvp_layers,
+                given.num_hidden_layers,
+                given.hidden_size,
+                pairs,
+                queries=queries,
+                normed=normed,
+            )
         elif strange := [name for name in ("kvp_layers", "kvp_cache") if config.get(name) is not None]:
             raise ValueError(
                 f"{strange[0]} belongs to model_type={PRUNED_PREFIX}{family.name}, got {family.name}: copy the config "

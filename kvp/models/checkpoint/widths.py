@@ -29,7 +29,13 @@ class Layer(BaseModel):
 
 
 def check_widths(
-    layers: Sequence[Layer] | None, count: int, hidden_size: int, pairs: int, normed: int | None = None
+    layers: Sequence[Layer] | None,
+    count: int,
+    hidden_size: int,
+    pairs: int,
+    *,
+    queries: int,
+    normed: int | None = None,
 ) -> None:
     """Refuse widths that no cut leaves.
 
@@ -38,6 +44,7 @@ def check_widths(
         count: The number of layers that the config says.
         hidden_size: The width of the uncut residual stream.
         pairs: The rotary frequencies of the dense model's head.
+        queries: The query heads of a KV group of the dense model.
         normed: The KV groups of the dense model, if its family norms all heads together.
 
     Raises:
@@ -50,19 +57,24 @@ def check_widths(
         raise ValueError("kvp_layers has no layer with an attention: copy the config again")
     for index, layer in enumerate(layers):
         try:
-            _check_heads(layer, pairs)
+            _check_heads(layer, pairs, queries)
             _check_groups(layer, normed)
         except ValueError as error:
             raise ValueError(f"kvp_layers.{index}: {error}; copy the config again") from None
     _check_stream(layers, hidden_size)
 
 
-def _check_heads(layer: Layer, pairs: int) -> None:
+def _check_heads(layer: Layer, pairs: int, queries: int) -> None:
     heads, groups = layer.num_attention_heads, layer.num_key_value_heads
     if (heads == 0) != (groups == 0) or (groups and heads % groups):
         raise ValueError(f"num_key_value_heads={groups} must divide num_attention_heads={heads}")
     if not groups:
         return
+    if heads // groups % queries:
+        raise ValueError(
+            f"{heads} query heads of {groups} KV heads must be a multiple of {queries} each, as config.json says of "
+            "the dense model"
+        )
     if layer.qk_head_dim % 2 or not layer.qk_head_dim or not layer.v_head_dim:
         raise ValueError(
             f"qk_head_dim must be even and both widths > 0, got {layer.qk_head_dim} and {layer.v_head_dim}"
