@@ -70,8 +70,7 @@ class PrunedAttention:
             wide, old = queries * shape.v_head_dim, self.q_proj
             placed = {"device": old.weight.device, "dtype": old.weight.dtype}
             self.q_latent_proj = nn.Linear(before, wide, bias=old.bias is not None, **placed)
-        if self.has_sinks:
-            self.sinks = nn.Parameter(self.q_proj.weight.new_empty(queries))
+        self.sinks = nn.Parameter(self.q_proj.weight.new_empty(queries)) if self.has_sinks else None
         self.layer_idx, self.latent = cache_index, shape.latent
         self.qk_head_dim, self.v_head_dim = shape.qk_head_dim, shape.v_head_dim
         self.num_key_value_groups = queries // groups
@@ -107,30 +106,23 @@ class PrunedAttention:
             query, key, value = (
                 nn.functional.pad(states, (0, width - states.shape[-1])) for states in (query, key, value)
             )
-        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
-        if kind == "vllm":
-            output = output.reshape(*shape, -1, width)[..., : self.v_head_dim]
-        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return what the config's implementation reads, (batch, seq_len, heads, width), and its weights."""
-        if self.has_sinks:
-            kwargs["s_aux"] = self.sinks
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
-        read: tuple[Tensor, Tensor | None] = attend(
+        # vLLM finds this lookup, its one call, `scaling` and `s_aux` in the source of `forward`
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(kind, self.eager)
+        output, weights = attend(
             self,
             query,
             key,
             value,
-            mask,
+            attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
+            s_aux=self.sinks,
             **kwargs,
         )
-        return read
+        if kind == "vllm":
+            output = output.reshape(*shape, -1, width)[..., : self.v_head_dim]
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
     def _by_group(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries and keys (batch, seq_len, groups, heads, qk_head_dim) from what was projected, normed and cut.

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvp.models.attention import PrunedAttention, rotate
 from kvp.models.layers import resize
@@ -116,7 +117,19 @@ class LatentAttention(PrunedAttention):
             value = value.repeat_interleave(per_latent, dim=1)
         else:
             value = self.v_up_proj(latents[1][:, 0]).unflatten(-1, (heads, -1)).transpose(1, 2)
-        output, weights = self._attend(query, key, value, attention_mask, **kwargs)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            s_aux=self.sinks,
+            **kwargs,
+        )
         if one:
             output = self.v_up_proj.by_head(output.reshape(*shape, self.v_latents, per_latent, queries, -1))
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights

@@ -13,7 +13,7 @@ It is found from d x d matrices, d = head_dim: with S = W W^T, the E^2 are the e
 
 Faithful or interpreted
 -----------------------
-Interpreted: the formula is read in the paper; its code was out of reach.
+Interpreted: the paper's abstract was read. Its full text and code were out of reach.
 
 * The paper also takes the SVD of queries times keys, where no RoPE stands between them. All families here have RoPE, so
   keys stay, and at most half of the cache can go.

@@ -14,7 +14,7 @@ The two SVDs take the place of SVD-LLM's Cholesky factor (arXiv:2403.07378), whi
 
 Faithful or interpreted
 -----------------------
-Interpreted: v2 has no public code, and its rule of ratios is read second hand.
+Interpreted: v2 has no public code, and its text was out of reach. Its rule of ratios is written from memory, unchecked.
 
 * The paper compresses all matrices under a budget of parameters. Here only keys and values, under one of the cache.
 * The paper has 1 / log(L). One is added to L, because the logarithm of a small loss is negative.
