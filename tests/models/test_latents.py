@@ -197,7 +197,7 @@ def test_spaces_and_refusals():
 def test_a_config_of_other_latents_is_refused():
     shapes = layer_shapes(with_latents_config(tiny_config("llama", "mha"), 2, None))
     good = Layer(**{**vars(shapes[0]), "k_latents": [2, 16], "v_latents": [1, 32], "rope_pairs": None})
-    check_widths([good], 1, 48, 4)
+    check_widths([good], 1, 48, 4, queries=1)
     for change, words in (
         ({"k_latents": [3, 16]}, "k_latents must be a divisor of num_key_value_heads=4"),
         ({"v_latents": [1]}, "v_latents must be a divisor"),
@@ -205,6 +205,6 @@ def test_a_config_of_other_latents_is_refused():
         ({"latent": True}, "and not with latent"),
     ):
         with pytest.raises(ValueError, match=words):
-            check_widths([good.model_copy(update=change)], 1, 48, 4)
+            check_widths([good.model_copy(update=change)], 1, 48, 4, queries=1)
     assert HEADS["mha"] == (4, 4)
     assert replace(shapes[0], k_latents=(2, 6), v_latents=(1, 10)).cached == (12, 10)
