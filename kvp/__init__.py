@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ALPS",
+    "CARE",
+    "CLOVER",
     "FLAP",
     "LLMBIP",
     "NIRVANA",
@@ -41,10 +43,13 @@ __all__ = [
     "Mosaic",
     "NoPruning",
     "Numerical",
+    "Palu",
     "Pruned",
     "Random",
+    "ReCalKV",
     "Recovered",
     "Regrow",
+    "SVDLLMv2",
     "SearchLLM",
     "Sensitivity",
     "Sequential",

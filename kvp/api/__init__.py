@@ -21,7 +21,9 @@ from kvp.strategies.compensation.compensate import Bias, LeastSquares
 from kvp.strategies.compensation.sequential import Sequential
 from kvp.strategies.methods.adapruner import AdaPruner
 from kvp.strategies.methods.alps import ALPS
+from kvp.strategies.methods.care import CARE
 from kvp.strategies.methods.chain import Chain
+from kvp.strategies.methods.clover import CLOVER
 from kvp.strategies.methods.flap import FLAP
 from kvp.strategies.methods.kvpruner import KVPruner
 from kvp.strategies.methods.kvpruner_plus import KVPrunerPlus
@@ -34,7 +36,9 @@ from kvp.strategies.methods.mosaic import Mosaic
 from kvp.strategies.methods.nirvana import NIRVANA
 from kvp.strategies.methods.none import NoPruning
 from kvp.strategies.methods.numerical import Numerical
+from kvp.strategies.methods.palu import Palu
 from kvp.strategies.methods.random import Random
+from kvp.strategies.methods.recalkv import ReCalKV
 from kvp.strategies.methods.regrow import Regrow
 from kvp.strategies.methods.search_llm import SearchLLM
 from kvp.strategies.methods.shortened_llm import ShortenedLLM
@@ -42,6 +46,7 @@ from kvp.strategies.methods.shortgpt import ShortGPT
 from kvp.strategies.methods.sleb import SLEB
 from kvp.strategies.methods.slicegpt import SliceGPT
 from kvp.strategies.methods.sparsegpt import SparseGPT
+from kvp.strategies.methods.svd_llm_v2 import SVDLLMv2
 from kvp.strategies.methods.think import ThinK
 from kvp.strategies.methods.wanda import Wanda
 from kvp.strategies.methods.wanda_sp import WandaSP

@@ -95,8 +95,8 @@ class LatentStrategy(ScoreStrategy):
         """
         if budget.of != "kv_cache":
             raise ValueError(
-                f"latents make the cache smaller and add parameters, so they go with ratio=kv_cache only; got "
-                f"ratio.of={budget.of}"
+                f"{type(self).__name__} makes the cache smaller by latents and adds parameters, so it goes with "
+                f"ratio=kv_cache only; got ratio.of={budget.of}"
             )
         if any(
             replace(each, intermediate_size=0) != replace(dense_shapes(config)[0], intermediate_size=0)
