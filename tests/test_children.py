@@ -30,6 +30,14 @@ LONG = Measure(batch_size=1, prompt_length=8, new_tokens=8, warmup=0, runs=1_000
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
 
 
+@pytest.fixture(autouse=True)
+def hangups():
+    """`nohup make test` ignores SIGHUP, and what it starts inherits that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def until(condition, seconds: float = 60):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
