@@ -52,7 +52,12 @@ HEADS = {"mha": (4, 4), "gqa": (6, 2), "mqa": (4, 1)}
 
 EVERY_HEADS = ("llama", "gemma3_text")  # families whose MHA and MQA are tested always: without norms and with
 NETWORKS = sorted(name for name, family in FAMILIES.items() if not family.experts)  # of one network per MLP
-LATE = ("gpt_oss", "olmo2", "phi3", "qwen3_moe")  # on which methods, losses, latents and caches are slow tests
+LATE = (
+    "gpt_oss",
+    "olmo2",
+    "phi3",
+    "qwen3_moe",
+)  # on which methods, losses, latents and caches are slow tests
 SPACES_ALONE = {"strategies", "test_nll.py", "test_packed_cache.py", "test_quantized.py", "test_latents.py"}
 ALIKE = ("mixtral", "olmo3")  # families that share their attention with another; what is their own has a file
 

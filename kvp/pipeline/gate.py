@@ -149,7 +149,7 @@ def check_model(x: Experiment, config: PretrainedConfig) -> None:
     if x.protocol is not None:
         x.protocol.check_positions(config.max_position_embeddings)
     if cache := x.cache or cache_format(config):
-        cache.check(config)
+        cache.check(x.strategy.recast_config(config))
         _check_decoding(x, cache)
 
 

@@ -21,7 +21,6 @@ from typing_extensions import override
 from kvp.estimate.passes import weights_bytes
 from kvp.models.cache_formats import CacheFormat
 from kvp.models.caches import mean_bytes_per_token, stored_bytes
-from kvp.models.joined import joined_config
 from kvp.models.shapes import itemsize
 from kvp.options import options
 from kvp.strategies.base import PlannedStrategy, Strategy
@@ -216,7 +215,7 @@ def expected_ratio(
     """
     if not isinstance(budget, Limit) or not strategy.prunes:
         return budget
-    before = joined_config(config, strategy.joins, strategy.latent)
+    before = strategy.recast_config(config)
 
     def shape(asked: Budget) -> PretrainedConfig:
         left = expected_shape(strategy, before, asked)

@@ -84,6 +84,15 @@ def test_a_gpu_that_only_the_nodes_have_is_not_asked_for_here(smoke, tmp_path, m
     check_inputs(x, here=False)
 
 
+def test_bits_of_latents_are_refused_before_they_are_scored(smoke, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["strategy=palu", "cache=int4", "evaluation.zero_shot=null"]
+    with pytest.raises(
+        ValueError, match="caches latents, and a Quantized cache stores keys and values of heads"
+    ):
+        check_inputs(Experiment.compose(configured(words, smoke)))
+
+
 def test_the_weights_must_fit_what_is_free(smoke, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)

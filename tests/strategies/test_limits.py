@@ -11,10 +11,12 @@ from kvp.models.caches import mean_bytes_per_token, stored_bytes
 from kvp.models.quantized import Quantized
 from kvp.models.shapes import itemsize, layer_shapes, size
 from kvp.models.surgery import apply
+from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.limits import GIB, CacheBytes, Limit, Memory, expected_ratio, stored_as
 from kvp.strategies.methods.kvpruner_plus import KVPrunerPlus
 from kvp.strategies.methods.magnitude import Magnitude
 from kvp.strategies.methods.none import NoPruning
+from kvp.strategies.methods.palu import Palu
 from kvp.strategies.methods.slicegpt import SliceGPT
 from kvp.strategies.shape import after
 from kvp.strategies.steps import FindPlan, Job
@@ -75,6 +77,13 @@ def test_a_search_gets_the_plan_that_was_found(model, tmp_path):
     plan = found(model, method, CacheBytes(value=0.9, tolerance=0.1), INT4, tmp_path)
     pruned = stored_as(apply(model, plan).config, INT4)
     assert 0.9 <= 1 - mean_bytes_per_token(pruned, 4) / mean_bytes_per_token(model.config, 4) <= 1
+
+
+def test_latents_are_counted_in_the_form_that_is_cut(model):
+    expected = expected_ratio(
+        CacheBytes(value=0.5, tolerance=0.1), Palu(allocator=Uniform()), model.config, None
+    )
+    assert expected.of == "kv_cache" and 0.4 < expected.value < 0.6
 
 
 def test_an_ordinary_budget_stays(model):
