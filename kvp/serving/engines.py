@@ -39,7 +39,10 @@ def needs_backend(config: PretrainedConfig) -> bool:
 
 def caches_latents(config: PretrainedConfig) -> bool:
     """Whether keys are expanded from a cache of latents, for which vLLM has no cache."""
-    return any(shape.k_latents for shape in layer_shapes(config))
+    ours = (
+        getattr(config, "kvp_layers", None) is not None
+    )  # stock classes, DeepSeek's too, have no such layers
+    return ours and any(shape.k_latents for shape in layer_shapes(config))
 
 
 def _vllm_mla(config: PretrainedConfig, to: str) -> str:

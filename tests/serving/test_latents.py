@@ -6,13 +6,14 @@ from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
+from transformers import DeepseekV3Config, LlamaConfig
 
 from kvp.models.latents import with_latents
 from kvp.models.load import byte_tokenizer, save
 from kvp.models.mustafar import Mustafar
 from kvp.models.surgery import apply
 from kvp.serving.check_vllm import check_vllm
-from kvp.serving.engines import engines
+from kvp.serving.engines import caches_latents, engines
 from kvp.serving.remote_code import code
 from kvp.serving.write import export
 from tests.conftest import random_plan, tiny_model
@@ -57,3 +58,8 @@ def test_vllm_and_a_sparse_cache_are_refused_by_name(tmp_path):
         check_vllm(tmp_path, {}, None, own_code=True, python="python")
     with pytest.raises(ValueError, match=r"caches latents, .*: choose cache=none"):
         Mustafar(key_sparsity=0.5, value_sparsity=0.5, window=8).check(model.config)
+
+
+@pytest.mark.parametrize("stock", [DeepseekV3Config(), LlamaConfig()], ids=lambda config: config.model_type)
+def test_a_stock_config_caches_no_latents_of_ours(stock):
+    assert not caches_latents(stock) and caches_latents(latents().config)
