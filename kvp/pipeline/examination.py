@@ -20,7 +20,7 @@ from kvp.provenance import hardware
 from kvp.store import Finished
 
 PACKED_VERSION = (
-    2  # of perplexity with a packed cache; 1 decoded token by token, and differs in the sixth digit
+    2  # of perplexity with a packed cache; 1 decoded token by token and differs in the sixth digit
 )
 
 

@@ -33,7 +33,7 @@ def anonymous_bytes() -> int:
 
 
 def walk_through(path: Path, out: Path) -> None:
-    """What is measured: a model is opened in the dtype of its files, and walked through."""
+    """Open a model in the dtype of its files, walk through it, and write the most memory that it held."""
     before = anonymous_bytes()
     model = load_model(path, dtype=torch.bfloat16, device="cpu")
     most = 0

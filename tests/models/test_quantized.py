@@ -56,7 +56,7 @@ def counts(options):
 
 
 def rounded(numbers, bits):
-    """What a group of numbers becomes, number by number."""
+    """Quantise a group of numbers one by one, and return what they become."""
     half = torch.tensor(numbers).float()
     low = half.min().half().float().item()
     scale = max((half.max().item() - low) / (2**bits - 1), 2.0**-24)
