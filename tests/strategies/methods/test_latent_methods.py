@@ -169,7 +169,7 @@ def test_recalkv_calibrates_values_to_what_arrives(tmp_path):
 @pytest.mark.parametrize("method", [Palu(), ReCalKV()], ids=lambda m: type(m).__name__)
 def test_what_latents_refuse(method):
     model = tiny_model("llama", "gqa")
-    with pytest.raises(ValueError, match=r"go with ratio=kv_cache only; got ratio\.of=params"):
+    with pytest.raises(ValueError, match=r"so it goes with ratio=kv_cache only; got ratio\.of=params"):
         method.check(model.config, replace(HALF, of="params"))
     with pytest.raises(ValueError, match="start from dense attention"):
         method.check(method.recast_config(model.config), HALF)
