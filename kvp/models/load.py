@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from kvp.models.checkpoint.check import check_weights, read_config
+from kvp.models.checkpoint.files import CONFIG
 from kvp.models.checkpoint.tokens import open_tokenizer
 from kvp.models.unfused import unfused
 from kvp.types import DTYPES
@@ -41,6 +43,22 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dire
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     shutil.rmtree(directory / ".cache", ignore_errors=True)
+
+
+def dress(source: Path, directory: Path, **fields: Any) -> None:
+    """Write a checkpoint with more fields in its config; all other files are links to those of `source`.
+
+    A link and its file are one: neither is ever written in place. Where the disk has no links, files are copied.
+    """
+    directory.mkdir()
+    for file in source.iterdir():
+        if file.name != CONFIG:
+            try:
+                (directory / file.name).hardlink_to(file)
+            except OSError:
+                shutil.copy2(file, directory / file.name)
+    config = json.loads((source / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(config | fields, indent=2) + "\n")
 
 
 def load_config(path: Path) -> PretrainedConfig:

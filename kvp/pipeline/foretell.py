@@ -54,6 +54,6 @@ def foretell(x: Experiment) -> tuple[list[Foretold], Path]:
             Foretold(stage.place, stage.name, model, work, digest, since, stands, stage.writes_model)
         )
         if stage.precedes:
-            before[stage.name] = digest
+            before[stage.place] = digest
     made = x.store.place("model", before["model"]) if there and "model" in before else x.place
     return foretold, x.source.locate() or made / "model"

@@ -35,12 +35,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Inputs = dict[str, Any]
-Before = Mapping[str, str]  # fingerprints of the stages before, by name
-MAKERS = {  # the stages that can have made a model, the last one first
+Before = Mapping[str, str]  # fingerprints of the stages before, by place
+MAKERS = {  # the places of the stages that can have made a model, the last one first
     "dense": ("model",),
     "joined": ("join", "model"),
-    "pruned": ("prune", "model"),
-    "recovered": ("recover",),
+    "cut": ("prune", "model"),
+    "pruned": ("pack/pruned", "prune", "model"),
+    "tuned": ("recover",),
+    "recovered": ("pack/recovered", "recover"),
 }
 
 
@@ -189,7 +191,7 @@ class Session:
     Attributes:
         x: The experiment.
         finished: The stages so far, in order, each with the model that it makes or looks at.
-        done: Those that later stages build on, by name.
+        done: Those that later stages build on, by place.
         values: What the steps of planning gave, by name (`kvp.strategies.steps`).
         watch: Called with the place of each stage before it is done or found.
         after: Called with each stage once it is done or found; prints a line by default.
@@ -227,8 +229,8 @@ class Session:
         self._tell_of_code(stage, model, done)
         self.finished.append((model, done))
         if stage.precedes:
-            self.done[stage.name] = done
-            self._before[stage.name] = done.fingerprint
+            self.done[stage.place] = done
+            self._before[stage.place] = done.fingerprint
         stage.take(self, done)
         return done
 
@@ -242,7 +244,12 @@ class Session:
             log.info("%s was computed because this code has changed: %s", stage.place, ", ".join(changed))
 
     def checkpoint(self, model: str) -> Checkpoint:
-        """Return "dense", "joined" (the dense one, its KV heads joined if they are), "pruned" or "recovered"."""
+        """Return the checkpoint of a model.
+
+        Args:
+            model: "dense", "pruned" or "recovered"; "joined" is the dense one, its KV heads joined if they are. "cut"
+                and "tuned" are the pruned and the recovered one before their config says how the cache is stored.
+        """
         stage = maker(model, self._before)
         path = self.done[stage].path / "model" if stage in self.done else self.x.source.locate()
         assert path is not None

@@ -16,7 +16,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from kvp.models.load import load_tokenizer, save
+from kvp.models.load import dress, load_tokenizer, save
 from kvp.models.plans import write_plan
 from kvp.pipeline.examination import EXAMINING, examination
 from kvp.pipeline.experiment import Experiment
@@ -125,24 +125,61 @@ class Prune(Stage):
     @override
     def inputs(self, x: Experiment, before: Before) -> Inputs:
         plan = {name: before[name] for name in ("plan", "refit") if name in before}
-        return {"model": before[maker("joined", before)], **plan, "cache": x.node["cache"]}
+        return {"model": before[maker("joined", before)], **plan}
 
     @override
     def runs(self, x: Experiment) -> tuple[str, ...]:
-        return ("kvp.models.load", "kvp.models.plans", "kvp.models.surgery", *x.named("cache"))
+        return ("kvp.models.load", "kvp.models.plans", "kvp.models.surgery")
 
     @override
     def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
         from kvp.models.surgery import apply  # imports seconds of modelling code
 
-        x, dense, plan = session.x, session.checkpoint("joined"), final_plan(session.values)
+        dense, plan = session.checkpoint("joined"), final_plan(session.values)
         cut = apply(dense.stored(), plan)
-        if x.cache is not None:
-            x.cache.check(cut.config)
-            cut.config.kvp_cache = asdict(x.cache)
         write_plan(directory, plan)
         save(cut, load_tokenizer(dense.path), directory / "model")
         return {"kept": {space.key: list(keep.shape) for space, keep in plan.keep.items()}}
+
+
+class Pack(Stage):
+    """Write a checkpoint whose config says how its cache is stored; its weights are the files of the one before.
+
+    Training reads no cache. So this comes after it, and one cut is tuned once for all formats.
+
+    Attributes:
+        before: The model that it starts from, a key of `MAKERS`.
+        model: The one that it makes.
+    """
+
+    name = "pack"
+
+    def __init__(self, before: str, model: str) -> None:
+        self.before, self.model = before, model
+
+    @property
+    @override
+    def place(self) -> str:
+        return f"{self.name}/{self.model}"
+
+    @override
+    def applies(self, x: Experiment) -> bool:
+        return x.cache is not None and (x.recovery is not None or self.model == "pruned")
+
+    @override
+    def inputs(self, x: Experiment, before: Before) -> Inputs:
+        return {"model": before[maker(self.before, before)], "cache": x.node["cache"]}
+
+    @override
+    def runs(self, x: Experiment) -> tuple[str, ...]:
+        return ("kvp.models.load", *x.named("cache"))
+
+    @override
+    def work(self, session: Session, directory: Path) -> None:
+        cache, packed = session.x.cache, session.checkpoint(self.before)
+        assert cache is not None
+        cache.check(packed.config)
+        dress(packed.path, directory / "model", kvp_cache=asdict(cache))
 
 
 class Recover(Stage):
@@ -162,7 +199,7 @@ class Recover(Stage):
         teacher = {"teacher": before["model"]} if x.recovery.distillation else {}
         options = x.recovery.identity(x.corpora)
         return {
-            "model": before[maker("pruned", before)],
+            "model": before[maker("cut", before)],
             "recovery": options,
             "seed": x.node["seed"],
             **teacher,
@@ -181,7 +218,7 @@ class Recover(Stage):
         session.unload()
         return train(
             x.recovery,
-            session.checkpoint("pruned").path,
+            session.checkpoint("cut").path,
             directory,
             corpora=x.corpora,
             seed=x.node["seed"],
@@ -192,10 +229,14 @@ class Recover(Stage):
 
 CHAIN: dict[str, tuple[Stage, ...]] = {  # what makes each model
     "dense": (Model(),),
-    "pruned": (Join(), *map(Planning, STEPS), Prune()),
-    "recovered": (Recover(),),
+    "pruned": (Join(), *map(Planning, STEPS), Prune(), Pack("cut", "pruned")),
+    "recovered": (Recover(), Pack("tuned", "recovered")),
 }
-KINDS = (*(stage.name for made in CHAIN.values() for stage in made), *(kind.name for kind in EXAMINING))
+KINDS = tuple(
+    dict.fromkeys(
+        (*(stage.name for made in CHAIN.values() for stage in made), *(kind.name for kind in EXAMINING))
+    )
+)
 
 
 def making(x: Experiment, model: str) -> list[Stage]:

@@ -198,10 +198,16 @@ def test_a_sparse_cache_is_carried_by_the_checkpoint(finished):
     assert squad["value"] != alone["dense"]["evaluation"]["perplexity"]["squad"]["value"]
     assert alone["ratio"]["asked"] is None
     combined = run_here(tmp_path, *sparse, "measure=none", "evaluation.perplexity=null")
-    assert {stage["name"] for stage in combined["stages"] if not stage["found"]} == {"prune", "recover"}
+    assert {stage["name"] for stage in combined["stages"] if not stage["found"]} == {
+        "pack/pruned",
+        "pack/recovered",
+    }
     assert combined["pruned"]["size"] | {"stored_bytes_per_token": 3840} == first["pruned"]["size"]
     for model in ("pruned", "recovered"):
-        assert load_config(Path(combined[model]["checkpoint"])).kvp_cache == squad["cache"]
+        packed, plain = (Path(run[model]["checkpoint"]) for run in (combined, first))
+        assert load_config(packed).kvp_cache == squad["cache"]
+        assert getattr(load_config(plain), "kvp_cache", None) is None
+        assert (packed / "model.safetensors").samefile(plain / "model.safetensors")
     config = compose_here(tmp_path, *sparse, "strategy=none", "recovery=none")
     assert all(stage.stands for stage in foretell(Experiment.compose(config))[0])
 

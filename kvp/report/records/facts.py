@@ -11,7 +11,14 @@ from kvp.tables import plain
 
 Facts = dict[str, Any]
 
-OTHER_STAGES = ("model", "recover", "sparsity", "measure", "evaluate")  # all others are those of pruning
+OTHER_STAGES = (
+    "model",
+    "pack",
+    "recover",
+    "sparsity",
+    "measure",
+    "evaluate",
+)  # all others are those of pruning
 WORDS = {
     "corpus": "{}",
     "part": "{} part",
