@@ -6,8 +6,9 @@ Models are shapes of conf/model with random weights, which cost the same as trai
 process of its own (`kvp.fit.check`): CPU seconds of all threads, which other processes disturb less than the clock,
 and the peak without the interpreter, beside the estimate that `kvp fit` gives.
 
-The fit is a power law per work, seconds per token = c * parameters ** e, by least squares on logarithms. It predicts
-the unseen shape, which is measured too, and the shapes of 7B, 8B and 70B, which are not.
+The fit is a line per work: CPU seconds per token = a + b * multiply-accumulates per token, by least squares of relative
+errors. Those of a forward pass are counted from the shapes, and those of the whole work where its passes are known. The
+line predicts the unseen shape, which is measured too, and the shapes of 7B, 8B and 70B, which are not.
 
 Writes sizes.jsonl (with provenance) after every model, and sizes.md. A killed command goes on after its last model.
 """
@@ -16,26 +17,42 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from kvp.tables import markdown
 
+if TYPE_CHECKING:
+    from kvp.pipeline.experiment import Experiment
+
 SEEN = ("smollm2_135m_shape", "qwen25_05b_shape", "tinyllama_shape")
 UNSEEN = "smollm2_360m_shape"
-LARGE = {"LLaMA-7B": 6.74e9, "Llama-3-8B": 8.03e9, "Llama-3-70B": 70.6e9}
+LARGE = {  # hidden and intermediate size, layers, query heads, KV heads, vocabulary
+    "LLaMA-7B": (4096, 11008, 32, 32, 32, 32000),
+    "Llama-3-8B": (4096, 14336, 32, 32, 8, 128256),
+    "Llama-3-70B": (8192, 28672, 80, 64, 8, 128256),
+}
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
 WORKS = ("perplexity", "scoring, kvpruner", "scoring, kvpruner_plus", "LoRA")
-COMMON = ("model.dtype=float32",)
 CASES = (
     ("perplexity", WORKS[0], ()),
     ("score", WORKS[1], ("strategy=kvpruner",)),
     ("score", WORKS[2], ("strategy=kvpruner_plus",)),
     ("recover", WORKS[3], ()),
 )
+MEASURED = "float32"  # files hold it too: a conversion would map the whole file beside the weights
 HEADS = ("model", "parameters (M)", "work", "tokens")
 
 Line = dict[str, Any]
@@ -54,78 +71,151 @@ def main() -> None:
     args = parser.parse_args()
     seen = args.models.split(",")
     if len(set(seen)) < 2:
-        parser.error(f"a power law needs two sizes, got --models {args.models}: name another shape")
+        parser.error(f"a line needs two sizes, got --models {args.models}: name another shape")
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "sizes.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = [json.loads(each) for each in file.read_text().splitlines()] if file.exists() else []
     for name in [*seen, args.unseen]:
-        if name not in {line["model"] for line in lines}:
+        if name not in {each["model"] for each in lines}:
             print(name, file=sys.stderr, flush=True)
             lines += measure(name)
-            file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            file.write_text("".join(f"{json.dumps(each)}\n" for each in lines))
     (args.out / "sizes.md").write_text(tables(lines, seen, args.unseen))
     print((args.out / "sizes.md").read_text())
 
 
 def measure(name: str) -> list[Line]:
     """Return one line per work of a model."""
-    from kvp.bench.models import find_subjects
     from kvp.fit.check import check
-    from kvp.models.shapes import layer_shapes, size
     from kvp.provenance import provenance
 
-    config = find_subjects(name)[0].config
-    params, made = size(config, layer_shapes(config)).params, provenance("cpu")
-    rows = check([f"model={name}", *COMMON], CASES)
-    return [{"model": name, "params": params, **asdict(row), "provenance": made} for row in rows]
+    words = shape(name, MEASURED)
+    foreseen = {each["work"]: each for each in foresee(words)}
+    made = provenance("cpu")
+    return [
+        {"model": name, **foreseen[row.work], **asdict(row), "provenance": made}
+        for row in check(words, CASES)
+    ]
 
 
-def power_law(points: Mapping[float, float]) -> tuple[float, float]:
-    """Return (c, e) of seconds = c * parameters ** e, by least squares on logarithms."""
-    xs, ys = ([math.log(value) for value in values] for values in (points.keys(), points.values()))
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    e = sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
-    return math.exp(y - e * x), e
+def shape(name: str, dtype: str) -> list[str]:
+    """Return the options of a shape of conf/model or of `LARGE`, stored and computed in `dtype`."""
+    large = LARGE.get(name)
+    sizes = [f"model.config.{key}={value}" for key, value in zip(SIZES, large, strict=True)] if large else []
+    named = "tinyllama_shape" if large else name
+    return [f"model={named}", f"model.config.dtype={dtype}", f"model.dtype={dtype}", f"dtype={dtype}", *sizes]
+
+
+def foresee(words: Sequence[str]) -> list[Line]:
+    """Return parameters, multiply-accumulates per token and the estimated peak of each work; nothing is loaded.
+
+    Where the passes of a work are unknown, multiply-accumulates are those of one forward pass.
+    """
+    from kvp.composing import compose
+    from kvp.models.shapes import layer_shapes, size
+    from kvp.pipeline.experiment import Experiment
+    from kvp.pipeline.needs import forward_macs, needs
+
+    lines = []
+    for phase, work, options in CASES:
+        x = Experiment.compose(compose([*words, *options]), [*words, *options])
+        config, length = x.source.expected(), x.calibration.length
+        need = next(need for need in needs(x, config) if need.phase == phase)
+        params = size(config, layer_shapes(config)).params
+        macs = forward_macs(config, length) / length if need.macs is None else need.macs / _tokens(x, phase)
+        lines.append({"work": work, "params": params, "macs": macs, "estimate": need.memory["total"]})
+    return lines
+
+
+def _tokens(x: Experiment, phase: str) -> int:
+    """Return how many tokens a phase of a run reads, each once."""
+    from kvp.pipeline.needs import recipe_length
+
+    assert x.perplexity and x.perplexity.max_tokens and x.recovery and x.recovery.max_steps
+    if phase == "perplexity":
+        return x.perplexity.max_tokens * len(x.perplexity.corpora)
+    if phase == "recover":
+        return x.recovery.max_steps * x.recovery.batch_size * recipe_length(x.recovery)
+    return x.calibration.num_samples * x.calibration.length
+
+
+def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return (a, b) of y = a + b * x for points (x, y), by least squares of (a + b * x) / y - 1."""
+    rows = torch.tensor([[1 / y, x / y] for x, y in points], dtype=torch.float64)
+    a, b = (
+        torch.linalg.lstsq(rows, torch.ones(len(points), 1, dtype=torch.float64)).solution.flatten().tolist()
+    )
+    return a, b
 
 
 def tables(lines: Sequence[Line], seen: Sequence[str], unseen: str) -> str:
-    """Return what was measured, and the fit of it, as Markdown."""
-    measured = [line for line in lines if line["model"] in {*seen, unseen}]
+    """Return what was measured, the fit of it, and what large shapes would take, as Markdown."""
+    measured = [each for each in lines if each["model"] in {*seen, unseen}]
     rows = [
         [
-            *[line["model"], f"{line['params'] / 1e6:,.0f}", line["work"], f"{line['tokens']:,}"],
-            f"{1e3 * line['cpu_seconds'] / line['tokens']:.1f}",
-            *(f"{line[key] / 2**20:,.0f}" for key in ("estimate", "measured")),
-            f"{line['measured'] / line['estimate']:.3f}",
+            *[each["model"], f"{each['params'] / 1e6:,.0f}", each["work"], f"{each['tokens']:,}"],
+            f"{1e3 * each['cpu_seconds'] / each['tokens']:.1f}",
+            *(f"{each[key] / 2**20:,.0f}" for key in ("estimate", "measured")),
+            f"{each['measured'] / each['estimate']:.3f}",
         ]
-        for line in sorted(measured, key=lambda line: (line["params"], WORKS.index(line["work"])))
+        for each in sorted(measured, key=lambda each: (each["params"], WORKS.index(each["work"])))
     ]
     heads = [*HEADS, "CPU ms per token", "estimate (MiB)", "peak (MiB)", "peak / estimate"]
-    parts = [markdown(heads, rows, labels=1), _fits(measured, unseen)]
+    parts = [markdown(heads, rows, labels=1), _fits(measured, unseen), _large(measured, unseen)]
     return "\n\n".join(parts) + "\n"
 
 
-def _fits(lines: Sequence[Line], unseen: str) -> str:
-    """Return a row per work: the fit, the unseen model as predicted and measured, and the large shapes predicted."""
-    rows = []
-    for work in WORKS:
-        per_token = {
-            line["model"]: (line["params"], line["cpu_seconds"] / line["tokens"])
-            for line in lines
-            if line["work"] == work
-        }
-        params, seconds = per_token.pop(unseen)
-        c, e = power_law(dict(per_token.values()))
-        predicted = c * params**e
-        rows.append(
+def fits(lines: Sequence[Line], unseen: str) -> dict[str, tuple[float, float]]:
+    """Return (a, b) of every work, without the unseen model."""
+    return {
+        work: line(
             [
-                *[work, f"{e:.2f}", f"{1e3 * predicted:.1f}", f"{1e3 * seconds:.1f}"],
-                f"{predicted / seconds:.2f}",
-                *(f"{c * large**e:.2f}" for large in LARGE.values()),
+                (each["macs"], each["cpu_seconds"] / each["tokens"])
+                for each in lines
+                if each["work"] == work and each["model"] != unseen
             ]
         )
-    heads = ["work", "exponent", f"{unseen}: predicted", "measured (ms)", "predicted / measured"]
-    return markdown([*heads, *(f"{name}: CPU s per token" for name in LARGE)], rows)
+        for work in WORKS
+    }
+
+
+def _fits(lines: Sequence[Line], unseen: str) -> str:
+    """Return a row per work: the fit, and the unseen model as predicted and measured."""
+    rows = []
+    for work, (a, b) in fits(lines, unseen).items():
+        left_out = next(each for each in lines if (each["model"], each["work"]) == (unseen, work))
+        predicted, seconds = a + b * left_out["macs"], left_out["cpu_seconds"] / left_out["tokens"]
+        rows.append(
+            [
+                *[
+                    work,
+                    f"{1e3 * a:.1f}",
+                    f"{1e-9 / b:.1f}",
+                    f"{1e3 * predicted:.1f}",
+                    f"{1e3 * seconds:.1f}",
+                ],
+                f"{predicted / seconds:.2f}",
+            ]
+        )
+    heads = ["work", "a (ms)", "1 / b (G multiply-accumulates / s)", f"{unseen}: predicted", "measured (ms)"]
+    return markdown([*heads, "predicted / measured"], rows)
+
+
+def _large(lines: Sequence[Line], unseen: str) -> str:
+    """Return a row per large shape and work: CPU seconds per token by the fit, and the estimated peak in bfloat16."""
+    rows = []
+    for name in LARGE:
+        timed, stored = foresee(shape(name, MEASURED)), foresee(shape(name, "bfloat16"))
+        for each, small in zip(timed, stored, strict=True):
+            a, b = fits(lines, unseen)[each["work"]]
+            rows.append(
+                [
+                    *[name, f"{each['params'] / 1e6:,.0f}", each["work"]],
+                    *[f"{a + b * each['macs']:.2f}", f"{small['estimate'] / 2**30:.1f}"],
+                ]
+            )
+    heads = ["model", "parameters (M)", "work", "CPU s per token, by the fit", "estimate in bfloat16 (GiB)"]
+    return markdown(heads, rows, labels=1)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,8 @@ class Row:
     """One phase: its estimate and its measured peak, in bytes, without the interpreter.
 
     Attributes:
-        cpu_seconds: Of all threads, for one batch; None: not measured.
-        tokens: Of that batch; None: not measured.
+        cpu_seconds: Of all threads, that one batch adds to a small one; None: not measured.
+        tokens: By which that batch is larger; None: not measured.
     """
 
     work: str

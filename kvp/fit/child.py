@@ -25,6 +25,7 @@ from kvp.models.load import load_config, load_model
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.needs import recipe_length
 
+STEPS = 2  # of training
 WARM = (1, 16)  # sequences and tokens after which libraries have taken what they take once
 
 
@@ -36,12 +37,14 @@ class Trial:
         work: The phase on random tokens of a batch size and a length.
         batch_size: Sequences of the run's passes.
         length: Tokens of its sequences.
+        repeats: How often the work takes such a batch.
         held: Bytes of weights in memory between two calls.
     """
 
     work: Callable[[int, int], None]
     batch_size: int
     length: int
+    repeats: int = 1
     held: int = 0
 
 
@@ -77,17 +80,17 @@ def evaluating(x: Experiment, checkpoint: Path) -> Trial:
 
 
 def recovering(x: Experiment, checkpoint: Path) -> Trial:
-    """Return two steps of a run's LoRA training."""
+    """Return `STEPS` steps of a run's LoRA training."""
     from kvp.recovery.fit import Job, fit
 
     recipe, vocabulary = x.recovery, load_config(checkpoint).vocab_size
     assert recipe is not None
 
     def work(batch_size: int, length: int) -> None:
-        ids = _ids(vocabulary, 2 * batch_size, length).tolist()
-        two = replace(
+        ids = _ids(vocabulary, STEPS * batch_size, length).tolist()
+        few = replace(
             recipe,
-            max_steps=2,
+            max_steps=STEPS,
             epochs=None,
             warmup_steps=0,
             batch_size=batch_size,
@@ -102,9 +105,10 @@ def recovering(x: Experiment, checkpoint: Path) -> Trial:
                 resume=None,
                 teacher=str(checkpoint),
             )
-            fit(two, job, [{"input_ids": row, "labels": row} for row in ids], [])
+            fit(few, job, [{"input_ids": row, "labels": row} for row in ids], [])
 
-    return Trial(work=work, batch_size=recipe.micro_batch_size, length=recipe_length(recipe))
+    length = recipe_length(recipe)
+    return Trial(work=work, batch_size=recipe.micro_batch_size, length=length, repeats=STEPS)
 
 
 PHASES: dict[str, Callable[[Experiment, Path], Trial]] = {
@@ -124,10 +128,10 @@ def _ids(vocabulary: int, batch_size: int, length: int) -> torch.Tensor:
 
 
 def measure(phase: str, words: list[str], checkpoint: Path) -> dict[str, Any]:
-    """Return the bytes, the CPU seconds and the tokens of one batch of a phase.
+    """Return the bytes of a phase on one batch, and the CPU seconds and the tokens that it adds to a batch of `WARM`.
 
-    The bytes are without the interpreter and what libraries take once. The seconds, of all threads, are without those
-    of a batch of `WARM`, in which loading a model is: what a larger batch adds.
+    The bytes are without the interpreter and what libraries take once. The seconds are of all threads; those of a batch
+    of `WARM`, in which loading a model is, are taken off.
     """
     x = Experiment.compose(compose(words), words)
     device = torch.device(x.device)
@@ -144,7 +148,7 @@ def measure(phase: str, words: list[str], checkpoint: Path) -> dict[str, Any]:
     return {
         "bytes": memory.peak_bytes(device) - before,
         "cpu_seconds": max(0.0, seconds - least),
-        "tokens": trial.batch_size * trial.length,
+        "tokens": trial.repeats * (trial.batch_size * trial.length - WARM[0] * WARM[1]),
     }
 
 
