@@ -131,10 +131,13 @@ def _tokens(x: Experiment, phase: str) -> int:
     """Return how many tokens a phase of a run reads, each once."""
     from kvp.pipeline.needs import recipe_length
 
-    assert x.perplexity and x.perplexity.max_tokens and x.recovery and x.recovery.max_steps
+    assert x.perplexity is not None
+    assert x.recovery is not None
     if phase == "perplexity":
+        assert x.perplexity.max_tokens is not None
         return x.perplexity.max_tokens * len(x.perplexity.corpora)
     if phase == "recover":
+        assert x.recovery.max_steps is not None
         return x.recovery.max_steps * x.recovery.batch_size * recipe_length(x.recovery)
     return x.calibration.num_samples * x.calibration.length
 

@@ -2,7 +2,8 @@
 
     eager     transformers' own: Python launches every kernel, the cache is copied to grow by a token
     static    a cache of fixed size, written in place; on a GPU a step is one CUDA graph, replayed
-    compiled  the same after torch.compile
+    packed    the same with matrices laid out for the batch, on a CPU
+    compiled  static after torch.compile
 
 All decode greedily and stop at no end of text, so that a run is as long as it was asked to be.
 """
@@ -20,15 +21,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
+from typing_extensions import override
 
 from kvp.estimate.serving import SLICE, room
 from kvp.measurement.cache import check_whole_cache, fixed_cache
 from kvp.measurement.grouped import GROUPED
+from kvp.measurement.packed_linears import PackedLinears
 from kvp.models.family import family_of
 from kvp.models.packed_cache import cache_for
 from kvp.models.rope import ropes
 
-DecodePath = Literal["eager", "static", "compiled"]
+DecodePath = Literal["eager", "static", "packed", "compiled"]
 
 WINDOW = 128  # tokens by which the part of a cache that captured steps read grows: one graph each
 WARMUP = 3  # steps before a capture: libraries take their workspaces, compilers compile
@@ -72,6 +75,8 @@ def prepare(
     model.set_attn_implementation("eager" if sinks else "sdpa" if path == "eager" else GROUPED)
     if path == "eager":
         return Eager(model)
+    if path == "packed":
+        return Packed(model, batch_size=batch_size, length=length)
     decoder = Static(model, batch_size=batch_size, length=length, compiled=path == "compiled")
     decoder.record(range(prompt_length + 1, length + 1))
     return decoder
@@ -198,6 +203,19 @@ class Static:
         mask = None if self.window is None else self.mask[..., : self.cursor.visible]
         self.token.copy_(next_token(self.model, self.token, self.cache, self.position, mask))
         self.position.add_(1)
+
+
+class Packed(Static):
+    """A static cache, and matrices laid out for the rows of a step."""
+
+    def __init__(self, model: PreTrainedModel, *, batch_size: int, length: int) -> None:
+        super().__init__(model, batch_size=batch_size, length=length)
+        self.linears = PackedLinears(model, batch_size)
+
+    @override
+    def _step(self, next_token: Callable[..., Tensor]) -> None:
+        with self.linears.used():
+            super()._step(next_token)
 
 
 def next_token(

@@ -10,6 +10,7 @@ from kvp.estimate.serving import room
 from kvp.measurement import paths
 from kvp.measurement.cache import fixed_cache
 from kvp.measurement.count import cache_bytes, cache_bytes_per_token
+from kvp.measurement.packed_linears import PackedLinears, check_packing
 from kvp.measurement.paths import Eager, Static, attention_kernels, next_token, prepare
 from kvp.models.family import FAMILIES
 from kvp.models.shapes import layer_shapes, size
@@ -61,6 +62,37 @@ def test_a_step_can_be_traced_as_one_graph(kind, prompt):
     decoder = Static(model, batch_size=3, length=PROMPT + NEW, window=64)
     decoder.next_token = torch.compile(next_token, fullgraph=True, dynamic=False, backend="eager")
     assert torch.equal(decoded(decoder, prompt), expected)
+
+
+@pytest.mark.parametrize("kind", ["dense", "pruned"])
+def test_packed_matrices_decode_the_same_tokens_and_leave_the_model_as_it_was(kind, heads, prompt):
+    model = build(kind, heads).float()
+    expected, before = decoded(Eager(model), prompt), model(prompt).logits
+    decoder = prepare("packed", model, batch_size=3, prompt_length=PROMPT, new_tokens=NEW)
+    assert torch.equal(decoded(decoder, prompt), expected)
+    states = torch.randn(3, 1, model.config.hidden_size)
+    with torch.inference_mode(), decoder.linears.used():
+        packed = model.lm_head(states)
+    torch.testing.assert_close(packed, model.lm_head(states), atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(prompt).logits, before)
+
+
+@torch.inference_mode()
+def test_packed_matrices_keep_their_bias():
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40)).requires_grad_(False)
+    model.device, model.dtype = torch.device("cpu"), torch.float32
+    states, expected = (x := torch.randn(5, 24)), model(x)
+    with PackedLinears(model, 5).used():
+        torch.testing.assert_close(model(states), expected)
+
+
+def test_matrices_that_cannot_be_packed_are_refused():
+    for device, dtype, words in (
+        ("cuda", torch.float32, "path packed needs oneDNN, on a CPU; got device cuda"),
+        ("cpu", torch.float64, "got torch.float64: use --dtype float32"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_packing(torch.device(device), dtype)
 
 
 @pytest.mark.slow

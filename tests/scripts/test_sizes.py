@@ -51,7 +51,9 @@ def test_the_unseen_model_is_predicted_and_not_fitted():
 
 
 def test_large_shapes_are_those_of_their_papers():
-    params = [round(foresee(shape(name, "bfloat16"))[0]["params"] / 1e6) for name in ("LLaMA-7B", "Llama-3-70B")]
+    params = [
+        round(foresee(shape(name, "bfloat16"))[0]["params"] / 1e6) for name in ("LLaMA-7B", "Llama-3-70B")
+    ]
     assert params == [6738, 70554]
 
 
@@ -66,7 +68,7 @@ def test_work_is_counted_from_the_shapes():
 @pytest.mark.slow
 def test_every_work_of_a_model_is_measured():
     found = measure("smollm2_135m_shape")
-    assert [line["work"] for line in found] == list(WORKS)
-    for line in found:
-        assert line["cpu_seconds"] > 0 and line["tokens"] >= 256
-        assert 0.8 < line["measured"] / line["estimate"] < 1.25
+    assert [each["work"] for each in found] == list(WORKS)
+    for each in found:
+        assert each["cpu_seconds"] > 0 and each["tokens"] >= 256
+        assert 0.8 < each["measured"] / each["estimate"] < 1.25
