@@ -32,6 +32,7 @@ REMOVED = {
 DENSE = Look(color=INK, marker="*")
 COSTS = {  # label, key of the size, unit
     "kv_bytes": ("KV cache (KiB per token)", "kv_bytes_per_token", 2**10),
+    "stored_bytes": ("KV cache as stored (KiB per token)", "stored_bytes_per_token", 2**10),
     "params": ("parameters (millions)", "params", 10**6),
 }
 
@@ -71,6 +72,14 @@ def against_ratio(points: Sequence[Point], of: Denominator, read: Read, label: s
     return _figure(
         [p for p in points if p.ratio is None or p.ratio[1] == of], read, removed, draw, _line_keys
     )
+
+
+def costs(points: Sequence[Point]) -> list[str]:
+    """Return the keys of `COSTS` that tell points apart: bytes as stored where some cache has a format, else not."""
+    sizes = [point.model.size for point in points]
+    stored = [size.stored_bytes_per_token for size in sizes]
+    formats = None not in stored and stored != [size.kv_bytes_per_token for size in sizes]
+    return [cost for cost in COSTS if cost != ("kv_bytes" if formats else "stored_bytes")]
 
 
 def pareto(points: Sequence[Point], cost: str, read: Read, label: str) -> Figure | None:

@@ -42,7 +42,7 @@ def figures(runs: Sequence[Run]) -> Iterator[tuple[str, Figure | None]]:
         draw = quality.against_ratio if several else choices.at_one_ratio
         for name, (read, label) in AXES.items():
             yield f"{name}_by_{of}", draw(points, of, read, label)
-    for cost in quality.COSTS:
+    for cost in quality.costs(points):
         yield f"pareto_{cost}", quality.pareto(points, cost, *AXES["perplexity"])
     yield "speed_and_memory", speed.speed_and_memory(points)
     yield "sensitivity", layers.sensitivity(points)

@@ -102,6 +102,24 @@ def test_what_the_records_do_not_hold_is_not_drawn():
     assert found.keys() == {"perplexity_by_kv_cache", "pareto_kv_bytes", "pareto_params"}
 
 
+def test_bytes_are_drawn_as_stored_where_a_cache_has_a_format():
+    records = [make_record(strategy, ppl=ppl) for strategy, ppl in (("kvpruner", 40.0), ("none", 21.0))]
+    for record in records:
+        for model in ("dense", "pruned"):
+            record[model]["size"]["stored_bytes_per_token"] = record[model]["size"]["kv_bytes_per_token"]
+    assert "pareto_kv_bytes" in drawn(as_runs(*records))
+    records[1]["config"]["cache"] = {"class": "Quantized", "key_bits": 8, "value_bits": 8}
+    records[1]["pruned"]["size"]["stored_bytes_per_token"] = 5 << 10
+    found = drawn(as_runs(*records))
+    assert {"pareto_stored_bytes", "pareto_params"} <= found.keys() and "pareto_kv_bytes" not in found
+    (panel,) = (
+        ax
+        for ax in found["pareto_stored_bytes"].axes
+        if ax.get_xlabel() == "KV cache as stored (KiB per token)"
+    )
+    assert 5.0 in {float(x) for line in panel.lines for x in line.get_xdata()}
+
+
 def test_only_dense_or_only_failed_runs_draw_nothing(tmp_path):
     assert write_plots(as_runs(make_record("none"), make_failed("MemoryError", "x")), tmp_path) == []
 
