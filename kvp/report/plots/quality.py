@@ -120,6 +120,9 @@ def pareto(points: Sequence[Point], cost: str, read: Read, label: str) -> Figure
                 **_marks(look, tuned=mean.point.tuned),
             )
         ax.set(xlabel=name, ylabel=label)
+        if cost == "stored_bytes":  # a format halves it, and halves it again
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter("{x:g}")
 
     return _figure(points, read_both, left, draw, _front_keys)
 

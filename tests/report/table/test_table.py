@@ -139,9 +139,9 @@ def test_a_sparse_cache_is_a_row_of_its_own_and_never_the_dense_one():
     }
     points = find_points(as_runs(*records))
     assert [point.label for point in points if point.state == "pruned"] == [
+        "dense + mustafar key_sparsity=0.5 window=32 0 %",
         "kvpruner 25 %",
         "kvpruner + mustafar key_sparsity=0.5 window=32 25 %",
-        "none + mustafar key_sparsity=0.5 window=32 0 %",
     ]
 
 
