@@ -69,7 +69,8 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path) -> House:
+def house(tmp_path, monkeypatch) -> House:
+    monkeypatch.chdir(tmp_path)  # a clone may have runs of its own in outputs/runs, which the command reads, too
     return House(tmp_path)
 
 
