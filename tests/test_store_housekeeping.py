@@ -70,7 +70,8 @@ class House:
 
 @pytest.fixture
 def house(tmp_path, monkeypatch) -> House:
-    monkeypatch.chdir(tmp_path)  # a clone may have runs of its own in outputs/runs, which the command reads, too
+    """A house away from the clone, whose own outputs/runs the command would read."""
+    monkeypatch.chdir(tmp_path)
     return House(tmp_path)
 
 
