@@ -19,9 +19,8 @@ from kvp.pipeline.session import Before, Inputs, Session, Stage, maker
 from kvp.provenance import hardware
 from kvp.store import Finished
 
-PACKED_VERSION = (
-    2  # of perplexity with a packed cache; 1 decoded token by token and differs in the sixth digit
-)
+# of perplexity with a packed cache; 1 decoded token by token and differs in the sixth digit
+PACKED_VERSION = 2
 
 
 @dataclass(frozen=True)

@@ -232,11 +232,8 @@ CHAIN: dict[str, tuple[Stage, ...]] = {  # what makes each model
     "pruned": (Join(), *map(Planning, STEPS), Prune(), Pack("cut", "pruned")),
     "recovered": (Recover(), Pack("tuned", "recovered")),
 }
-KINDS = tuple(
-    dict.fromkeys(
-        (*(stage.name for made in CHAIN.values() for stage in made), *(kind.name for kind in EXAMINING))
-    )
-)
+NAMES = (*(stage.name for made in CHAIN.values() for stage in made), *(kind.name for kind in EXAMINING))
+KINDS = tuple(dict.fromkeys(NAMES))  # two stages pack
 
 
 def making(x: Experiment, model: str) -> list[Stage]:

@@ -39,9 +39,8 @@ def needs_backend(config: PretrainedConfig) -> bool:
 
 def caches_latents(config: PretrainedConfig) -> bool:
     """Whether keys are expanded from a cache of latents, for which vLLM has no cache."""
-    ours = (
-        getattr(config, "kvp_layers", None) is not None
-    )  # stock classes, DeepSeek's too, have no such layers
+    # stock classes, DeepSeek's too, have no layers of ours
+    ours = getattr(config, "kvp_layers", None) is not None
     return ours and any(shape.k_latents for shape in layer_shapes(config))
 
 

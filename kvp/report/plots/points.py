@@ -77,9 +77,6 @@ def find_points(runs: Sequence[Run]) -> list[Point]:
                 pruned = state in ("pruned", "recovered")
                 asked, achieved = config["ratio"], run.record.ratio.achieved or {}
                 budget = run.record.ratio.asked
-                label = plain(strategies[run.hash])
-                if unpruned(run):  # but its cache has a format
-                    label = label.replace("none", "dense", 1)
                 value = 0.0 if unpruned(run) or budget is None else budget.value
                 amount = f"{100 * value:g} %" + (f" of {asked['of']}" if mixed else "")
                 found.append(
@@ -89,7 +86,7 @@ def find_points(runs: Sequence[Run]) -> list[Point]:
                         part=part,
                         model=models[part],
                         base=run.model,
-                        strategy=label if pruned else "dense",
+                        strategy=plain(strategies[run.hash]) if pruned else "dense",
                         recovery=plain(recoveries[run.hash]) if part == "recovered" else "none",
                         ratio=(value, asked["of"]) if pruned else None,
                         amount=amount if pruned else "",

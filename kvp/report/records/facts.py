@@ -11,14 +11,8 @@ from kvp.tables import plain
 
 Facts = dict[str, Any]
 
-OTHER_STAGES = (
-    "model",
-    "pack",
-    "recover",
-    "sparsity",
-    "measure",
-    "evaluate",
-)  # all others are those of pruning
+# all other stages are those of pruning
+OTHER_STAGES = ("model", "pack", "recover", "sparsity", "measure", "evaluate")
 WORDS = {
     "corpus": "{}",
     "part": "{} part",

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from kvp.report.records.keys import identity, label, varying
+from kvp.report.records.keys import identity, label, unpruned, varying
 from kvp.report.records.runs import Run
 
 
 def strategy_labels(runs: Sequence[Run]) -> dict[str, str]:
-    """Return labels by the run's hash: "kvpruner", "kvpruner grouping=coupled", "kvpruner + mustafar window=32"."""
+    """Return labels by the run's hash: "kvpruner", "kvpruner grouping=coupled", "dense + mustafar window=32"."""
     labels = _labels(runs, "strategy", ("strategy", "calibration"), "pruned")
+    labels |= {run.hash: "dense" for run in runs if unpruned(run)}
     return {run.hash: " + ".join([labels[run.hash], *_cache(run)]) for run in runs}
 
 
