@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from kvp.data.corpora import Corpus, Part, Selection
 from kvp.data.tokens import digest, encode
+from kvp.models.caches import stated
 from kvp.models.nll import token_nll
 from kvp.options import options
 
@@ -113,7 +114,7 @@ class Perplexity(Selection):
             "num_tokens": count,
             "num_windows": len(windows),
             "protocol": protocol,
-            "cache": getattr(model.config, "kvp_cache", None),
+            "cache": stated(model.config),
             "data_hash": digest(ids[: window + stride * (len(windows) - 1)]),
         }
 

@@ -29,8 +29,8 @@ class CacheFormat(ABC):
     window: int = Field(default=0, ge=0, description="newest tokens that stay whole")
 
     @abstractmethod
-    def codecs(self, qk_head_dim: int, v_head_dim: int) -> tuple[Codec, Codec]:
-        """Return how the keys and the values of heads of these widths are stored."""
+    def codecs(self, qk_head_dim: int, v_head_dim: int, attention: int = 0) -> tuple[Codec, Codec]:
+        """Return how the keys and the values of heads of these widths are stored, in which attention of the model."""
 
     @property
     def whole(self) -> int:
@@ -43,6 +43,14 @@ class CacheFormat(ABC):
 
         Raises:
             ValueError: The attention of a layer slides or caches latents, or as the format says.
+        """
+        self.check_attention(config)
+
+    def check_attention(self, config: PretrainedConfig) -> None:
+        """Refuse attention whose keys and values no format stores; no weights are read.
+
+        Raises:
+            ValueError: The attention of a layer slides or caches latents.
         """
         for index, shape in enumerate(layer_shapes(config)):
             if shape.k_latents:

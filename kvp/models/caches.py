@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvp.models.cache_formats import CacheFormat
 from kvp.models.codecs import Codec, Whole
+from kvp.models.directions import Directions
 from kvp.models.mustafar import Mustafar, MustafarIntegers
 from kvp.models.quantized import Quantized, Quantized8
 from kvp.models.shapes import layer_shapes
@@ -21,6 +22,7 @@ FORMATS: dict[str | None, type[CacheFormat]] = {  # by `format`, which Mustafar'
     "mustafar_int": MustafarIntegers,
     "int": Quantized,
     "fp8": Quantized8,
+    "directions": Directions,
 }
 CONTEXT = 4096  # tokens of a sequence, where bytes per token include the window
 
@@ -39,6 +41,12 @@ def cache_format(config: PretrainedConfig) -> CacheFormat | None:
         known = ", ".join(name for name in FORMATS if name)
         raise ValueError(f"cache must be options whose format is one of {known} or absent, got {given!r}")
     return FORMATS[kind](**given)
+
+
+def stated(config: PretrainedConfig) -> dict[str, Any] | None:
+    """Return the options of the format as a record states them: without what each layer has of its own."""
+    given = getattr(config, "kvp_cache", None)
+    return given and {name: value for name, value in given.items() if not isinstance(value, list | tuple)}
 
 
 def bytes_per_token(config: PretrainedConfig, itemsize: int) -> int:
@@ -62,9 +70,8 @@ def mean_bytes_per_token(config: PretrainedConfig, itemsize: int, tokens: int = 
 def _codecs(config: PretrainedConfig) -> Iterator[tuple[int, Codec]]:
     """Yield how the keys and the values of each layer are stored, and of how many heads."""
     kind = cache_format(config)
-    for shape in layer_shapes(config):
-        if not (heads := 1 if shape.k_latents else shape.num_key_value_heads):
-            continue
-        widths = [channels // heads for channels in shape.cached]
-        for codec in kind.codecs(*widths) if kind else map(Whole, widths):
+    for number, shape in enumerate(shape for shape in layer_shapes(config) if shape.num_key_value_heads):
+        heads = 1 if shape.k_latents else shape.num_key_value_heads
+        keys, values = (channels // heads for channels in shape.cached)
+        for codec in kind.codecs(keys, values, number) if kind else map(Whole, (keys, values)):
             yield heads, codec

@@ -44,7 +44,7 @@ class Mustafar(CacheFormat):
     window: int = Field(default=32, ge=0, description="newest tokens whose keys and values stay whole")
 
     @override
-    def codecs(self, qk_head_dim: int, v_head_dim: int) -> tuple[Codec, Codec]:
+    def codecs(self, qk_head_dim: int, v_head_dim: int, attention: int = 0) -> tuple[Codec, Codec]:
         return self._sparse(qk_head_dim, self.key_sparsity), self._sparse(v_head_dim, self.value_sparsity)
 
     def _sparse(self, width: int, sparsity: float) -> Codec:

@@ -44,7 +44,7 @@ def as_decoded(model: PreTrainedModel, tokens: int) -> dict[str, Any]:
     seen = visible(options, tokens)
     forms = [form for form in FORMS if seen[form].any()]
     attentions = sum(shape.num_key_value_heads > 0 for shape in layer_shapes(model.config))
-    cache = Cache(layers=[EveryForm(options, forms) for _ in range(attentions)])
+    cache = Cache(layers=[EveryForm(options, number, forms) for number in range(attentions)])
     shown = torch.cat([seen[form] for form in forms], dim=-1).to(model.device)
     mask = torch.zeros(shown.shape, dtype=model.dtype, device=model.device).masked_fill_(
         ~shown, torch.finfo(model.dtype).min
@@ -68,15 +68,15 @@ def _packed(codec: Codec, tokens: int) -> Tensor:
 class EveryForm(DynamicLayer):
     """The keys and values of one layer and one forward pass, in every form that some reader sees."""
 
-    def __init__(self, options: CacheFormat, forms: list[Form]) -> None:
+    def __init__(self, options: CacheFormat, attention: int, forms: list[Form]) -> None:
         super().__init__()
-        self.options, self.forms = options, forms
+        self.options, self.attention, self.forms = options, attention, forms
 
     @override
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        codecs = self.options.codecs(key_states.shape[-1], value_states.shape[-1])
+        codecs = self.options.codecs(key_states.shape[-1], value_states.shape[-1], self.attention)
         keys, values = (
             (states, _unpacked(states, codec))
             for states, codec in zip((key_states, value_states), codecs, strict=True)

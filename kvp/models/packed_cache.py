@@ -33,7 +33,7 @@ def cache_for(config: PretrainedConfig) -> Cache:
         return DynamicCache(config=config)
     options.check(config)
     attentions = sum(shape.num_key_value_heads > 0 for shape in layer_shapes(config))
-    return Cache(layers=[PackedLayer(options) for _ in range(attentions)])
+    return Cache(layers=[PackedLayer(options, number) for number in range(attentions)])
 
 
 class PackedDecoding:
@@ -96,19 +96,19 @@ class PackedStates:
 
 
 class PackedLayer(DynamicLayer):
-    """The keys and values of one layer under a `CacheFormat`."""
+    """The keys and values of one attention of the model under a `CacheFormat`."""
 
     is_croppable = False
 
-    def __init__(self, options: CacheFormat) -> None:
+    def __init__(self, options: CacheFormat, attention: int) -> None:
         super().__init__()
-        self.options = options
+        self.options, self.attention = options, attention
         self.states: tuple[PackedStates, ...] = ()  # keys, values
 
     @override
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        codecs = self.options.codecs(key_states.shape[-1], value_states.shape[-1])
+        codecs = self.options.codecs(key_states.shape[-1], value_states.shape[-1], self.attention)
         self.states = tuple(map(PackedStates, (key_states, value_states), codecs))
         self.is_initialized = True
 

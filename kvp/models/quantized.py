@@ -40,7 +40,7 @@ class Quantized(CacheFormat):
             )
 
     @override
-    def codecs(self, qk_head_dim: int, v_head_dim: int) -> tuple[Codec, Codec]:
+    def codecs(self, qk_head_dim: int, v_head_dim: int, attention: int = 0) -> tuple[Codec, Codec]:
         values = Integers(v_head_dim, self.window, bits=self.value_bits, group=self.group)
         if self.keys == "token":
             return Integers(qk_head_dim, self.window, bits=self.key_bits, group=self.group), values
@@ -57,5 +57,5 @@ class Quantized8(CacheFormat):
     format: Literal["fp8"] = "fp8"
 
     @override
-    def codecs(self, qk_head_dim: int, v_head_dim: int) -> tuple[Codec, Codec]:
+    def codecs(self, qk_head_dim: int, v_head_dim: int, attention: int = 0) -> tuple[Codec, Codec]:
         return Float8(qk_head_dim, self.window), Float8(v_head_dim, self.window)

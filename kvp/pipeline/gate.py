@@ -21,6 +21,7 @@ from kvp.data.corpora import Part, find
 from kvp.models.cache_formats import CacheFormat
 from kvp.models.caches import cache_format
 from kvp.models.checkpoint.fields import check_fields
+from kvp.models.directions import Directions
 from kvp.models.family import family_of
 from kvp.models.linears import linear_names
 from kvp.models.shapes import require_whole_stream
@@ -31,7 +32,7 @@ from kvp.pipeline.room import check_room, check_weights
 from kvp.pipeline.settings import LONGEST_NAME, check_device
 from kvp.pipeline.stages import check_force
 from kvp.pipeline.texts import check_texts
-from kvp.strategies.limits import expected_ratio
+from kvp.strategies.limits import Limit, expected_ratio
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -133,6 +134,8 @@ def check_model(x: Experiment, config: PretrainedConfig) -> None:
     """Refuse a budget, a space, a length or a protocol that this model cannot offer; read no weights."""
     if not x.unpruned:
         require_whole_stream(config)
+    if isinstance(x.cache, Directions):
+        _check_directions(x, x.cache)
     x.strategy.check(config, expected_ratio(x.budget, x.strategy, config, x.cache))
     if x.recovery is not None and x.strategy.sparsifies and not x.recovery.keep_zeros:
         raise ValueError(
@@ -149,7 +152,10 @@ def check_model(x: Experiment, config: PretrainedConfig) -> None:
     if x.protocol is not None:
         x.protocol.check_positions(config.max_position_embeddings)
     if cache := x.cache or cache_format(config):
-        cache.check(x.strategy.recast_config(config))
+        if isinstance(x.cache, Directions):  # whose bits the run divides
+            x.cache.check_attention(x.strategy.recast_config(config))
+        else:
+            cache.check(x.strategy.recast_config(config))
         _check_decoding(x, cache)
 
 
@@ -170,6 +176,21 @@ def _lengths(x: Experiment) -> Iterator[tuple[str, int]]:
     for name in ("length", "cutoff") if x.recovery else ():
         if tokens := getattr(x.recovery and x.recovery.data, name, None):
             yield f"recovery.data.{name}", tokens
+
+
+def _check_directions(x: Experiment, cache: Directions) -> None:
+    """Refuse bits that no score divides."""
+    if not x.strategy.prices:
+        raise ValueError(
+            f"cache=directions gives bits to directions by their worth in nats, which strategy={x.chosen('strategy')} "
+            "does not measure: choose strategy=kvpruner_plus with strategy.importance=output, or cache=kivi4"
+        )
+    if isinstance(x.budget, Limit):
+        raise ValueError(
+            "cache=directions has a budget of its own, cache.bits: choose ratio=kv_cache for the cut before it"
+        )
+    if cache.keys or cache.values:
+        raise ValueError("cache.keys and cache.values are written by the run: leave them out")
 
 
 def _check_decoding(x: Experiment, cache: CacheFormat) -> None:

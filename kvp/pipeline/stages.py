@@ -16,12 +16,14 @@ from typing import Any
 
 from typing_extensions import override
 
+from kvp.models.directions import Directions
 from kvp.models.load import dress, load_tokenizer, save
 from kvp.models.plans import write_plan
 from kvp.pipeline.examination import EXAMINING, examination
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.session import Before, Checkpoint, Inputs, Session, Stage, maker
 from kvp.store import Finished
+from kvp.strategies.allocation.bits import divided
 from kvp.strategies.steps import STEPS, Step, final_plan
 
 MODELS = ("dense", "pruned", "recovered")
@@ -172,12 +174,16 @@ class Pack(Stage):
 
     @override
     def runs(self, x: Experiment) -> tuple[str, ...]:
-        return ("kvp.models.load", *x.named("cache"))
+        divides = ("kvp.strategies.allocation.bits",) if isinstance(x.cache, Directions) else ()
+        return ("kvp.models.load", *divides, *x.named("cache"))
 
     @override
     def work(self, session: Session, directory: Path) -> None:
         cache, packed = session.x.cache, session.checkpoint(self.before)
         assert cache is not None
+        if isinstance(cache, Directions):
+            dense = session.checkpoint("dense").config
+            cache = divided(cache, dense, final_plan(session.values), session.values["score"])
         cache.check(packed.config)
         dress(packed.path, directory / "model", kvp_cache=asdict(cache))
 

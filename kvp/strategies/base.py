@@ -88,6 +88,11 @@ class Strategy(ABC):
         return False
 
     @property
+    def prices(self) -> bool:
+        """Tell whether scores are nats per token for every channel that is cached; `cache=directions` reads them."""
+        return False
+
+    @property
     def joins(self) -> int | None:
         """Return how many KV heads an attention has before it is cut; None: as many as the model's."""
         return None

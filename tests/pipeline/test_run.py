@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from kvp.__main__ import CONF, main
+from kvp.models.caches import bytes_per_token
 from kvp.models.load import load_config, load_tokenizer
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import foretell
@@ -239,6 +240,33 @@ def test_a_cache_of_few_bits_is_counted_and_read(finished):
     assert squad["value"] != dense["evaluation"]["perplexity"]["squad"]["value"]
 
 
+def test_directions_get_bits_within_their_budget(finished):
+    tmp_path, _ = finished
+    words = [
+        "tracker=none",
+        "strategy=kvpruner_plus",
+        "strategy.num_key_value_heads=1",
+        "ratio.value=0.25",
+        *LIGHT,
+    ]
+    cache = ["cache=directions", "cache.bits=3", "cache.group=8", "cache.window=8"]
+    squad = ["evaluation.perplexity.corpora=[squad]", "evaluation.perplexity.max_tokens=128"]
+    record = run_here(tmp_path, *words, *cache, *squad, "recovery=none")
+    pruned, dense = record["pruned"], record["dense"]
+    channels = dense["size"]["kv_bytes_per_token"] // 4
+    config = json.loads((Path(pruned["checkpoint"]) / "config.json").read_text())
+    digits = config["kvp_cache"]["keys"] + config["kvp_cache"]["values"]
+    assert sum(map(len, digits)) == pruned["size"]["kv_bytes_per_token"] // 4 < channels
+    assert (
+        0.9 * channels * 3 / 8
+        < bytes_per_token(load_config(Path(pruned["checkpoint"])), 4)
+        <= channels * 3 / 8
+    )
+    assert pruned["evaluation"]["perplexity"]["squad"]["cache"] == {
+        "format": "directions", "bits": 3.0, "most": 4, "group": 8, "window": 8
+    }  # fmt: skip
+
+
 def test_a_budget_of_bytes_counts_bits_and_cut(finished):
     tmp_path, _ = finished
     words = ["ratio=cache_bytes", "ratio.value=0.86", "cache=int8", "evaluation.perplexity=null", *LIGHT]
@@ -321,6 +349,15 @@ def test_an_edited_stage_is_not_trusted(finished):
         (["cache=mustafar"], "evaluation.zero_shot=null"),
         (["cache=mustafar", "cache.window=62", "evaluation.zero_shot=null"], "window must be >= 65, got 64"),
         (["cache=int4"], "evaluation.zero_shot=null"),
+        (["cache=directions", *LIGHT], "which strategy=kvpruner does not measure"),
+        (
+            ["cache=directions", "strategy=kvpruner_plus", "strategy.importance=l2", *LIGHT],
+            "choose strategy=kvpruner_plus with strategy.importance=output",
+        ),
+        (
+            ["cache=directions", "strategy=kvpruner_plus", "ratio=cache_bytes", "ratio.value=0.9", *LIGHT],
+            "cache=directions has a budget of its own",
+        ),
         (["cache=kivi4", "cache.group=12"], "cache.keys=channel needs a cache.group that is a multiple of 8"),
         (["cache=kivi2", "cache.window=64", "evaluation.zero_shot=null"], "window must be >= 66, got 64"),
         (

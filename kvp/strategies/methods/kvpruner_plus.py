@@ -112,6 +112,11 @@ class KVPrunerPlus(ChannelStrategy):
 
     @property
     @override
+    def prices(self) -> bool:
+        return self.importance == "output" and self.kinds() == ("qk", "vo")
+
+    @property
+    @override
     def joins(self) -> int | None:
         return self.num_key_value_heads
 
