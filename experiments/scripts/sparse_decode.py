@@ -70,6 +70,7 @@ def main() -> None:
         "as_stored": readable(model.device, model.dtype),
         "threads": torch.get_num_threads(),
         "rows": rows,
+        "ratios": ratios(rows),
         "provenance": {
             **provenance("cpu"),
             "command": " ".join(["python -m experiments.scripts.sparse_decode", *sys.argv[1:]]),
@@ -170,6 +171,17 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
     """Return the median, the quartiles and the seconds of all steps."""
     low, median, high = quartiles(seconds)
     return {"median": median, "iqr": [low, high], "steps": list(seconds)}
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the ratios by what they compare, for `kvp bench compare`."""
+    return {
+        f"{row['name']} / {other}, batch {row['batch_size']}, {row['tokens']} tokens: {unit}": times[unit]
+        for row in rows
+        for other, times in row["against"].items()
+        for unit in UNITS
+        if other != row["name"]
+    }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -22,7 +22,7 @@ SEGMENT = 128  # tokens to which a segment grows, copied in every step, before t
 
 @dataclass(frozen=True)
 class Stored:
-    """What a pass attends to, as it is stored: in place of a tensor of keys or of values.
+    """Keys or values that a pass attends to, as they are stored: in place of a tensor.
 
     Attributes:
         codec: How the older tokens are packed.
