@@ -5,6 +5,7 @@
   kvp bench tiny --cut 0.5 --protocol quick      a first look, in a minute
   kvp bench outputs/runs/NAME/run.json           a run's dense and pruned model
   kvp bench serve DIR DIR ...                    exports in vLLM, see its --help
+  kvp bench compare BEFORE.json AFTER.json       what moved between two records
 
 It writes bench.json, results.jsonl, table.md and plots. Rounds of all models
 alternate in one process. A stopped benchmark goes on: repeat the command.
@@ -42,6 +43,11 @@ def main() -> None:
 
         del sys.argv[1]
         return serve()
+    if sys.argv[1:2] == ["compare"]:
+        from kvp.bench.compare import main as compare
+
+        del sys.argv[1]
+        return compare()
     options = parser().parse_args()
     only_on_terminals()
     try:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from kvp.bench.limits import find_batch, find_context, predicted_batch
 from kvp.bench.models import Subject
 from kvp.bench.protocols import Protocol
+from kvp.bench.ratios import KEY, of_rows
 from kvp.bench.rounds import Round, Series, in_turns
 from kvp.bench.rows import Row, describe, make_rows
 from kvp.cost import device_name
@@ -152,6 +153,7 @@ class Bench:
             "copy_bytes_per_second": bandwidth,
             "limits": limits,
             "rows": rows,
+            KEY: of_rows(rows),
             "provenance": {
                 **provenance(str(self.device)),
                 "command": " ".join(["python -m kvp.bench", *sys.argv[1:]]),

@@ -101,7 +101,8 @@ class PrunedAttention:
         if self.latent:
             still = self.q_latent_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
             query, key = torch.cat((query, still), -1), torch.cat((key, value), -1)
-        kind, width = self.config._attn_implementation, max(key.shape[-1], self.v_head_dim)
+        kind = getattr(key, "reader", self.config._attn_implementation)  # a packed cache brings its own
+        width = max(key.shape[-1], self.v_head_dim)
         if kind == "vllm":  # which caches keys and values in one width
             query, key, value = (
                 nn.functional.pad(states, (0, width - states.shape[-1])) for states in (query, key, value)

@@ -1,8 +1,8 @@
 """The cache that a model decodes with: transformers' own, or a packed one if the config asks for it.
 
 The tokens of a forward pass attend as they are to one another, and to the cache as it was. A prompt is thus read whole.
-Afterwards the tokens that leave the window are packed. A decode step expands one layer at a time and attends with the
-ordinary kernels. It saves memory, and is no faster than a dense cache.
+Afterwards the tokens that leave the window are packed. A decode step reads Mustafar's channels as they are stored
+(`kvp.models.sparse_attention`). It expands any other cache, one layer at a time, and attends with the ordinary kernels.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from typing_extensions import override
 
 from kvp.models.cache_formats import CacheFormat
 from kvp.models.caches import cache_format
-from kvp.models.codecs import Codec
+from kvp.models.configs import PRUNED_CONFIGS
+from kvp.models.packed_states import PackedStates
 from kvp.models.shapes import layer_shapes
 
 
-def cache_for(config: PretrainedConfig) -> Cache:
+def cache_for(config: PretrainedConfig, *, expanded: bool = False) -> Cache:
     """Return an empty cache of the kind that a checkpoint's config asks for.
+
+    Args:
+        config: The config of a model.
+        expanded: Whether every step expands what it reads, even where a kernel reads it as it is stored.
 
     Raises:
         ValueError: The options are out of bounds, or the model's cache cannot be stored so.
@@ -32,8 +37,13 @@ def cache_for(config: PretrainedConfig) -> Cache:
     if options is None:
         return DynamicCache(config=config)
     options.check(config)
-    attentions = sum(shape.num_key_value_heads > 0 for shape in layer_shapes(config))
-    return Cache(layers=[PackedLayer(options, number) for number in range(attentions)])
+    twin = isinstance(config, tuple(PRUNED_CONFIGS.values()))  # whose attention takes more than tensors
+    shapes = [shape for shape in layer_shapes(config) if shape.num_key_value_heads]
+    layers = [
+        PackedLayer(options, number, as_stored=twin and not expanded and not shape.latent)
+        for number, shape in enumerate(shapes)
+    ]
+    return Cache(layers=list(layers))
 
 
 class PackedDecoding:
@@ -51,58 +61,18 @@ class PackedDecoding:
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
 
 
-class PackedStates:
-    """The keys or the values of a layer, with the newest tokens whole and older ones packed.
+class PackedLayer(DynamicLayer):
+    """The keys and values of one attention of the model under a `CacheFormat`.
 
     Attributes:
-        recent: (batch, groups, newest tokens, width).
-        packed: What the codec stores of the older ones.
-        older: How many those are.
+        as_stored: Whether the model's attention may get them as they are stored, where a kernel reads that.
     """
-
-    def __init__(self, states: Tensor, codec: Codec) -> None:
-        self.codec, self.recent, self.older = codec, states[..., :0, :], 0
-        self.packed = codec.pack(self.recent)
-
-    @property
-    def tokens(self) -> int:
-        """Return the number of tokens stored."""
-        return self.older + self.recent.shape[-2]
-
-    def append(self, new: Tensor) -> Tensor:
-        """Store new tokens; return all tokens as they are attended to, with the new and the recent ones whole."""
-        recent = torch.cat([self.recent, new], dim=-2)
-        attended = torch.cat([self.codec.unpack(self.packed).to(new.dtype), recent], dim=-2)
-        if leaving := self.codec.packed(attended.shape[-2]) - self.older:
-            packed = self.codec.pack(recent[..., :leaving, :])
-            self.packed = tuple(torch.cat(both, dim=2) for both in zip(self.packed, packed, strict=True))
-            self.older += leaving
-            recent = recent[..., leaving:, :].clone()  # a view would keep the whole tensor in memory
-        self.recent = recent
-        return attended
-
-    def select(self, sequences: Tensor) -> None:
-        """Make the sequences of these indices the batch."""
-        sequences = sequences.to(self.recent.device)
-        self.recent, self.packed = self.recent[sequences], tuple(x[sequences] for x in self.packed)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Return every stored tensor."""
-        return self.recent, *self.packed
-
-    def bytes_per_token(self) -> Fraction:
-        """Return the bytes of a packed token of one sequence; 0 if none is packed."""
-        return Fraction(sum(x.nbytes for x in self.packed), len(self.recent) * self.older or 1)
-
-
-class PackedLayer(DynamicLayer):
-    """The keys and values of one attention of the model under a `CacheFormat`."""
 
     is_croppable = False
 
-    def __init__(self, options: CacheFormat, attention: int) -> None:
+    def __init__(self, options: CacheFormat, attention: int, *, as_stored: bool) -> None:
         super().__init__()
-        self.options, self.attention = options, attention
+        self.options, self.attention, self.as_stored = options, attention, as_stored
         self.states: tuple[PackedStates, ...] = ()  # keys, values
 
     @override
@@ -113,13 +83,15 @@ class PackedLayer(DynamicLayer):
         self.is_initialized = True
 
     @override
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Store the keys and values of a pass; return what it attends to, as tensors or as `Stored`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.states
-        return keys.append(key_states), values.append(value_states)
+        read = keys.append(key_states), values.append(value_states)
+        if self.as_stored and key_states.shape[-2] == 1 and all(states.as_channels for states in read):
+            return read
+        return read[0].whole(), read[1].whole()
 
     @override
     def get_seq_length(self) -> int:

@@ -21,6 +21,8 @@ from kvp.store import Finished
 
 # of perplexity with a packed cache; 1 decoded token by token and differs in the sixth digit
 PACKED_VERSION = 2
+# of speed with a packed cache; 1 expanded Mustafar's in every step
+DECODED_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -156,11 +158,13 @@ class Measure(Examining):
     @override
     def inputs(self, x: Experiment, before: Before) -> Inputs:
         assert x.protocol is not None
+        packed = {} if x.cache is None or self.model == "dense" else {"packed_decode": DECODED_VERSION}
         return {
             "model": before[maker(self.model, before)],
             "protocol": asdict(x.protocol),
             "dtype": str(x.dtype).removeprefix("torch."),
             "device": list(hardware(x.device).values()),
+            **packed,
         }
 
     @override

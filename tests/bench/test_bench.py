@@ -76,6 +76,10 @@ def test_record_says_what_was_run(record):
     assert f"torch.{record['dtype']}" == str(resolve_dtype("auto", "cpu")) and record["threads"] >= 1
     assert record["copy_bytes_per_second"] > 0
     assert {"commit", "versions", "command", "started", "seconds", "seed"} <= record["provenance"].keys()
+    rows = {(row["path"], row["batch_size"], row["model"]): row for row in record["rows"]}
+    assert len(record["ratios"]) == 3 * len(rows) / 2  # the dense model is not compared with itself
+    name = "KVPruner 50% KV / tiny, static, batch 3, 8 + 4 tokens: decode"
+    assert record["ratios"][name] == rows["static", 3, "KVPruner 50% KV"]["against_first"]["decode"]
     dense, cut = record["models"]
     assert [dense["removed"]["kv_cache"], cut["removed"]["kv_cache"]] == [0, 0.5]
     assert cut["aligned"] and len(cut["layers"]) == 10 and cut["checkpoint"] is None

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kvp.bench.serve.__main__ import main
-from kvp.bench.serve.run import SLACK, ServeBench, make_loads
+from kvp.bench.serve.run import SLACK, Load, ServeBench, make_loads, ratios
 from kvp.bench.serve.served import BLOCK, find_served, parse_memory
 from kvp.bench.serve.server import Server, engine_versions
 from kvp.bench.serve.table import table
@@ -193,6 +193,11 @@ def test_the_table_compares_within_a_round_and_keeps_what_the_engine_refused():
     assert "| half | 12.0 | 3.00 [2.00, 4.00] | 5.0 | 1.25 [0.50, 2.00] |" in said
     assert "* dense + fp8: vllm ended: no AVX-512" in said
     assert "2 rounds in turns, one server at a time" in said
+    found = ratios(record["models"], [Load(prompt=28, new=4, at_once=2, requests=4)])
+    assert found == {
+        "half / dense, 28 + 4 tokens, 2 at once: seconds": {"median": 3.0, "iqr": [2.5, 3.5]},
+        "half / dense, 28 + 4 tokens, 2 at once: CPU seconds": {"median": 1.25, "iqr": [0.875, 1.625]},
+    }
 
 
 def test_a_finished_turn_is_found_and_a_refused_model_keeps_its_row(dense, tmp_path):

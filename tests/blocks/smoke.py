@@ -54,7 +54,7 @@ def small(door: str, words: Sequence[str]) -> list[str]:
     """Return the words of a command, made small."""
     if door == "kvp" and not {"--help", "--cfg", "--info", "--version"}.intersection(words):
         return _small_run(words)
-    if door == "bench" and "--help" not in words:
+    if door == "bench" and "--help" not in words and "compare" not in words[:1]:
         named = ["tiny" if word in NAMES else word for word in words]
         pairs = zip(BENCH[::2], BENCH[1::2], strict=True)
         return [*named, *(word for pair in pairs if pair[0] not in words for word in pair)]

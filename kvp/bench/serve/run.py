@@ -22,6 +22,8 @@ from typing import Any
 import psutil
 import torch
 
+from kvp.bench.ratios import KEY
+from kvp.bench.rounds import ratio
 from kvp.bench.serve.client import Client
 from kvp.bench.serve.served import BLOCK, Served
 from kvp.bench.serve.server import Server
@@ -105,10 +107,12 @@ class ServeBench:
                     done = store.once("turn", own, partial(turn, served, number))
                     known.append(done.result)
                     seconds += done.seconds if done.found else 0
+        models = [self._described(served, turns[served.name]) for served in self.models]
         record = {
             "schema": SCHEMA,
             **inputs,
-            "models": [self._described(served, turns[served.name]) for served in self.models],
+            "models": models,
+            KEY: ratios(models, self.loads),
             "provenance": {
                 **provenance("cpu"),
                 "device_name": device_name("cuda" if torch.cuda.is_available() else "cpu"),
@@ -199,3 +203,19 @@ def make_loads(prompts: Sequence[int], news: Sequence[int], at_once: Sequence[in
 def _mib(count: int) -> str:
     """Return a size in MiB, rounded up, so that it is enough when it is given back."""
     return f"{ceil(count / 2**20 * 100) / 100:.2f}MiB"
+
+
+def ratios(models: Sequence[dict[str, Any]], loads: Sequence[Load]) -> dict[str, Any]:
+    """Return how many times the first model's tokens per second the others wrote, per load and clock."""
+    kept = [model for model in models if "refused" not in model["rounds"][0]]
+    found: dict[str, Any] = {}
+    for (number, load), model in product(enumerate(loads), kept[1:]):
+        first = kept[0]
+        for clock, unit in (("seconds", "seconds"), ("cpu_seconds", "CPU seconds")):
+            own, theirs = (
+                [turn["loads"][number][clock] / turn["loads"][number]["tokens"] for turn in each["rounds"]]
+                for each in (model, first)
+            )
+            place = f"{load.prompt} + {load.new} tokens, {load.at_once} at once"
+            found[f"{model['name']} / {first['name']}, {place}: {unit}"] = ratio(own, theirs)
+    return found
