@@ -196,7 +196,7 @@ class NeedlesProtocol(Part):
 
 
 class NeedlesRecord(Part):
-    """How often a model chose the number that a text hides."""
+    """The share of texts whose hidden number a model chose."""
 
     accuracy: Fraction = Field(description="right choices; higher = better")
     stderr: Fraction = Field(description="standard error, from the draw of the texts")

@@ -60,9 +60,10 @@ def evaluate(
     limit: int | None = None,
     window: int | None = None,
     max_tokens: int | None = None,
+    lengths: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> Evaluation:
-    """Return perplexity and zero-shot accuracy of a model.
+    """Return perplexity, zero-shot accuracy, and with protocol="needles" retrieval from long texts of a model.
 
         kvp.evaluate(model, tokenizer, perplexity=["squad"], tasks=["piqa"], limit=100)
 
@@ -72,9 +73,10 @@ def evaluate(
         protocol: An option of conf/evaluation; the other arguments change parts of it.
         perplexity: Names of corpora, or texts by name; empty: none.
         tasks: Names of lm-eval tasks; empty: none.
-        limit: The first documents of a task.
+        limit: The first documents of a task, or the texts that hide needles.
         window: Tokens of a perplexity window; numbers of different windows are not comparable.
         max_tokens: Tokens of a corpus.
+        lengths: Tokens of texts that hide needles.
         batch_size: Windows and requests per pass.
 
     Raises:
@@ -98,10 +100,13 @@ def evaluate(
         "evaluation.perplexity.max_tokens": max_tokens,
         "evaluation.perplexity.batch_size": batch_size,
         "evaluation.zero_shot.tasks": tasks and [*tasks],
-        "evaluation.zero_shot.limit": limit,
+        "evaluation.zero_shot.limit": None if protocol == "needles" else limit,
         "evaluation.zero_shot.batch_size": batch_size,
+        "evaluation.needles.lengths": lengths and [*lengths],
+        "evaluation.needles.samples": limit if protocol == "needles" else None,
     }
     off = {
+        "needles": protocol != "needles" and lengths is None,
         "perplexity": perplexity is not None and not perplexity,
         "zero_shot": tasks is not None and not tasks,
     }

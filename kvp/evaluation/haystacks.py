@@ -37,7 +37,7 @@ END = re.compile(r"(?<=[.!?])\s+")  # of a sentence
 
 @dataclass(frozen=True)
 class Riddle:
-    """What is hidden in a text, and the question behind it.
+    """Hold what is hidden in a text, and the question behind it.
 
     Attributes:
         opening: Says what to look for.
@@ -56,7 +56,7 @@ class Riddle:
 
 @dataclass(frozen=True)
 class Sample:
-    """A text in tokens, and the tokens that begin the numbers to choose from.
+    """Hold a text in tokens, and the tokens that begin the numbers to choose from.
 
     Attributes:
         ids: (tokens,) up to where the numbers differ.

@@ -142,7 +142,7 @@ def _of_needles(result: NeedlesRecord) -> Facts:
         "choices": protocol.choices,
         "hops": protocol.hops,
         "draw": protocol.seed,
-        "bound": result.bound,
+        "bound": round(result.bound, 3),
         "data_hash": result.data_hash[:8],
         "dtype": _dtype(result.dtype),
     }
