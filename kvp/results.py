@@ -183,11 +183,48 @@ class ZeroShotRecord(Part):
         return self.__pydantic_extra__
 
 
+class NeedlesProtocol(Part):
+    """Everything that decides which texts hide what."""
+
+    task: str = Field(description="single, multikey, variables")
+    length: Tokens = Field(description="tokens of a text with its question, at most")
+    choices: int = Field(description="numbers to choose from")
+    hops: int | None = Field(description="variables that hand a number on; null: the task has none")
+    corpus: dict[str, Any] = Field(description="identity of the text around: name, version, sha256")
+    part: str = Field(description="part of the corpus: train, test")
+    seed: int = Field(description="seed of the draw of texts")
+
+
+class NeedlesRecord(Part):
+    """The share of texts whose hidden number a model chose."""
+
+    accuracy: Fraction = Field(description="right choices; higher = better")
+    stderr: Fraction = Field(description="standard error, from the draw of the texts")
+    chance: Fraction = Field(description="accuracy of guessing")
+    bound: float = Field(description="least accuracy that guessing reaches with a probability of at most 5 %")
+    n: int = Field(description="texts")
+    tokens: Annotated[float, unit("tokens")] = Field(description="mean length of a text")
+    protocol: NeedlesProtocol = Field(description="what the texts were made under")
+    cache: dict[str, int | float | str] | None = Field(
+        None, description="format of the KV cache; null: as the model makes it"
+    )
+    data_hash: str = Field(description="sha256 of the token ids")
+    dtype: str = Field(description="dtype of the weights and activations")
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether guessing is ruled out; otherwise the accuracy says nothing."""
+        return self.accuracy >= self.bound
+
+
 class EvaluationRecord(Part):
     """The quality of a model."""
 
     perplexity: dict[str, PerplexityRecord] = Field(description="by corpus")
     zero_shot: ZeroShotRecord = Field(description="by task")
+    needles: dict[str, NeedlesRecord] = Field(
+        default_factory=dict, description="by task and length asked for: single_512"
+    )
 
 
 class MeasureProtocol(Part):

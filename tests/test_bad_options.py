@@ -18,6 +18,7 @@ LOGITS = "recovery/distillation=logits"
 MUSTAFAR = "cache=mustafar"
 RANDOM = "model=tiny"
 HUB = "model=tinyllama"
+NEEDLES = ("evaluation=needles",)
 
 BAD = [  # words of a command, what the error says of the last
     (["ratio.value=1.5"], "ratio.value must be in [0, 1), got 1.5: it is the fraction removed"),
@@ -56,6 +57,11 @@ BAD = [  # words of a command, what the error says of the last
     (["evaluation.zero_shot.num_fewshot=-1"], "evaluation.zero_shot.num_fewshot must be >= 0, got -1"),
     (["evaluation.zero_shot.num_fewshot=5"], "evaluation.zero_shot.num_fewshot must be 0 with source=packaged, got 5"),
     (["evaluation.zero_shot.add_bos_token=2"], "evaluation.zero_shot.add_bos_token must be true or false or null, got"),
+    ([*NEEDLES, "evaluation.needles.lengths=[32]"], "evaluation.needles.lengths must be >= 64 tokens, got 32"),
+    ([*NEEDLES, "evaluation.needles.lengths=[long]"], "evaluation.needles.lengths.0"),
+    ([*NEEDLES, "evaluation.needles.tasks=[dual]"], "must be one of single, multikey, variables, got 'dual'"),
+    ([*NEEDLES, "evaluation.needles.choices=10"], "evaluation.needles.choices must be in [2, 9], got 10"),
+    ([*NEEDLES, "evaluation.needles.samples=1"], "evaluation.needles.samples must be >= 5, got 1"),
     (["recovery.rank=0"], "recovery.rank must be > 0, got 0: it is the width of the update"),
     (["recovery.rank=abc"], "recovery.rank must be a whole number, got 'abc'"),
     (["recovery.alpha=-1"], "recovery.alpha must be > 0, got -1"),

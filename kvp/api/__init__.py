@@ -32,10 +32,12 @@ from kvp.strategies.methods.llm_bip import LLMBIP
 from kvp.strategies.methods.llm_pruner import LLMPruner
 from kvp.strategies.methods.magnitude import Magnitude
 from kvp.strategies.methods.magnitude_sparse import MagnitudeSparse
+from kvp.strategies.methods.mha2mla import MHA2MLA
 from kvp.strategies.methods.mosaic import Mosaic
 from kvp.strategies.methods.nirvana import NIRVANA
 from kvp.strategies.methods.none import NoPruning
 from kvp.strategies.methods.numerical import Numerical
+from kvp.strategies.methods.olica import Olica
 from kvp.strategies.methods.palu import Palu
 from kvp.strategies.methods.random import Random
 from kvp.strategies.methods.recalkv import ReCalKV
@@ -48,6 +50,7 @@ from kvp.strategies.methods.slicegpt import SliceGPT
 from kvp.strategies.methods.sparsegpt import SparseGPT
 from kvp.strategies.methods.svd_llm_v2 import SVDLLMv2
 from kvp.strategies.methods.think import ThinK
+from kvp.strategies.methods.transmla import TransMLA
 from kvp.strategies.methods.wanda import Wanda
 from kvp.strategies.methods.wanda_sp import WandaSP
 from kvp.strategies.search.evolution import Evolution

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ class Evaluation:
     Attributes:
         perplexity: By corpus; lower is better.
         zero_shot: Metrics by task, such as {"piqa": {"acc": 0.7, "acc_stderr": 0.1}}.
+        needles: By task and length, such as {"single_512": {"accuracy": 0.9, "stderr": 0.04, "bound": 0.38, ...}}.
         average: "value" and "stderr" over those of LLM-Pruner's seven tasks that were scored; "value" None without any.
         results: All that run.json says of each, by corpus and task: window, BOS, splits, hashes.
     """
 
     perplexity: Mapping[str, float]
     zero_shot: Mapping[str, Mapping[str, float]]
+    needles: Mapping[str, Mapping[str, Any]]
     average: Mapping[str, Any]
     results: Mapping[str, Mapping[str, Any]]
 
@@ -41,6 +44,9 @@ class Evaluation:
             words.append(
                 f"zero-shot average {100 * self.average['value']:.1f} % ({len(self.zero_shot)} tasks)"
             )
+        for name, found in self.needles.items():
+            share = f"{100 * found['accuracy']:.0f} %" if found["accuracy"] >= found["bound"] else "at chance"
+            words.append(f"needles {name} {share}")
         return ", ".join(words)
 
 
@@ -54,9 +60,10 @@ def evaluate(
     limit: int | None = None,
     window: int | None = None,
     max_tokens: int | None = None,
+    lengths: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> Evaluation:
-    """Return perplexity and zero-shot accuracy of a model.
+    """Return perplexity, zero-shot accuracy, and with protocol="needles" retrieval from long texts of a model.
 
         kvp.evaluate(model, tokenizer, perplexity=["squad"], tasks=["piqa"], limit=100)
 
@@ -66,9 +73,10 @@ def evaluate(
         protocol: An option of conf/evaluation; the other arguments change parts of it.
         perplexity: Names of corpora, or texts by name; empty: none.
         tasks: Names of lm-eval tasks; empty: none.
-        limit: The first documents of a task.
+        limit: The first documents of a task, or the texts that hide needles.
         window: Tokens of a perplexity window; numbers of different windows are not comparable.
         max_tokens: Tokens of a corpus.
+        lengths: Tokens of texts that hide needles.
         batch_size: Windows and requests per pass.
 
     Raises:
@@ -92,10 +100,13 @@ def evaluate(
         "evaluation.perplexity.max_tokens": max_tokens,
         "evaluation.perplexity.batch_size": batch_size,
         "evaluation.zero_shot.tasks": tasks and [*tasks],
-        "evaluation.zero_shot.limit": limit,
+        "evaluation.zero_shot.limit": None if protocol == "needles" else limit,
         "evaluation.zero_shot.batch_size": batch_size,
+        "evaluation.needles.lengths": lengths and [*lengths],
+        "evaluation.needles.samples": limit if protocol == "needles" else None,
     }
     off = {
+        "needles": protocol != "needles" and lengths is None,
         "perplexity": perplexity is not None and not perplexity,
         "zero_shot": tasks is not None and not tasks,
     }
@@ -109,7 +120,7 @@ def evaluate(
     )
     check_sources(x)
     check_model(x, model.config)
-    losses, scores = {}, {}
+    losses, scores, found = {}, {}, {}
     with as_loaded(model):
         if x.perplexity is not None:
             for name in x.perplexity.corpora:
@@ -117,13 +128,18 @@ def evaluate(
         if x.zero_shot is not None:
             for task in x.zero_shot.tasks:
                 scores[task] = x.zero_shot.evaluate(model, tokenizer, task)
+        if (needles := x.needles) is not None:
+            for task, length in product(needles.tasks, needles.lengths):
+                corpus = x.corpora[needles.corpus]
+                found[f"{task}_{length}"] = needles.evaluate(model, tokenizer, corpus, task, length)
     return Evaluation(
         perplexity={name: result["value"] for name, result in losses.items()},
         zero_shot={
             task: {k: v for k, v in result.items() if k.startswith("acc")} for task, result in scores.items()
         },
+        needles=found,
         average=average(scores),
-        results={**losses, **scores},
+        results={**losses, **scores, **found},
     )
 
 

@@ -1,1 +1,1 @@
-"""Quality of a model: perplexity and zero-shot accuracy."""
+"""Quality of a model: perplexity, zero-shot accuracy, needles in long texts."""

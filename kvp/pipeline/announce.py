@@ -86,6 +86,11 @@ def finals(model: ModelRecord) -> dict[str, Any]:
         numbers["sparsity"] = model.size.sparsity.fraction
     if tasks.average and tasks.average.value is not None:
         numbers["zero_shot"]["average"] = {"acc": tasks.average.value, "acc_stderr": tasks.average.stderr}
+    if found := model.evaluation.needles:
+        numbers["needles"] = {
+            name: {"acc": result.accuracy, "acc_stderr": result.stderr, "bound": result.bound}
+            for name, result in found.items()
+        }
     if measured:
         parts = ("weights", "cache", "rest", "peak")
         numbers["bytes"] |= {part: getattr(measured.memory, f"{part}_bytes") for part in parts}

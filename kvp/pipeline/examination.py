@@ -1,16 +1,18 @@
-"""The stages that look at a model, dense, pruned or recovered alike: zeros, perplexity, tasks, speed and memory."""
+"""The stages that look at a model, dense, pruned or recovered alike: zeros, quality, speed and memory."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from typing_extensions import override
 
 from kvp.data.corpora import find
+from kvp.evaluation.haystacks import Task
 from kvp.models.caches import bytes_per_token
 from kvp.models.load import load_tokenizer
 from kvp.models.sparsity import count_zeros
@@ -145,6 +147,51 @@ class ZeroShot(Examining):
         return x.zero_shot.evaluate(session.load(checkpoint), load_tokenizer(checkpoint.path), self.task)
 
 
+@dataclass(frozen=True)
+class Needles(Examining):
+    """Measure how often a model finds what texts of one length hide."""
+
+    name = "needles"
+    task: Task
+    length: int | Literal["longest"]
+
+    @override
+    @classmethod
+    def of(cls, x: Experiment, model: str) -> list[Self]:
+        return (
+            [cls(model, *both) for both in product(x.needles.tasks, x.needles.lengths)] if x.needles else []
+        )
+
+    @property
+    @override
+    def place(self) -> str:
+        return f"evaluate/needles/{self.task}_{self.length}"
+
+    @override
+    def inputs(self, x: Experiment, before: Before) -> Inputs:
+        assert x.needles is not None
+        return {
+            "model": before[maker(self.model, before)],
+            "dtype": str(x.dtype),
+            "protocol": without(asdict(x.needles), "tasks", "lengths"),
+            "task": self.task,
+            "length": self.length,
+            "corpus": find(x.corpora, x.needles.corpus).identity(x.needles.part),
+        }
+
+    @override
+    def runs(self, x: Experiment) -> tuple[str, ...]:
+        assert x.needles is not None
+        return ("kvp.models.load", *x.named("evaluation.needles", f"corpora.{x.needles.corpus}"))
+
+    @override
+    def work(self, session: Session, directory: Path) -> Mapping[str, Any]:
+        x, checkpoint = session.x, session.checkpoint(self.model)
+        assert x.needles is not None
+        tokenizer, corpus = load_tokenizer(checkpoint.path), find(x.corpora, x.needles.corpus)
+        return x.needles.evaluate(session.load(checkpoint), tokenizer, corpus, self.task, self.length)
+
+
 class Measure(Examining):
     """Time a model and weigh its memory, in a process of its own."""
 
@@ -190,7 +237,7 @@ class Measure(Examining):
             )
 
 
-EXAMINING: tuple[type[Examining], ...] = (Sparsity, Perplexity, ZeroShot, Measure)
+EXAMINING: tuple[type[Examining], ...] = (Sparsity, Perplexity, ZeroShot, Needles, Measure)
 
 
 def examination(x: Experiment, model: str) -> list[Examining]:

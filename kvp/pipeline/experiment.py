@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from kvp.data.calibration import Calibration
 from kvp.data.corpora import Corpus
+from kvp.evaluation.needles import Needles
 from kvp.evaluation.perplexity import Perplexity
 from kvp.evaluation.zeroshot import ZeroShot
 from kvp.identity import chosen_options, named, targets
@@ -46,6 +47,7 @@ MEANINGS: dict[str, Any] = {  # the class of each node
     "recovery": Lora,
     "evaluation.perplexity": Perplexity,
     "evaluation.zero_shot": ZeroShot,
+    "evaluation.needles": Needles,
     "measure": Measure,
     "tracker": Tracker,
 }
@@ -87,6 +89,10 @@ def _without_presets(config: DictConfig) -> DictConfig:
             raise ValueError(f"{name} must be an option of its group or none, got {node!r}: see --help")
         if "_target_" not in (node or {}):
             OmegaConf.update(chosen, name, None)
+    if OmegaConf.select(chosen, "evaluation.needles") is None:
+        chosen.evaluation.pop(
+            "needles", None
+        )  # a run without needles keeps the name it had before there were any
     return chosen
 
 
@@ -118,6 +124,7 @@ class Experiment:
     recovery: Lora | None
     perplexity: Perplexity | None
     zero_shot: ZeroShot | None
+    needles: Needles | None
     protocol: Measure | None
     tracker: Tracker
     place: Path
@@ -179,6 +186,7 @@ class Experiment:
             recovery=built["recovery"],
             perplexity=built["evaluation.perplexity"],
             zero_shot=built["evaluation.zero_shot"],
+            needles=built["evaluation.needles"],
             protocol=built["measure"],
             tracker=built["tracker"],
             place=store,

@@ -124,6 +124,8 @@ def _source_checks(x: Experiment, here: bool) -> Iterator[Callable[[], object]]:
         yield from (partial(_check_corpus, x, name, text.part) for name in text.corpora)
     if x.zero_shot is not None:
         yield x.zero_shot.check
+    if x.needles is not None:
+        yield partial(x.needles.check, x.corpora)
 
 
 def _check_corpus(x: Experiment, name: str, part: Part) -> None:
@@ -173,6 +175,9 @@ def _lengths(x: Experiment) -> Iterator[tuple[str, int]]:
     """Yield the tokens that a model reads at a time, by option."""
     if x.reads_calibration:
         yield "calibration.length", x.calibration.length
+    for length in x.needles.lengths if x.needles else ():
+        if length != "longest":
+            yield "evaluation.needles.lengths", length
     for name in ("length", "cutoff") if x.recovery else ():
         if tokens := getattr(x.recovery and x.recovery.data, name, None):
             yield f"recovery.data.{name}", tokens
@@ -201,6 +206,8 @@ def _check_decoding(x: Experiment, cache: CacheFormat) -> None:
             "that of the dense cache. Choose evaluation.zero_shot=null, or cache=none"
         )
     decoded = {"evaluation.perplexity.window": x.perplexity.window} if x.perplexity else {}
+    if lengths := [length for length in x.needles.lengths if length != "longest"] if x.needles else []:
+        decoded["evaluation.needles.lengths"] = min(lengths)
     if protocol := x.protocol:
         decoded["measure.prompt_length + measure.new_tokens"] = protocol.prompt_length + protocol.new_tokens
     for name, tokens in decoded.items():

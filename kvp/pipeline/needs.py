@@ -95,6 +95,16 @@ def _examining(x: Experiment, config: PretrainedConfig) -> Iterator[Need]:
             size=f"requests of up to {REQUEST} tokens, {tasks.batch_size} at a time",
             memory=evaluation_bytes(config, batch_size=tasks.batch_size, length=REQUEST, width=width),
         )
+    if needles := x.needles:
+        positions = config.max_position_embeddings
+        lengths = [positions if length == "longest" else length for length in needles.lengths]
+        texts = needles.samples * len(needles.tasks)
+        yield Need(
+            phase="needles",
+            size=f"texts of up to {max(lengths)} tokens, one at a time",
+            memory=evaluation_bytes(config, batch_size=1, length=max(lengths), width=width),
+            macs=texts * sum(forward_macs(config, length) for length in lengths),
+        )
     if protocol := x.protocol:
         runs = protocol.warmup + protocol.runs
         yield Need(

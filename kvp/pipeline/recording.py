@@ -83,6 +83,7 @@ def model_record(x: Experiment, checkpoint: Checkpoint, examined: Mapping[str, F
         }
 
     perplexity, tasks = below("evaluate/perplexity/"), below("evaluate/zero_shot/")
+    needles = below("evaluate/needles/")
     for result in perplexity.values():
         result["overlap"] = overlap(x, result["protocol"]["corpus"])
     return ModelRecord.model_validate(
@@ -97,6 +98,7 @@ def model_record(x: Experiment, checkpoint: Checkpoint, examined: Mapping[str, F
             "evaluation": {
                 "perplexity": perplexity,
                 "zero_shot": {**tasks, "average": average(tasks) if tasks else None},
+                **({"needles": needles} if needles else {}),
             },
             "measure": results.get("measure"),
         }

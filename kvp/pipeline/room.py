@@ -27,6 +27,7 @@ SMALLER: dict[
     "score": (("calibration", "batch_size", 1), ("strategy", "gradient_checkpointing", True)),
     "perplexity": (("perplexity", "batch_size", 1),),
     "zero_shot": (("zero_shot", "batch_size", 1),),
+    "needles": (("needles", "lengths", [512]),),
     "measure": (("protocol", "batch_size", 1),),
     "recover": (
         ("recovery", "micro_batch_size", 1),
@@ -34,7 +35,12 @@ SMALLER: dict[
         ("recovery", "dtype", "bfloat16"),
     ),
 }
-NODES = {"perplexity": "evaluation.perplexity", "zero_shot": "evaluation.zero_shot", "protocol": "measure"}
+NODES = {
+    "perplexity": "evaluation.perplexity",
+    "zero_shot": "evaluation.zero_shot",
+    "needles": "evaluation.needles",
+    "protocol": "measure",
+}
 
 
 def check_weights(x: Experiment, config: PretrainedConfig) -> None:

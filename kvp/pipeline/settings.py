@@ -26,7 +26,8 @@ NODES = (
     "evaluation",
     "tracker",
 )  # never none
-OPTIONAL = ("cache", "recovery", "measure", "evaluation.perplexity", "evaluation.zero_shot")  # may be none
+EVALUATIONS = ("perplexity", "zero_shot", "needles")
+OPTIONAL = ("cache", "recovery", "measure", *(f"evaluation.{part}" for part in EVALUATIONS))  # may be none
 PLAIN = ("seed", "device", "dtype", "store", "runs", "rows", "force", "since", "trusted", "short_of_memory")
 KEYS = (*NODES, *OPTIONAL[:3], *PLAIN, "hydra")
 
@@ -59,7 +60,10 @@ def check_settings(config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{key} must be an option of its group or a mapping, got {config[key]!r}: see --help"
             )
-    for group, parts in (("evaluation", ("perplexity", "zero_shot")), ("widths", ("multiple_of", "free"))):
+    for group, parts in (
+        ("evaluation", ("perplexity", "zero_shot", "needles")),
+        ("widths", ("multiple_of", "free")),
+    ):
         for key in config[group]:
             if key not in parts:
                 raise ValueError(f"there is no option '{group}.{key}': {group} has {', '.join(parts)}")

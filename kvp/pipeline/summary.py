@@ -54,6 +54,8 @@ def _rows(record: RunRecord) -> Iterator[Row]:
                 limit = f", first {task.limit}" if task.limit else ""
                 yield f"{name} % ({metric}, {task.split}{limit})", partial(_task, name, metric)
         yield f"zero-shot average % ({len(average.tasks)} tasks)", _average
+    for name, found in dense.evaluation.needles.items():
+        yield f"needles {name} % ({found.n} texts, chance {100 * found.chance:.0f})", partial(_needles, name)
     if dense.measure:
         yield from _measured_rows(dense.measure, stored=bool(record.config.get("cache")))
 
@@ -106,6 +108,11 @@ def _average(model: ModelRecord) -> str:
     if average is None or average.value is None:
         return "-"
     return _percent(average.value, average.stderr)
+
+
+def _needles(name: str, model: ModelRecord) -> str:
+    found = model.evaluation.needles[name]
+    return _percent(found.accuracy, found.stderr) if found.above_chance else "at chance"
 
 
 def _percent(value: float, error: float | None) -> str:

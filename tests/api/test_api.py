@@ -377,6 +377,18 @@ def test_the_api_works_inside_an_application_that_uses_hydra():
     assert not GlobalHydra.instance().is_initialized()
 
 
+def test_needles_are_evaluated_in_memory():
+    tokenizer = byte_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=900)
+    found = kvp.evaluate(model, tokenizer, "needles", lengths=[900], limit=5)
+    assert [*found.needles] == ["single_900", "multikey_900", "variables_900"]
+    assert {result["n"] for result in found.needles.values()} == {5}
+    assert found.results["single_900"]["protocol"]["corpus"]["name"] == "squad"
+    assert str(found).count("needles") == 3 and not found.perplexity
+    with pytest.raises(ValueError, match=r"lengths must be <= 900 \(max_position_embeddings"):
+        kvp.evaluate(model, tokenizer, "needles", lengths=[901])
+
+
 def test_every_function_says_what_it_was_not_given(model):
     tokenizer = byte_tokenizer()
     for call in (

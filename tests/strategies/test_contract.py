@@ -17,10 +17,10 @@ from kvp.models.surgery import apply
 from kvp.strategies import methods
 from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.methods.kvpruner import KVPruner
-from kvp.strategies.methods.kvpruner_plus_mla import KVPrunerPlusMLA
 from kvp.strategies.methods.none import NoPruning
 from kvp.strategies.methods.random import Random
 from kvp.strategies.signals.estimate import scoring_bytes
+from kvp.strategies.templates.mla import MLAStrategy
 from kvp.types import Budget
 from tests.conftest import tiny_config, tiny_model
 from tests.helpers.masks import mask
@@ -54,11 +54,12 @@ def test_every_method_is_an_option():
 @pytest.mark.parametrize("name", CUTS)
 def test_contract(name, family, heads, tokens):
     method, model = strategy(name), tiny_model(family, heads, dtype=torch.float64)
-    if isinstance(method, KVPrunerPlusMLA) and family_of(model.config).qk_norm:
+    if isinstance(method, MLAStrategy) and family_of(model.config).qk_norm:
         with pytest.raises(ValueError, match=r"cannot share one latent: choose strategy=kvpruner"):
             method.check(model.config, BUDGET)
         return
-    lacks = {*method.kinds()} - {*available_kinds(model.config)}
+    made = {"k_latent", "v_latent"}  # by a recast
+    lacks = {*method.kinds()} - made - {*available_kinds(model.config)}
     if family_of(model.config).experts and (lacks or name in READ_MLPS):
         with pytest.raises(ValueError, match=r"has experts|MLPs are experts behind a router"):
             method.check(model.config, BUDGET)

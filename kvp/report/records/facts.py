@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from kvp.record import OriginRecord, RunRecord, StageRecord
-from kvp.results import MeasureRecord, PerplexityRecord, TaskRecord, ZeroShotRecord
+from kvp.results import MeasureRecord, NeedlesRecord, PerplexityRecord, TaskRecord, ZeroShotRecord
 from kvp.tables import plain
 
 Facts = dict[str, Any]
@@ -28,6 +28,13 @@ WORDS = {
     "source": "{} data",
     "data_hash": "prompts {}",
     "dtype": "{}",
+    "haystack": "among {}",
+    "texts": "{} texts",
+    "length": "of {} tokens",
+    "choices": "one of {} numbers",
+    "hops": "{} hops",
+    "draw": "draw {}",
+    "bound": "above chance from an accuracy of {} on",
     "device": "{}",
     "threads": "{} threads",
     "batch_size": "batch {}",
@@ -63,6 +70,9 @@ def facts(record: RunRecord, metric: str) -> Facts:
             place = "evaluate/zero_shot/" + ("" if task == "average" else task)
             by = maker(record, _looking(record, name, place))
             return _of_tasks(model.evaluation.zero_shot, task, path[-1]) | {"device": by and by.device}
+        case ["evaluation", "needles", hidden, *_]:
+            by = maker(record, _looking(record, name, f"evaluate/needles/{hidden}"))
+            return _of_needles(model.evaluation.needles[hidden]) | {"device": by and by.device}
         case ["measure", *_] if model.measure:
             return _of_measure(model.measure)
         case ["size", "kv_bytes_per_token" | "stored_bytes_per_token"]:
@@ -121,6 +131,21 @@ def _of_task(result: TaskRecord) -> Facts:
     names = ("limit", "num_fewshot", "add_bos_token", "version", "lm_eval", "source", "split")
     facts = {name: getattr(result, name) for name in names}
     return {**facts, "data_hash": result.data_hash[:8], "dtype": _dtype(result.dtype)}
+
+
+def _of_needles(result: NeedlesRecord) -> Facts:
+    protocol = result.protocol
+    return {
+        "haystack": _corpus(protocol.corpus),
+        "texts": result.n,
+        "length": protocol.length,
+        "choices": protocol.choices,
+        "hops": protocol.hops,
+        "draw": protocol.seed,
+        "bound": round(result.bound, 3),
+        "data_hash": result.data_hash[:8],
+        "dtype": _dtype(result.dtype),
+    }
 
 
 def _of_measure(result: MeasureRecord) -> Facts:

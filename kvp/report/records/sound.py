@@ -122,7 +122,12 @@ def _model(model: ModelRecord) -> Iterator[Fault]:
     if not model.size.layers:
         yield "size.layers", "is empty"
     results = model.evaluation
-    for kind, names in {"perplexity": results.perplexity, "zero_shot": results.zero_shot.tasks}.items():
+    named = {
+        "perplexity": results.perplexity,
+        "zero_shot": results.zero_shot.tasks,
+        "needles": results.needles,
+    }
+    for kind, names in named.items():
         for odd in (name for name in names if "." in name or " - " in name):  # columns write paths with these
             yield f"evaluation.{kind}", f"names {odd!r}, and a name has no dot and no ' - '"
     for corpus, result in results.perplexity.items():

@@ -13,9 +13,11 @@ from kvp.report.records.keys import PRUNING, identity
 from kvp.report.records.runs import Run
 from kvp.report.table.compare import Comparison, Number, compare
 from kvp.report.table.lines import Line
-from kvp.report.table.spec import UNITS, ColumnSpec, as_model, read, stderr_of
+from kvp.report.table.spec import UNITS, ColumnSpec, as_model, bound_of, read, stderr_of
 from kvp.report.table.table import Cell, Column
 from kvp.tables import plain
+
+AT_CHANCE = "at chance"
 
 
 @dataclass
@@ -173,6 +175,8 @@ def _cell(column: ColumnSpec, gathered: Gathered) -> Cell:
     if not gathered.by_setting:
         runs = tuple(gathered.failed)
         return Cell(text=reason(runs[0]), runs=runs) if runs else Cell()
+    if any(at_chance(run, gathered.metric) for run, _ in gathered.found):
+        return Cell(text=AT_CHANCE, runs=tuple(run for run, _ in gathered.found))
     scale = UNITS[column.unit]
     value = scale * fmean(gathered.by_setting)
     std = scale * stdev(gathered.by_setting) if len(gathered.by_setting) > 1 else None
@@ -182,6 +186,15 @@ def _cell(column: ColumnSpec, gathered: Gathered) -> Cell:
     spread = std or (error and scale * error)
     text = f"{value:,.{column.decimals}f}" + (f" ± {spread:,.{column.decimals}f}" if spread else "")
     return Cell(text=text, value=value, std=std, stderr=error, runs=tuple(run for run, _ in gathered.found))
+
+
+def at_chance(run: Run, metric: str) -> bool:
+    """Whether an accuracy, or the dense model's, is one that guessing reaches, too (`kvp.evaluation.needles`)."""
+    for each in (metric, as_model(metric, "dense")) if " - " not in metric else ():
+        value, bound = read(run.record, each), read(run.record, bound_of(each))
+        if value is not None and bound is not None and value < bound:
+            return True
+    return False
 
 
 def _with_delta(column: ColumnSpec, lines: Sequence[Line], cells: Sequence[Cell], i: int) -> Cell:

@@ -13,7 +13,7 @@ from kvp.report.records.keys import label
 from kvp.report.records.runs import Run
 
 # facts that are refused in one column; other differences get a footnote
-HARD = ("corpus", "part", "window", "metrics", "batch_size", "prompt_length", "new_tokens")
+HARD = ("corpus", "part", "window", "metrics", "batch_size", "prompt_length", "new_tokens", "choices", "hops")
 MACHINE = ("device", "threads")  # facts in which the seeds of one cell may differ
 UNCOMMITTED = "uncommitted code"
 PLACES = {"evaluation": "evaluate", "measure": "measure"}  # stages behind a part of a model's record
@@ -21,6 +21,7 @@ KEYS = {  # the key of the configuration behind a fact
     **{f: f"evaluation.perplexity.{f}" for f in ("part", "window", "stride", "join", "bos", "max_tokens")},
     "metrics": "evaluation.zero_shot.tasks",
     **{f: f"evaluation.zero_shot.{f}" for f in ("limit", "num_fewshot", "add_bos_token", "source")},
+    **{f: f"evaluation.needles.{f}" for f in ("choices", "hops")},
     **{f: f"measure.{f}" for f in ("batch_size", "prompt_length", "new_tokens", "warmup", "runs")},
     "dtype": "dtype",
 }

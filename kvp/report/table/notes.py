@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 from kvp.report.records.facts import Facts, phrase, phrases
 from kvp.report.records.keys import recovers
-from kvp.report.table.cells import Draft
+from kvp.report.table.cells import AT_CHANCE, Draft
 from kvp.report.table.lines import Line
 
 CONTROL_NOTE = (
@@ -32,6 +32,11 @@ def make_notes(drafts: Sequence[Draft], lines: Sequence[Line], extra: Sequence[s
         notes.append("± is the standard deviation over seeds")
     if any(cell.stderr for draft in drafts for cell in draft.cells):
         notes.append("± of a task in one run is the standard error over its documents")
+    if any(cell.text == AT_CHANCE for draft in drafts for cell in draft.cells):
+        notes.append(
+            "at chance: guessing gets as much right with a probability above 5 % (binomial), or as much as the dense "
+            "model; such an accuracy says nothing"
+        )
     if any(cell.delta is not None for draft in drafts for cell in draft.cells):
         notes.append("in brackets: distance to dense, of recovered numbers to dense tuned alike")
     if any(draft.spec.model == "recovered" for draft in drafts):
@@ -47,6 +52,8 @@ def _subject(metric: str, common: Facts) -> tuple[str, Collection[str]]:
         return "pruning", ()
     if "corpus" in common:
         return f"perplexity of {common['corpus']}", ()
+    if ".evaluation.needles." in metric:
+        return f"needles {metric.split('.')[3]}", ()
     if ".evaluation." not in metric:
         return "speed and memory", ()
     if ".average." in metric or "metrics" not in common or "version" not in common:

@@ -125,9 +125,14 @@ def as_model(metric: str, model: str) -> str:
 
 
 def stderr_of(metric: str) -> str:
-    """Return the path of a number's standard error: `stderr` beside `value`, `acc_stderr` beside `acc`."""
+    """Return the path of a number's standard error: `stderr` beside `value` or `accuracy`, else `acc_stderr`."""
     stem, _, name = metric.rpartition(".")
-    return f"{stem}.stderr" if name == "value" else f"{metric}_stderr"
+    return f"{stem}.stderr" if name in ("value", "accuracy") else f"{metric}_stderr"
+
+
+def bound_of(metric: str) -> str:
+    """Return the path of what an accuracy must reach to be above chance: `bound` beside it."""
+    return f"{metric.rpartition('.')[0]}.bound"
 
 
 def of_any_model(metric: str) -> list[str]:

@@ -36,10 +36,12 @@ The method is ours. The Fisher information stands for the curvature in step 2. I
   a linear calibration of the MLP.
 * ReCalKV (arXiv:2505.24357) refits latents of values by least squares, and CARE (arXiv:2603.17946) divides ranks by
   whitened spectra. ASVD and SVD-LLM whiten as step 1 does. Palu, CARE and ReCalKV expand keys before RoPE.
-* TransMLA (arXiv:2502.07864) mixes pairs of one frequency across heads, by real principal components.
+* TransMLA (arXiv:2502.07864) mixes pairs of one frequency across heads, by real principal components. MHA2MLA
+  (arXiv:2502.14837) gives up the rotation of pairs, head by head.
 
-So the SVD of values, and a refit behind it, are not new. New are: keys cut where RoPE turns them, by a complex SVD per
-frequency over joined heads and by folding; and one price in nats for keys and values of all layers.
+Most of these are strategies here. So the SVD of values, and a refit behind it, are not new. New are: keys cut where
+RoPE turns them, by a complex SVD per frequency over joined heads and by folding; and one price in nats for keys and
+values of all layers.
 
 Cost
 ----

@@ -31,11 +31,9 @@ As KVPruner+, and three more passes through each layer in each of two walks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -45,13 +43,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from kvp.models.family import family_of
-from kvp.models.joined import joined_config
 from kvp.models.plans import edits_file, found_or_made
 from kvp.models.rope import require_fixed_rope
 from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes
 from kvp.models.spaces import find_spaces
 from kvp.options import options
-from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.compensation.compensate import Compensation
 from kvp.strategies.compensation.sequential import Sequential
 from kvp.strategies.signals.gradients import require_finite
@@ -60,19 +56,18 @@ from kvp.strategies.signals.latents import Latent, find_latent, still_channels
 from kvp.strategies.signals.outputs import lost_per_energy, output_slopes, visits_of_heads
 from kvp.strategies.signals.walk import Visit
 from kvp.strategies.target import Scores, Target
-from kvp.strategies.templates.scored import ScoreStrategy
-from kvp.types import Budget, Kind, LayerShape, Plan, Space
+from kvp.strategies.templates.mla import MLAStrategy
+from kvp.types import Budget, Plan, Space
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 @options
-class KVPrunerPlusMLA(ScoreStrategy):
+class KVPrunerPlusMLA(MLAStrategy):
     """KVPruner+ that leaves multi-head latent attention.
 
     Attributes:
-        allocator: Both widths are multiples of its `multiple_of`.
         context: Tokens within which keys that stop turning may be off by `angle`; None: all keys turn.
         angle: Radians.
         kv_lora_rank: Channels of the latent; None: what loses least under the budget.
@@ -80,15 +75,8 @@ class KVPrunerPlusMLA(ScoreStrategy):
         gradient_checkpointing: Trade time for activation memory in the backward pass.
     """
 
-    late: ClassVar[tuple[str, ...]] = (
-        *ScoreStrategy.late,
-        *("kv_lora_rank", "qk_rope_head_dim", "gradient_checkpointing"),
-    )
-    searches: ClassVar[bool] = True
-    joins: ClassVar[int] = 1
-    latent: ClassVar[bool] = True
+    late: ClassVar[tuple[str, ...]] = (*MLAStrategy.late, "qk_rope_head_dim", "gradient_checkpointing")
 
-    allocator: Uniform = Uniform()
     compensation: Compensation | None = Sequential(factored=True)
     context: int | None = Field(default=1024, ge=1, description="tokens; null lets all keys turn")
     angle: float = Field(default=0.2, gt=0, lt=1, description="radians")
@@ -99,34 +87,15 @@ class KVPrunerPlusMLA(ScoreStrategy):
     gradient_checkpointing: bool = False
 
     @override
-    def kinds(self) -> tuple[Kind, ...]:
-        return ("qk", "vo")
-
-    @override
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
         """Check the model as joined.
 
         Raises:
-            ValueError: The budget is not of the cache, the model is pruned already, it norms queries and keys, its
-                frequencies change with the length, or no widths meet the budget.
+            ValueError: As of any `MLAStrategy`, or the model's frequencies change with the length.
         """
-        if budget.of != "kv_cache":
-            raise ValueError(
-                f"kvpruner_plus_mla cuts what is cached, so it goes with ratio=kv_cache only; got ratio.of={budget.of}"
-            )
-        if layer_shapes(config) != dense_shapes(config):
-            raise ValueError(
-                "kvpruner_plus_mla starts from a dense model, and this one is pruned: give it the model that this was "
-                "made from"
-            )
-        if family_of(config).qk_norm:
-            raise ValueError(
-                f"{config.model_type} norms queries and keys, so its heads cannot share one latent: choose "
-                "strategy=kvpruner, which cuts keys after the norm"
-            )
-        if self.context is not None:
+        if self.context is not None and not family_of(config).qk_norm:  # which is refused for good
             require_fixed_rope(config)
-        super().check(joined_config(config, self.joins, self.latent), budget)
+        super().check(config, budget)
 
     @override
     def backward(self) -> Mapping[str, Collection[str]] | None:
@@ -158,7 +127,7 @@ class KVPrunerPlusMLA(ScoreStrategy):
         moving = frequencies if still is None else still
         choices = {
             (rank, pairs): (latent[:rank].sum() + best[list(pairs)].sum()).item()
-            for rank, rotated in self._widths(layer_shapes(config)[0], CHANNELS_PER_PAIR * moving, budget)
+            for rank, rotated in self.widths(layer_shapes(config)[0], CHANNELS_PER_PAIR * moving, budget)
             for pairs in _spacings(rotated // CHANNELS_PER_PAIR, moving)
         }
         rank, pairs = max(choices, key=choices.__getitem__)
@@ -188,36 +157,6 @@ class KVPrunerPlusMLA(ScoreStrategy):
     def _edits(self, visit: Visit, qk: Space, vo: Space, rank: int) -> dict[str, Tensor]:
         turned, latent, _ = self._found(visit, qk, vo)
         return {**turned.edits, **latent.edits(rank)}
-
-    def _widths(self, shape: LayerShape, turning: int, budget: Budget) -> list[tuple[int, int]]:
-        """Return widths of latent and rotated keys, as near to the budget as they come; given ones stay.
-
-        Raises:
-            ValueError: None is near enough; the message names the nearest.
-        """
-        step, dense = self.allocator.multiple_of, shape.kv_width
-        even = step if step % CHANNELS_PER_PAIR == 0 else CHANNELS_PER_PAIR * step
-        ranks = range(step, shape.v_head_dim + 1, step)
-        turned = range(even, turning + 1, even)
-        if self.kv_lora_rank:
-            ranks = range(self.kv_lora_rank, min(self.kv_lora_rank, shape.v_head_dim) + 1)
-        if self.qk_rope_head_dim:
-            turned = range(self.qk_rope_head_dim, min(self.qk_rope_head_dim, turning) + 1)
-        widths = {both: abs(1 - sum(both) / dense - budget.value) for both in product(ranks, turned)}
-        nearest = min(widths.values(), default=math.inf)
-        found = [both for both, off in widths.items() if off == nearest]
-        if nearest > budget.tolerance:
-            ask = (
-                f"the nearest is {1 - sum(found[0]) / dense:.4f}: ask for that"
-                if found
-                else "there is none: widen them"
-            )
-            given = f"multiple_of={step}, kv_lora_rank={self.kv_lora_rank}, qk_rope_head_dim={self.qk_rope_head_dim}"
-            raise ValueError(
-                f"ratio.value={budget.value} of {dense} channels per layer cannot be reached by a latent of at most "
-                f"{shape.v_head_dim} and {turning} rotated channels ({given}); {ask}"
-            )
-        return found
 
 
 def _spacings(pairs: int, frequencies: int) -> Iterator[tuple[int, ...]]:

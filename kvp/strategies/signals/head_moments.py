@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvp.models.family import family_of
-from kvp.models.shapes import layer_shapes, projected, projections
+from kvp.models.shapes import CHANNELS_PER_PAIR, layer_shapes, projected, projections, turning_pairs
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.logits import observed_attention, pair_interactions
 from kvp.strategies.signals.walk import Visit
@@ -83,6 +83,27 @@ def output_columns(visit: Visit) -> Tensor:
     heads = Heads(visit)
     weight = visit.model.get_parameter(f"{heads.name('o')}.weight").detach().double()
     return weight.unflatten(1, (heads.groups, heads.queries, -1)).permute(1, 2, 0, 3).contiguous()
+
+
+def rope_gains(visit: Visit, channels: Tensor) -> Tensor:
+    """Return what RoPE multiplies the logit of each channel by: the square of yarn's scaling of cosine and sine.
+
+    1 without such a scaling, in a layer without RoPE, and for pairs that never turn. Keys that stop turning are to
+    keep it.
+
+    Args:
+        visit: The layer, whose KV groups have the same pairs.
+        channels: Channels of a head.
+    """
+    config, family = visit.model.config, family_of(visit.model.config)
+    attention = visit.model.get_submodule(f"{visit.name}.{family.attention}")
+    shape = layer_shapes(config)[visit.layer]
+    count = shape.qk_head_dim // CHANNELS_PER_PAIR
+    pairs = torch.tensor(shape.rope_pairs[0] if shape.rope_pairs else range(count))[channels.cpu() % count]
+    scaling: float = getattr(visit.model.get_submodule(family.rotary), "attention_scaling", 1.0)
+    turns = (pairs < turning_pairs(config)) & bool(getattr(attention, "use_rope", True))
+    gains = torch.ones(len(channels), dtype=torch.float64).masked_fill(turns, scaling**2)
+    return gains.to(next(attention.parameters()).device)
 
 
 class Heads:

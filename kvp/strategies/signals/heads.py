@@ -34,7 +34,7 @@ from torch import Tensor
 
 from kvp.models.family import family_of
 from kvp.models.shapes import CHANNELS_PER_PAIR, layer_shapes
-from kvp.strategies.signals.head_moments import Heads, Statistics, output_columns, statistics
+from kvp.strategies.signals.head_moments import Heads, Statistics, output_columns, rope_gains, statistics
 from kvp.strategies.signals.moments import TINY
 from kvp.strategies.signals.walk import Visit
 
@@ -99,7 +99,7 @@ def turn(visit: Visit, *, values: bool, folded: int | None) -> Turned:
         for group, slots, turns in alike:
             qk[group, slots] = (_mix_turning if turns else _mix_still)(
                 found, group, slots, query[group], key[group]
-            )
+            ) * (1.0 if turns else rope_gains(visit, slots).square())
         edits |= heads.edits("q", query) | heads.edits("k", key)
     mixed = found.values / columns.shape[1]  # S: the mean over the query heads of a group
     if not values:

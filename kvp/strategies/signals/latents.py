@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from kvp.models.masks import edited
-from kvp.models.shapes import layer_shapes
+from kvp.models.shapes import CHANNELS_PER_PAIR, layer_shapes
 from kvp.strategies.compensation.sequential import at_work
-from kvp.strategies.signals.head_moments import Heads, output_columns
+from kvp.strategies.signals.head_moments import Heads, output_columns, rope_gains
 from kvp.strategies.signals.heads import roots
 from kvp.strategies.signals.moments import TINY
 from kvp.strategies.signals.walk import Visit
@@ -62,22 +62,88 @@ class Latent:
 
     def edits(self, kept: int) -> dict[str, Tensor]:
         """Return v_proj, q_latent_proj and o_proj that read and write the first `kept` rows; the rest is zero."""
-        heads, values = Heads(self.visit), self.encoder.shape[0]
-        encoder = self.encoder[:kept]
-        outputs, queries = (best_decoder(moment, encoder) for moment in (self.attended, self.centred))
-        value, query = self.rows.new_zeros(values, self.rows.shape[1]), heads.rows("q")[0][:, self.still]
+        encoder, values = self.encoder[:kept], len(self.encoder)
+        of_values, of_keys = (best_decoder(moment, encoder) for moment in (self.attended, self.centred))
         scale = self.attended.diagonal()[:values].mean().sqrt()  # else LoRA's steps would differ by matrix
-        value[:kept] = scale * encoder @ self.rows
-        still = query.new_zeros(len(query), values, query.shape[2])
-        still[:, :kept] = queries[values:].T @ query / scale
-        columns = output_columns(self.visit)[0]
-        output = torch.zeros_like(columns)
-        output[..., :kept] = columns @ outputs[:values] / scale
-        return {
-            **heads.edits("v", value[None]),
-            **heads.edits("q_latent", still[None]),
-            f"{heads.name('o')}.weight": heads.stored(output.transpose(0, 1).flatten(1)),
-        }
+        rows, decoder = scale * encoder @ self.rows, torch.cat([of_values[:values], of_keys[values:]]) / scale
+        return read_from_latent(self.visit, still_queries(self.visit, self.still), rows, decoder)
+
+
+@dataclass(frozen=True)
+class Principal:
+    """The joint principal components of values and still keys, l = [V x; K x / r].
+
+    Attributes:
+        visit: The layer.
+        query: (heads, still channels, in) what asks for K x / r.
+        rows: (n, in) V and K / r, a bias as the last column.
+        directions: (n, n) orthonormal columns, best first.
+        energies: (v_head_dim,) mean square of l along each of the first.
+    """
+
+    visit: Visit
+    query: Tensor
+    rows: Tensor
+    directions: Tensor
+    energies: Tensor
+
+    def edits(self, kept: int) -> dict[str, Tensor]:
+        """Return v_proj, q_latent_proj and o_proj that read and write the first `kept` components; the rest is zero."""
+        best = self.directions[:, :kept]
+        return read_from_latent(self.visit, self.query, best.T @ self.rows, best)
+
+
+def principal(
+    visit: Visit, query: Tensor, key: Tensor, still: Tensor, moment: Tensor, balanced: bool
+) -> Principal:
+    """Return the joint principal components of the layer visited.
+
+    Args:
+        visit: The layer, of one KV head.
+        query: (heads, channels, in) queries.
+        key: (channels, in) keys.
+        still: The pairs that do not turn.
+        moment: (in, in) second moment of the inputs.
+        balanced: Whether r makes the channels of still keys as large as those of values, in the mean; else it is 1.
+    """
+    value = Heads(visit).rows("v")[0]
+    channels = torch.cat([still, still + len(key) // CHANNELS_PER_PAIR])
+    rows, ratio = torch.cat([value, key[channels]]), 1.0
+    if balanced and len(channels):
+        sizes = torch.einsum("ni,ij,nj->n", rows, moment, rows).clamp(min=TINY).sqrt()
+        ratio = (sizes[len(value) :].mean() / sizes[: len(value)].mean()).item()
+        rows = torch.cat([value, key[channels] / ratio])
+    energies, directions = torch.linalg.eigh(rows @ moment @ rows.T)
+    asked = query[:, channels] * (ratio * rope_gains(visit, channels))[:, None]
+    return Principal(visit, asked, rows, directions.flip(-1), energies.flip(-1)[: len(value)].clamp(min=0))
+
+
+def read_from_latent(visit: Visit, query: Tensor, rows: Tensor, decoder: Tensor) -> dict[str, Tensor]:
+    """Return v_proj, q_latent_proj and o_proj of a latent of `kept` channels; the rest is zero.
+
+    Args:
+        visit: The layer, of one KV head.
+        query: (heads, still channels, in) queries of the keys that do not turn.
+        rows: (kept, in) what gives the latent.
+        decoder: (v_head_dim + still channels, kept) what gives values and still keys from it.
+    """
+    heads, columns = Heads(visit), output_columns(visit)[0]
+    values, kept = columns.shape[-1], len(rows)
+    value, asked = rows.new_zeros(values, rows.shape[1]), query.new_zeros(len(query), values, query.shape[2])
+    output = torch.zeros_like(columns)
+    value[:kept] = rows
+    asked[:, :kept] = decoder[values:].T @ query
+    output[..., :kept] = columns @ decoder[:values]
+    return {
+        **heads.edits("v", value[None]),
+        **heads.edits("q_latent", asked[None]),
+        f"{heads.name('o')}.weight": heads.stored(output.transpose(0, 1).flatten(1)),
+    }
+
+
+def still_queries(visit: Visit, still: Tensor) -> Tensor:
+    """Return (heads, still channels, in) the queries of keys that do not turn, as large as they were with RoPE."""
+    return Heads(visit).rows("q")[0][:, still] * rope_gains(visit, still)[:, None]
 
 
 def best_decoder(moment: Tensor, encoder: Tensor) -> Tensor:
@@ -97,7 +163,7 @@ def find_latent(visit: Visit, still: Tensor, value_weight: float, key_weight: fl
     """
     heads = Heads(visit)
     value, key = heads.rows("v")[0], heads.rows("k")[0, 0][still]
-    attended, centred, queries = _moments(visit, value, key, heads.rows("q")[0][:, still])
+    attended, centred, queries = _moments(visit, value, key, still_queries(visit, still))
     outputs = output_columns(visit)[0].flatten(0, 1)
     by_output = value_weight * outputs.T @ outputs
     by_logit = key_weight * queries

@@ -98,10 +98,11 @@ class LatentStrategy(ScoreStrategy):
                 f"{type(self).__name__} makes the cache smaller by latents and adds parameters, so it goes with "
                 f"ratio=kv_cache only; got ratio.of={budget.of}"
             )
-        if any(
-            replace(each, intermediate_size=0) != replace(dense_shapes(config)[0], intermediate_size=0)
-            for each in layer_shapes(config)
-        ):
+        dense, *others = (
+            replace(each, intermediate_size=0, experts=0)
+            for each in (dense_shapes(config)[0], *layer_shapes(config))
+        )
+        if any(each != dense for each in others):
             raise ValueError(
                 "latents start from dense attention, and that of this model is pruned: give the model that it was "
                 "made from"

@@ -23,11 +23,19 @@ from kvp.report.records.runs import Run
 from kvp.report.table import references
 from kvp.report.table.build import build
 from kvp.report.table.render import comma_separated, latex, markdown, sources
-from kvp.report.table.spec import ColumnSpec, Spec
+from kvp.report.table.spec import ColumnSpec, Spec, load_spec
 from kvp.report.table.table import Cell, Row, Table
 from kvp.report.track import track
 from tests.helpers.tracking import PNG, records
-from tests.report.sample_records import as_runs, make_failed, make_record, perplexity, write, zero_shot
+from tests.report.sample_records import (
+    as_runs,
+    make_failed,
+    make_record,
+    needles,
+    perplexity,
+    write,
+    zero_shot,
+)
 
 ROOT = Path(__file__).parents[3]
 PPL = ColumnSpec(title="{}", metric="pruned.evaluation.perplexity.*.value", better="lower", decimals=1)
@@ -256,6 +264,42 @@ def test_different_windows_are_refused_or_footnoted():
     mixed = table(*runs, allow_mixed=True)
     assert remarks(mixed, row(mixed, "random").cells[0])[0] == "window 2048, most are window 128"
     assert not any(cell.best for r in mixed.rows for cell in r.cells)
+
+
+def test_an_accuracy_that_guessing_reaches_is_no_number():
+    """Its own, or the dense model's: "at chance" in the place of digits, which no cell is compared with."""
+
+    def record(strategy: str, dense: float, pruned: float, **options):
+        return make_record(
+            strategy,
+            dense__evaluation__needles={"single_512": needles(dense), "variables_512": needles(0.26)},
+            pruned__evaluation__needles={"single_512": needles(pruned), "variables_512": needles(0.6)},
+            **options,
+        )
+
+    made = table(
+        record("kvpruner", 1.0, 0.9),
+        record("magnitude", 1.0, 0.37),
+        record("random", 1.0, 0.38),
+        of=load_spec("needles"),
+    )
+    found = texts(made)
+    assert [column.title for column in made.columns[1:]] == [
+        "single_512, pruned (%)",
+        "variables_512, pruned (%)",
+    ]
+    assert found["— dense"][1:] == ["100.0 ± 5.0", "at chance"]
+    assert found["25 % of kv_cache kvpruner"][1:] == ["90.0 ± 5.0 (-10.0)", "at chance"]
+    assert found["25 % of kv_cache magnitude"][1:] == ["at chance", "at chance"]
+    assert found["25 % of kv_cache random"][1:] == ["38.0 ± 5.0 (-62.0)", "at chance"]
+    assert [cell.best for cell in row(made, "magnitude").cells[1:]] == [0, 0]
+    assert row(made, "kvpruner").cells[1].best == 1
+    assert any(note.startswith("at chance: guessing") for note in made.notes)
+    assert any("needles single_512" in note and "accuracy of 0.38 on" in note for note in made.notes)
+    other = {"single_512": needles(0.9, choices=8)}
+    harder = make_record("random", pruned__evaluation__needles=other, dense__evaluation__needles=other)
+    with pytest.raises(ValueError, match="one of 8 numbers"):
+        table(record("kvpruner", 1.0, 0.9), harder, of=load_spec("needles"))
 
 
 def test_different_protocols_are_never_averaged():

@@ -24,6 +24,7 @@ from kvp.strategies.signals.walk import caught_inputs, walk
 from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import refitted, tiny_config, tiny_model
+from tests.helpers.stock import ROPES
 
 IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
 HALF = Budget(value=0.5, of="kv_cache", tolerance=0.05)
@@ -102,10 +103,14 @@ def test_the_worth_of_the_latent_is_the_naive_loss(heads):
     assert latent.worth.min() >= 0
 
 
+@pytest.mark.parametrize("rope", ["default", "yarn"])
 @torch.no_grad()
-def test_values_and_still_keys_share_a_latent_where_there_is_room():
-    """Values of rank 6 and 24 still channels of keys fit into 32 rows: the logits stay, and k_proj only turns."""
-    slow = {"rope_type": "default", "rope_theta": 1e24}  # of four pairs, three do not turn
+def test_values_and_still_keys_share_a_latent_where_there_is_room(rope):
+    """Values of rank 6 and 24 still channels of keys fit into 32 rows: the logits stay, and k_proj only turns.
+
+    Yarn makes all logits larger; those of keys that stop turning stay so.
+    """
+    slow = ROPES[rope] | {"rope_theta": 1e24}  # of four pairs, three do not turn
     model = whole("mha", rope_parameters=slow)
     for layer in model.model.layers:
         rows = layer.self_attn.v_proj.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from kvp.strategies.signals.walk import Visit, caught_inputs, hidden_states, wal
 from kvp.types import Plan
 from tests.conftest import exact_norms, tiny_model
 from tests.helpers.masks import mask
+from tests.helpers.stock import ROPES
 
 IDS = torch.randint(3, 96, (6, 20), generator=torch.Generator().manual_seed(3))
 OFFERS_PAIRS = ("llama", "mistral", "qwen2")
@@ -71,6 +73,16 @@ def test_folded_pairs_lose_nothing_but_their_frequency(family, heads):
         dense = model(IDS).logits
         torch.testing.assert_close(exact_norms(apply(model, plan))(IDS).logits, dense)
         torch.testing.assert_close(exact_norms(mask(model, plan))(IDS).logits, dense)
+
+
+def test_folded_pairs_are_worth_what_yarn_makes_of_their_logits():
+    """Yarn multiplies cosine and sine by 0.1 log(4) + 1, so a logit by the square, and a logit's square once more."""
+    worth = []
+    for rope in ("default", "yarn"):
+        rope = ROPES[rope] | {"rope_theta": 1e38}
+        visit = next(iter(visits(tiny_model("llama", "gqa", dtype=torch.float64, rope_parameters=rope))))
+        worth.append(turn(visit, values=False, folded=1).qk)
+    torch.testing.assert_close(worth[1][:, 1:], (0.1 * math.log(4) + 1) ** 4 * worth[0][:, 1:])
 
 
 def test_folding_stops_where_pairs_turn(heads):
