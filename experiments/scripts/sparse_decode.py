@@ -109,9 +109,9 @@ def measure(model: PreTrainedModel, *, batch_size: int, tokens: int, steps: int)
     series: dict[str, dict[str, list[float]]] = {name: {unit: [] for unit in UNITS} for name in decoders}
     for turn in range(WARMUP + steps):
         for name in list(decoders)[:: -1 if turn % 2 else 1]:
-            begun, busy = time.perf_counter(), time.process_time()
+            begun, busy = now(model.device), time.process_time()
             decoders[name].step()
-            taken = time.perf_counter() - begun, time.process_time() - busy
+            taken = now(model.device) - begun, time.process_time() - busy
             for unit, seconds in zip(UNITS, taken, strict=True):
                 series[name][unit].append(seconds)
     counted = {name: {unit: own[unit][WARMUP:] for unit in UNITS} for name, own in series.items()}
@@ -131,6 +131,13 @@ def measure(model: PreTrainedModel, *, batch_size: int, tokens: int, steps: int)
     ]
 
 
+def now(device: torch.device) -> float:
+    """Return the clock once the device has finished its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def prepared(model: PreTrainedModel, *, batch_size: int, tokens: int, steps: int) -> dict[str, Decoder]:
     """Return the ways to decode by name, each with `tokens` random tokens in its cache."""
     dense = Eager(attending(model, "sdpa"))
@@ -145,7 +152,8 @@ def prepared(model: PreTrainedModel, *, batch_size: int, tokens: int, steps: int
         twin.config.kvp_cache = asdict(Mustafar(key_sparsity=sparsity, value_sparsity=sparsity))
         packed = decoders[name] = Eager(twin)
         packed.cache = cache_for(twin.config, expanded=expanded)
-    static.cursor.positions, static.cursor.visible = torch.arange(tokens), tokens
+    static.record(range(tokens + 1, tokens + steps + 1))
+    static.cursor.positions, static.cursor.visible = torch.arange(tokens, device=model.device), tokens
     for decoder in decoders.values():
         fill(decoder, layer_shapes(model.config), batch_size=batch_size, tokens=tokens)
     static.seek(tokens)
@@ -160,10 +168,13 @@ def attending(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
 
 def fill(decoder: Any, shapes: Sequence[Any], *, batch_size: int, tokens: int) -> None:
     """Put random keys and values, the same for every decoder, into its cache."""
-    generator = torch.Generator().manual_seed(0)
-    decoder.token = torch.zeros(batch_size, 1, dtype=torch.long)
+    device, dtype = decoder.model.device, decoder.model.dtype
+    generator = torch.Generator(device).manual_seed(0)
+    if not isinstance(decoder, Static):  # which has one, that a captured step reads
+        decoder.token = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+    made = {"generator": generator, "device": device, "dtype": dtype}
     for index, shape in enumerate(shapes):
-        states = partial(torch.randn, batch_size, shape.num_key_value_heads, tokens, generator=generator)
+        states = partial(torch.randn, batch_size, shape.num_key_value_heads, tokens, **made)
         decoder.cache.update(states(shape.qk_head_dim), states(shape.v_head_dim), index)
 
 

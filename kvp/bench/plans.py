@@ -40,7 +40,7 @@ def cut_subjects(dense: Subject, value: float, *, rivals: bool) -> list[Subject]
     Raises:
         ValueError: A method cannot reach its ratio on this model; names the nearest.
     """
-    ours = _config(dense.config, KVPRUNER, "kv_cache", value)
+    ours = cut_config(dense.config, KVPRUNER, "kv_cache", value)
     found = {f"KVPruner {value:.0%} KV": ours}
     if rivals:
         params = 1 - _params(ours) / _params(dense.config)
@@ -49,7 +49,7 @@ def cut_subjects(dense: Subject, value: float, *, rivals: bool) -> list[Subject]
             ("kv_cache", f"{value:.0%} KV", value),
         )
         found |= {
-            f"{name} {words}": _config(dense.config, method, of, ratio)
+            f"{name} {words}": cut_config(dense.config, method, of, ratio)
             for of, words, ratio in wanted
             for name, method in RIVALS.items()
         }
@@ -72,8 +72,15 @@ def planned_subject(dense: Subject, directory: Path) -> Subject:
     return Subject(name=directory.name, config=after(dense.config, plan))
 
 
-def _config(config: PretrainedConfig, method: Strategy, of: Denominator, value: float) -> PretrainedConfig:
-    found = expected_shape(method, config, Budget(value=value, of=of, tolerance=TOLERANCE))
+def cut_config(config: PretrainedConfig, method: Strategy, of: Denominator, value: float) -> PretrainedConfig:
+    """Return the config that a method leaves of a model if it removes the fraction `value`.
+
+    Raises:
+        ValueError: The method cannot reach its ratio on this model; names the nearest.
+    """
+    found = expected_shape(
+        method, method.recast_config(config), Budget(value=value, of=of, tolerance=TOLERANCE)
+    )
     assert found is not None  # all methods here plan from scores
     return found
 
