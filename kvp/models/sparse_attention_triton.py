@@ -32,7 +32,8 @@ def _expanded(kept, bits, rows, there, WIDTH: tl.constexpr, PADDED: tl.constexpr
     return tl.load(kept + rows[:, None] * KEPT + place, mask=stays == 1, other=0.0).to(tl.float32)
 
 
-@triton.jit
+# numbers that change from step to step, each value of which would be compiled anew
+@triton.jit(do_not_specialize=["tokens", "before", "part", "parts", "mask_stride"])
 def _read(  # type: ignore[no-untyped-def]
     queries,
     keys,
