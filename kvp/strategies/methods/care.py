@@ -42,7 +42,7 @@ from kvp.strategies.templates.latent import LatentStrategy
 class CARE(LatentStrategy):
     """CARE-E, or CARE-U with `allocator=uniform`."""
 
-    allocator: Allocator = Residual()
+    allocator: Allocator = Residual(max_ratio=0.95)
     key_heads: int | None = Field(default=None, ge=1, description="KV heads per latent; null: all of a layer")
     value_heads: int | None = Field(
         default=None, ge=1, description="KV heads per latent; null: all of a layer"

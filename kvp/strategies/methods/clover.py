@@ -39,6 +39,7 @@ from typing_extensions import override
 from kvp.models.plans import edits_file, found_or_made
 from kvp.models.shapes import layer_shapes
 from kvp.options import options
+from kvp.strategies.allocation.allocate import Allocator, Uniform
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.head_moments import Heads, output_columns
 from kvp.strategies.signals.heads import roots
@@ -55,6 +56,8 @@ class CLOVER(ScoreStrategy):
 
     searches: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = False
+
+    allocator: Allocator = Uniform(max_ratio=1.0)  # all but one step
 
     @override
     def kinds(self) -> tuple[Kind, ...]:

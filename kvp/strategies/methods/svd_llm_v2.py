@@ -40,7 +40,7 @@ from kvp.strategies.templates.latent import LatentStrategy
 class SVDLLMv2(LatentStrategy):
     """SVD-LLM v2 on keys and values."""
 
-    allocator: Allocator = TruncationLoss()
+    allocator: Allocator = TruncationLoss(max_ratio=0.95)
     key_heads: int | None = Field(default=None, ge=1, description="KV heads per latent; null: all of a layer")
     value_heads: int | None = Field(
         default=None, ge=1, description="KV heads per latent; null: all of a layer"

@@ -161,7 +161,7 @@ class FisherLatentStrategy(LatentStrategy):
 
     late: ClassVar[tuple[str, ...]] = (*LatentStrategy.late, "gradient_checkpointing")
 
-    allocator: Allocator = Proportional()
+    allocator: Allocator = Proportional(max_ratio=0.95)
     gradient_checkpointing: bool = False
 
     @override
