@@ -38,7 +38,7 @@ class Directions(CacheFormat):
 
     format: Literal["directions"] = "directions"
     bits: float = Field(
-        gt=0, le=8, description="mean bits per channel of the dense model's cache, scales counted"
+        ge=0.5, le=8, description="mean bits per channel of the dense model's cache, scales counted"
     )
     most: int = Field(default=4, ge=2, le=8, description="bits of a channel at most")
     group: int = Field(default=32, ge=1, description="tokens that share the scale of a channel")

@@ -21,7 +21,7 @@ from kvp.data.corpora import Part, find
 from kvp.models.cache_formats import CacheFormat
 from kvp.models.caches import cache_format
 from kvp.models.checkpoint.fields import check_fields
-from kvp.models.directions import Directions
+from kvp.models.directions import Directions, stored_bits
 from kvp.models.family import family_of
 from kvp.models.linears import linear_names
 from kvp.models.shapes import require_whole_stream
@@ -196,6 +196,14 @@ def _check_directions(x: Experiment, cache: Directions) -> None:
         )
     if cache.keys or cache.values:
         raise ValueError("cache.keys and cache.values are written by the run: leave them out")
+    room = float(stored_bits(cache.most, cache.group)) * (
+        1 - x.budget.value if x.budget.of == "kv_cache" else 1
+    )
+    if cache.bits > room:
+        raise ValueError(
+            f"cache.bits must be <= {room:g}, got {cache.bits:g}: with cache.most={cache.most} and its scales, what stays "
+            "takes no more. Ask for fewer bits, raise cache.most, or cut less"
+        )
 
 
 def _check_decoding(x: Experiment, cache: CacheFormat) -> None:

@@ -367,6 +367,10 @@ def test_an_edited_stage_is_not_trusted(finished):
             ["cache=directions", "strategy=kvpruner_plus", "ratio=cache_bytes", "ratio.value=0.9", *LIGHT],
             "cache=directions has a budget of its own",
         ),
+        (
+            ["cache=directions", "cache.bits=4", "strategy=kvpruner_plus", "ratio.value=0.25", *LIGHT],
+            "cache.bits must be <= 3.75, got 4",
+        ),
         (["cache=kivi4", "cache.group=12"], "cache.keys=channel needs a cache.group that is a multiple of 8"),
         (["cache=kivi2", "cache.window=64", "evaluation.zero_shot=null"], "window must be >= 66, got 64"),
         (
