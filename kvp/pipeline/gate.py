@@ -201,7 +201,7 @@ def _check_directions(x: Experiment, cache: Directions) -> None:
     )
     if cache.bits > room:
         raise ValueError(
-            f"cache.bits must be <= {room:g}, got {cache.bits:g}: with cache.most={cache.most} and its scales, what stays "
+            f"cache.bits must be <= {room:g}, got {cache.bits:g}: with cache.most={cache.most} and scales, what stays "
             "takes no more. Ask for fewer bits, raise cache.most, or cut less"
         )
 
