@@ -47,7 +47,7 @@ def stored(
 
 
 def expanded(query: Tensor, segments, recent_keys: Tensor, recent_values: Tensor, mask, scaling) -> Tensor:
-    """The same in float64, over states that are expanded."""
+    """Attend in float64 over states that are expanded."""
     heads = query.shape[1] // recent_keys.shape[1]
     keys = torch.cat([*(unpack(k, bits) for k, bits, _, _ in segments), recent_keys], dim=2)
     values = torch.cat([*(unpack(v, bits) for _, _, v, bits in segments), recent_values], dim=2)

@@ -267,7 +267,7 @@ def test_different_windows_are_refused_or_footnoted():
 
 
 def test_an_accuracy_that_guessing_reaches_is_no_number():
-    """Its own, or the dense model's: "at chance" in the place of digits, which no cell is compared with."""
+    """Show "at chance" in the place of digits below a bound of its own or of the dense model."""
 
     def record(strategy: str, dense: float, pruned: float, **options):
         return make_record(

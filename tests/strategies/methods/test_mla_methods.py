@@ -58,7 +58,7 @@ def pruned_of(method, model, path, budget=HALF):
 
 @torch.no_grad()
 def attended(model):
-    """What enters o_proj of the only layer, times o_proj, and what enters q_proj."""
+    """Return what enters o_proj of the only layer, times o_proj, and what enters q_proj."""
     with caught_inputs(model, names := [f"model.layers.0.self_attn.{part}_proj" for part in "qo"]) as caught:
         model(IDS)
     return caught[names[1]] @ model.get_parameter(f"{names[1]}.weight").T, caught[names[0]]
@@ -79,7 +79,7 @@ class Parts:
         self.rotary = model.model.rotary_emb
 
     def logits(self, query, key, pairs):
-        """Of (b, t, 2, n) that turn at the frequencies of `pairs`; None: that stand still."""
+        """Turn (b, t, 2, n) at the frequencies of `pairs`; None: they stand still."""
         if pairs is None:
             return self.rotary.attention_scaling**2 * torch.einsum("btcn,bscn->bts", query, key)
         angles = torch.arange(20.0).double()[:, None] * self.rotary.inv_freq.double()[torch.as_tensor(pairs)]
@@ -88,7 +88,7 @@ class Parts:
         return self.rotary.attention_scaling**2 * torch.einsum("btn,bsn->bts", query, key.conj()).real
 
     def output(self, logits, values):
-        """Of logits (b, t, s) and values (b, t, d) per query head."""
+        """Attend by logits (b, t, s) to values (b, t, d), per query head."""
         future = torch.ones(20, 20).triu(1).bool()
         total = 0
         for head in range(self.queries):
@@ -133,7 +133,7 @@ def test_mha2mla_is_partial_rope_and_a_joint_svd(heads, selection, rope, tmp_pat
 @pytest.mark.parametrize("rope", ["default", "yarn"])
 @pytest.mark.parametrize(("freqfold", "rotated"), [(1, 8), (2, 4), (2, 8), (4, 4)])
 def test_transmla_is_rorope_freqfold_and_a_balanced_pca(heads, freqfold, rotated, rope, tmp_path):
-    """As the authors' code does it, from states in the place of second moments."""
+    """Repeat the authors' code, from states in the place of second moments."""
     model = one_layer(heads, rope)
     method = TransMLA(allocator=EVEN, qk_rope_head_dim=rotated, freqfold=freqfold)
     pruned, parts = pruned_of(method, model, tmp_path), Parts(model, heads)
