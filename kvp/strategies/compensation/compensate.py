@@ -31,10 +31,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from kvp.models.masks import edited, masks_of
-from kvp.models.plans import edits_file, found_or_made
 from kvp.options import options
 from kvp.strategies.signals.moments import TINY, Moments, input_moments
-from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.signals.walk import Visit, found_edits, walk
 from kvp.types import Plan
 
 if TYPE_CHECKING:
@@ -79,11 +78,11 @@ class OnDenseInputs(Compensation):
 
     @override
     def refit(self, model: PreTrainedModel, batches: Sequence[Tensor], plan: Plan, directory: Path) -> Plan:
-        keeps, edits = cut_inputs(model, plan), dict(plan.edits)
+        keeps = cut_inputs(model, plan)
         with edited(model, plan.edits):
-            for visit in walk(model, batches, "compensation") if keeps else ():
-                edits |= found_or_made(edits_file(directory, visit.layer), partial(self._edits, visit, keeps))
-        return replace(plan, edits=edits)
+            visits = walk(model, batches, "compensation") if keeps else ()
+            made = found_edits(visits, partial(self._edits, keeps=keeps), directory)
+        return replace(plan, edits={**plan.edits, **made})
 
     def _edits(self, visit: Visit, keeps: dict[str, Tensor]) -> dict[str, Tensor]:
         names = [name for name in keeps if name.startswith(f"{visit.name}.")]

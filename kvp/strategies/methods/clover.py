@@ -28,7 +28,6 @@ No pass of the model: two eigendecompositions of head_dim per KV group. Shapes s
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,7 +35,6 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from kvp.models.plans import edits_file, found_or_made
 from kvp.models.shapes import layer_shapes
 from kvp.options import options
 from kvp.strategies.allocation.allocate import Allocator, Uniform
@@ -44,7 +42,7 @@ from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.head_moments import Heads, output_columns
 from kvp.strategies.signals.heads import roots
 from kvp.strategies.signals.moments import TINY
-from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.signals.walk import Visit, found_edits, walk
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Budget, Kind, Plan, Space
@@ -79,11 +77,11 @@ class CLOVER(ScoreStrategy):
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
         plan = self.plan(target.config, scores, budget, profile)
-        edits: dict[str, Tensor] = {}
-        for visit in walk(target.model, (), "CLOVER"):
-            if layer_shapes(target.config)[visit.layer].num_key_value_heads:
-                edits |= found_or_made(edits_file(directory, visit.layer), partial(_edits, visit))
-        return replace(plan, edits=edits)
+        shapes = layer_shapes(target.config)
+        visits = (
+            visit for visit in walk(target.model, (), "CLOVER") if shapes[visit.layer].num_key_value_heads
+        )
+        return replace(plan, edits=found_edits(visits, _edits, directory))
 
 
 def _edits(visit: Visit) -> dict[str, Tensor]:

@@ -54,7 +54,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -65,7 +64,6 @@ from typing_extensions import override
 from kvp.models.family import family_of
 from kvp.models.joined import joined_config
 from kvp.models.masks import edited, masked
-from kvp.models.plans import edits_file, found_or_made
 from kvp.models.rope import require_fixed_rope
 from kvp.models.spaces import find_spaces
 from kvp.options import options
@@ -77,7 +75,7 @@ from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.heads import Turned, first_folded, turn
 from kvp.strategies.signals.importance import Importance, score_spaces
 from kvp.strategies.signals.outputs import lost_per_energy, output_slopes, visits_of_heads
-from kvp.strategies.signals.walk import Visit
+from kvp.strategies.signals.walk import Visit, found_edits
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.channels import ChannelStrategy
 from kvp.types import Budget, Plan, Space
@@ -179,9 +177,7 @@ class KVPrunerPlus(ChannelStrategy):
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
         plan = self.plan(target.config, scores, budget, profile)
-        edits: dict[str, Tensor] = {}
-        for visit in visits_of_heads(target):
-            edits |= found_or_made(edits_file(directory, visit.layer), partial(self._edits, visit))
+        edits = found_edits(visits_of_heads(target), self._edits, directory)
         return replace(plan, edits=edits, folded=self._folded(target.model))
 
     def _turned(self, target: Target) -> Iterator[tuple[Visit, Turned]]:

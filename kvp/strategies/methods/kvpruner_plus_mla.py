@@ -33,7 +33,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -43,7 +42,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from kvp.models.family import family_of
-from kvp.models.plans import edits_file, found_or_made
 from kvp.models.rope import require_fixed_rope
 from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes
 from kvp.models.spaces import find_spaces
@@ -54,7 +52,7 @@ from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.heads import Turned, first_folded, slow_pair, turn
 from kvp.strategies.signals.latents import Latent, find_latent, still_channels
 from kvp.strategies.signals.outputs import lost_per_energy, output_slopes, visits_of_heads
-from kvp.strategies.signals.walk import Visit
+from kvp.strategies.signals.walk import Visit, found_edits
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.mla import MLAStrategy
 from kvp.types import Budget, Plan, Space
@@ -139,13 +137,13 @@ class KVPrunerPlusMLA(MLAStrategy):
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
         plan = self.plan(target.config, scores, budget, profile)
-        edits: dict[str, Tensor] = {}
         here = {(space.layer, space.kind): space for space in plan.keep}
-        for visit in visits_of_heads(target):
+
+        def make(visit: Visit) -> dict[str, Tensor]:
             qk, vo = here[visit.layer, "qk"], here[visit.layer, "vo"]
-            make = partial(self._edits, visit, qk, vo, plan.keep[vo].shape[-1])
-            edits |= found_or_made(edits_file(directory, visit.layer), make)
-        return replace(plan, edits=edits)
+            return self._edits(visit, qk, vo, plan.keep[vo].shape[-1])
+
+        return replace(plan, edits=found_edits(visits_of_heads(target), make, directory))
 
     def _found(self, visit: Visit, qk: Space, vo: Space) -> tuple[Turned, Latent, float]:
         """Return the heads by rank, the latent, and what the output loses per energy of a logit."""

@@ -18,9 +18,11 @@ Three traps:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kvp.models.family import family_of
+from kvp.models.plans import edits_file, found_or_made
 from kvp.models.shapes import layer_shapes
 
 if TYPE_CHECKING:
@@ -86,6 +89,16 @@ class Visit:
             hidden_states(self.model, self.layer, self.layer + 1, inputs_embeds=states)
             for states in self.states
         ]
+
+
+def found_edits(
+    visits: Iterable[Visit], make: Callable[[Visit], dict[str, Tensor]], directory: Path
+) -> dict[str, Tensor]:
+    """Return the edits of all layers visited, a file for each; a killed search resumes at its next layer."""
+    edits: dict[str, Tensor] = {}
+    for visit in visits:
+        edits |= found_or_made(edits_file(directory, visit.layer), partial(make, visit))
+    return edits
 
 
 @torch.no_grad()

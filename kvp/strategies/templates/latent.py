@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,7 +22,6 @@ from kvp.estimate.passes import FLOAT32, with_total
 from kvp.models.family import family_of
 from kvp.models.latents import with_latents, with_latents_config
 from kvp.models.linears import linears
-from kvp.models.plans import edits_file, found_or_made
 from kvp.models.shapes import dense_shapes, layer_shapes
 from kvp.options import options
 from kvp.strategies.allocation.allocate import Allocator
@@ -33,7 +31,7 @@ from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.low_rank import Factors, Part, edits_of, factored, input_moments_of, rows_of
 from kvp.strategies.signals.moments import TINY, Moments
 from kvp.strategies.signals.outputs import visits_of_heads
-from kvp.strategies.signals.walk import Visit
+from kvp.strategies.signals.walk import Visit, found_edits
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Budget, Kind, Plan, Space
@@ -127,10 +125,7 @@ class LatentStrategy(ScoreStrategy):
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
         plan = self.plan(target.config, scores, budget, profile)
-        edits: dict[str, Tensor] = {}
-        for visit in visits_of_heads(target):
-            edits |= found_or_made(edits_file(directory, visit.layer), partial(self.edits, visit))
-        return replace(plan, edits=edits)
+        return replace(plan, edits=found_edits(visits_of_heads(target), self.edits, directory))
 
     def edits(self, visit: Visit) -> dict[str, Tensor]:
         """Return the parameters of the layer visited, its latents by rank: the same function."""

@@ -10,7 +10,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -22,14 +21,13 @@ from typing_extensions import override
 
 from kvp.models.family import family_of
 from kvp.models.joined import joined_config
-from kvp.models.plans import edits_file, found_or_made
 from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes
 from kvp.options import options
 from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.head_moments import Heads
 from kvp.strategies.signals.latents import Principal, principal
-from kvp.strategies.signals.walk import Visit, walk
+from kvp.strategies.signals.walk import Visit, found_edits, walk
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Budget, Kind, LayerShape, Plan, Space
@@ -193,12 +191,12 @@ class PrincipalLatentStrategy(MLAStrategy):
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
         plan = self.plan(target.config, scores, budget, profile)
-        edits: dict[str, Tensor] = {}
         ranks = {space.layer: keep.shape[1] for space, keep in plan.keep.items() if space.kind == "vo"}
-        for visit in self._visits(target):
-            make = partial(self._edits, visit, ranks[visit.layer])
-            edits |= found_or_made(edits_file(directory, visit.layer), make)
-        return replace(plan, edits=edits)
+
+        def make(visit: Visit) -> dict[str, Tensor]:
+            return self._edits(visit, ranks[visit.layer])
+
+        return replace(plan, edits=found_edits(self._visits(target), make, directory))
 
     def _visits(self, target: Target) -> Iterator[Visit]:
         shapes, batches = layer_shapes(target.config), target.batches if self.needs_calibration else ()
