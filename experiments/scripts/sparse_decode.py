@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -102,19 +102,11 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-@torch.inference_mode()
 def measure(model: PreTrainedModel, *, batch_size: int, tokens: int, steps: int) -> list[dict[str, Any]]:
     """Return a row per way to decode: its steps, and how many times faster they are than the dense ones."""
-    decoders = prepared(model, batch_size=batch_size, tokens=tokens, steps=WARMUP + steps)
-    series: dict[str, dict[str, list[float]]] = {name: {unit: [] for unit in UNITS} for name in decoders}
-    for turn in range(WARMUP + steps):
-        for name in list(decoders)[:: -1 if turn % 2 else 1]:
-            begun, busy = now(model.device), time.process_time()
-            decoders[name].step()
-            taken = now(model.device) - begun, time.process_time() - busy
-            for unit, seconds in zip(UNITS, taken, strict=True):
-                series[name][unit].append(seconds)
-    counted = {name: {unit: own[unit][WARMUP:] for unit in UNITS} for name, own in series.items()}
+    with torch.inference_mode():
+        decoders = prepared(model, batch_size=batch_size, tokens=tokens, steps=WARMUP + steps)
+    series = in_turns({name: decoder.step for name, decoder in decoders.items()}, model.device, steps)
     return [
         {
             "name": name,
@@ -122,13 +114,31 @@ def measure(model: PreTrainedModel, *, batch_size: int, tokens: int, steps: int)
             "tokens": tokens,
             "cache_bytes": cache_bytes(decoders[name].cache),
             **{unit: summary(own[unit]) for unit in UNITS},
-            "against": {
-                other: {unit: ratio(own[unit], counted[other][unit]) for unit in UNITS}
-                for other in ("dense eager", "dense static")
-            },
+            "against": {other: faster(own, series[other]) for other in ("dense eager", "dense static")},
         }
-        for name, own in counted.items()
+        for name, own in series.items()
     ]
+
+
+@torch.inference_mode()
+def in_turns(
+    work: Mapping[str, Callable[[], None]], device: torch.device, turns: int
+) -> dict[str, dict[str, list[float]]]:
+    """Return the seconds and CPU seconds of each turn; all take turns, forth and back, after `WARMUP` turns."""
+    series: dict[str, dict[str, list[float]]] = {name: {unit: [] for unit in UNITS} for name in work}
+    for turn in range(WARMUP + turns):
+        for name in list(work)[:: -1 if turn % 2 else 1]:
+            begun, busy = now(device), time.process_time()
+            work[name]()
+            taken = now(device) - begun, time.process_time() - busy
+            for unit, seconds in zip(UNITS, taken, strict=True):
+                series[name][unit].append(seconds)
+    return {name: {unit: own[unit][WARMUP:] for unit in UNITS} for name, own in series.items()}
+
+
+def faster(own: Mapping[str, list[float]], other: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Return how many times as fast as another one is, by unit: the median over turns, and its spread."""
+    return {unit: ratio(own[unit], other[unit]) for unit in UNITS}
 
 
 def now(device: torch.device) -> float:

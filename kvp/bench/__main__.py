@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose mo
 if TYPE_CHECKING:
     from kvp.bench.bench import Bench
 
-PATHS = ("eager", "static", "packed", "compiled")
+PATHS = ("eager", "static", "native", "compiled")
 NAMES = ("shortened_llm", "long_context", "prefill", "quick")
 GIB = 2**30
 ON_CPU = GIB  # bytes of cache that a CPU's limit leaves by default: trying the limits takes time

@@ -31,7 +31,7 @@ from kvp.bench.rows import Row, describe, make_rows
 from kvp.cost import device_name
 from kvp.measurement.cache import check_whole_cache
 from kvp.measurement.measure import Measure
-from kvp.measurement.packed_linears import check_packing
+from kvp.measurement.native_step import check_native
 from kvp.measurement.paths import DecodePath
 from kvp.measurement.roofline import copy_bandwidth
 from kvp.provenance import provenance
@@ -103,8 +103,8 @@ class Bench:
             ValueError: A sequence is longer than a model's positions, a cache cannot be served, weights or a
                 batch do not fit the memory; names the bound and the largest that does. Or a path has no device.
         """
-        if "packed" in self.paths:
-            check_packing(self.device, self.dtype)
+        if "native" in self.paths:
+            check_native(self.device, self.dtype)
         for subject in self.subjects:
             if (weights := subject.weights_bytes(self.dtype)) >= self.limit:
                 raise ValueError(

@@ -2,8 +2,8 @@
 
     eager     transformers' own: Python launches every kernel, the cache is copied to grow by a token
     static    a cache of fixed size, written in place; on a GPU a step is one CUDA graph, replayed
-    packed    the same with matrices laid out for the batch, on a CPU
-    compiled  static after torch.compile
+    native    the same with kernels compiled for this CPU, for linear layers and attention
+    compiled  native after torch.compile; static where there are no such kernels
 
 All decode greedily and stop at no end of text, so that a run is as long as it was asked to be.
 """
@@ -26,12 +26,12 @@ from typing_extensions import override
 from kvp.estimate.serving import SLICE, room
 from kvp.measurement.cache import check_whole_cache, fixed_cache
 from kvp.measurement.grouped import GROUPED
-from kvp.measurement.packed_linears import PackedLinears
+from kvp.measurement.native_step import NATIVE, NativeLinears, available, check_native
 from kvp.models.family import family_of
 from kvp.models.packed_cache import cache_for
 from kvp.models.rope import ropes
 
-DecodePath = Literal["eager", "static", "packed", "compiled"]
+DecodePath = Literal["eager", "static", "native", "compiled"]
 
 WINDOW = 128  # tokens by which the part of a cache that captured steps read grows: one graph each
 WARMUP = 3  # steps before a capture: libraries take their workspaces, compilers compile
@@ -72,12 +72,16 @@ def prepare(
             f"{model.config.model_type} has attention sinks, which the kernels of a fixed cache have not: use --path "
             "eager"
         )
-    model.set_attn_implementation("eager" if sinks else "sdpa" if path == "eager" else GROUPED)
+    if path == "native":
+        check_native(model.device, model.dtype)
+    natively = path in ("native", "compiled") and available(model.device, model.dtype)
+    model.set_attn_implementation(
+        "eager" if sinks else "sdpa" if path == "eager" else NATIVE if natively else GROUPED
+    )
     if path == "eager":
         return Eager(model)
-    if path == "packed":
-        return Packed(model, batch_size=batch_size, length=length)
-    decoder = Static(model, batch_size=batch_size, length=length, compiled=path == "compiled")
+    kind = Native if natively else Static
+    decoder = kind(model, batch_size=batch_size, length=length, compiled=path == "compiled")
     decoder.record(range(prompt_length + 1, length + 1))
     return decoder
 
@@ -205,12 +209,12 @@ class Static:
         self.position.add_(1)
 
 
-class Packed(Static):
-    """A static cache, and matrices laid out for the rows of a step."""
+class Native(Static):
+    """A static cache, read and multiplied by kernels compiled for this CPU."""
 
-    def __init__(self, model: PreTrainedModel, *, batch_size: int, length: int) -> None:
-        super().__init__(model, batch_size=batch_size, length=length)
-        self.linears = PackedLinears(model, batch_size)
+    def __init__(self, model: PreTrainedModel, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.linears = NativeLinears(model)
 
     @override
     def _step(self, next_token: Callable[..., Tensor]) -> None:

@@ -5,11 +5,11 @@
 // there, by one permutation per byte of the bitmap.
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX2__) && defined(__FMA__)
@@ -21,7 +21,7 @@ namespace {
 
 constexpr int LANES = 8;     // channels of a byte of the bitmap
 constexpr int TOGETHER = 4;  // tokens whose values are added in one pass over the outputs
-constexpr int HEADS = 8;     // query heads that read an expanded key, at most
+constexpr int HEADS = 12;    // query heads that read an expanded key, at most
 
 struct Half {
   uint16_t bits;
@@ -226,9 +226,10 @@ struct Segment {
   int64_t tokens;
 };
 
-// One step. Newest tokens, contiguous: (batch, groups, tokens, width). `queries` (batch, groups, heads of a group, key
-// width) and `output` (…, value width) are in the dtype of the computation, and so is `mask`: null, or (batch or 1,
-// all tokens), added to the scores.
+// One step. Newest tokens: (batch, groups, tokens, width), one sequence and group `key_stride` or `value_stride` elements
+// behind the other, contiguous in itself. `queries` (batch, groups, heads of a group, key width) and `output` (…, value
+// width) are in the dtype of the computation, and so is `mask`: null, or (batch or 1, all tokens), added to the scores.
+// Places at the end that it hides are not read.
 struct Step {
   const void* queries;
   void* output;
@@ -236,7 +237,8 @@ struct Step {
   const Segment* segments;
   const void* recent_keys;
   const void* recent_values;
-  int64_t count, recent, batch, groups, heads, key_width, value_width, kept_keys, kept_values, mask_stride, threads;
+  int64_t count, recent, key_stride, value_stride, batch, groups, heads, key_width, value_width, kept_keys, kept_values,
+      mask_stride, threads;
   double scaling;
 };
 }
@@ -245,75 +247,98 @@ namespace {
 
 // The vectors of one sequence and group in a segment, each with 8 values that may be read from any of its places.
 template <typename T>
-struct Rows {
+struct Sparse {
   const T* values;
   const uint8_t* bits;
-  int64_t kept, words, safe;  // from `safe` on, a vector is read from a copy
+  int64_t tokens, kept, words, safe;  // from `safe` on, a vector is read from a copy
   std::vector<T> copy;
 
-  Rows(const void* all, const uint8_t* all_bits, int64_t row, int64_t rows, int64_t tokens, int64_t kept,
-       int64_t width)
-      : kept(kept), words(width / LANES), copy(kept + LANES) {
+  Sparse(const void* all, const uint8_t* all_bits, int64_t row, int64_t rows, int64_t tokens, int64_t kept,
+         int64_t width)
+      : tokens(tokens), kept(kept), words(width / LANES), copy(kept + LANES) {
     values = static_cast<const T*>(all) + row * tokens * kept;
     bits = all_bits + row * tokens * words;
     const int64_t left = (rows - row) * tokens * kept - LANES;  // values from here on, but those of one read
     safe = std::min(tokens, std::max<int64_t>(left / kept, 0));
   }
-  const T* at(int64_t token) {
+
+  struct Vector {
+    const T* kept;
+    const uint8_t* bits;
+    auto next() {
+      const auto eight = expanded<T>(kept, *bits);
+      kept += __builtin_popcount(*bits++);
+      return eight;
+    }
+  };
+  Vector at(int64_t token) {
     const T* own = values + token * kept;
-    if (token < safe) return own;
-    std::copy(own, own + kept, copy.begin());
-    return copy.data();
+    if (token >= safe) {
+      std::copy(own, own + kept, copy.begin());
+      own = copy.data();
+    }
+    return {own, bits + token * words};
   }
 };
 
-// Scores of one key and G queries: (G, width) at `queries`.
-template <int G, typename T, typename C>
-inline void score(const T* kept, const uint8_t* bits, const C* queries, int64_t width, C* scores, int64_t stride) {
-  Eight<C> sums[G];
-  for (auto& sum : sums) sum = Eight<C>::zero();
-  for (int64_t word = 0; word < width / LANES; ++word) {
-    const auto key = expanded<T>(kept, bits[word]);
-    kept += __builtin_popcount(bits[word]);
-    for (int g = 0; g < G; ++g) sums[g].add(Eight<C>::load(queries + g * width + word * LANES), key);
+// The vectors of one sequence and group that are stored whole.
+template <typename T>
+struct Whole {
+  const T* values;
+  int64_t tokens, width, safe;
+
+  Whole(const void* all, int64_t row, int64_t stride, int64_t tokens, int64_t width)
+      : values(static_cast<const T*>(all) + row * stride), tokens(tokens), width(width), safe(tokens) {}
+
+  struct Vector {
+    const T* values;
+    auto next() {
+      const auto eight = whole<T>(values);
+      values += LANES;
+      return eight;
+    }
+  };
+  Vector at(int64_t token) { return {values + token * width}; }
+};
+
+// Scores of keys and G queries: (G, width) at `queries`, (G, stride) at `scores`.
+template <int G, typename C, typename Keys>
+void score(Keys& keys, const C* queries, int64_t width, C* scores, int64_t stride) {
+  for (int64_t token = 0; token < keys.tokens; ++token) {
+    auto key = keys.at(token);
+    Eight<C> sums[G];
+    for (auto& sum : sums) sum = Eight<C>::zero();
+    for (int64_t at = 0; at < width; at += LANES) {
+      const auto eight = key.next();
+      for (int g = 0; g < G; ++g) sums[g].add(Eight<C>::load(queries + g * width + at), eight);
+    }
+    for (int g = 0; g < G; ++g) scores[g * stride + token] = sums[g].sum();
   }
-  for (int g = 0; g < G; ++g) scores[g * stride] = sums[g].sum();
 }
 
-template <int G, typename T, typename C>
-void scores_of(Rows<T>& rows, int64_t tokens, const C* queries, int64_t width, C* scores, int64_t stride) {
-  for (int64_t token = 0; token < tokens; ++token)
-    score<G>(rows.at(token), rows.bits + token * rows.words, queries, width, scores + token, stride);
-}
-
-template <typename T, typename C>
-void all_scores(Rows<T>& rows, int64_t tokens, const C* queries, int64_t heads, int64_t width, C* scores,
-                int64_t stride) {
-  using Scores = void (*)(Rows<T>&, int64_t, const C*, int64_t, C*, int64_t);
-  static constexpr Scores WITH[HEADS] = {scores_of<1, T, C>, scores_of<2, T, C>, scores_of<3, T, C>,
-                                         scores_of<4, T, C>, scores_of<5, T, C>, scores_of<6, T, C>,
-                                         scores_of<7, T, C>, scores_of<8, T, C>};
+template <typename C, typename Keys>
+void all_scores(Keys keys, const C* queries, int64_t heads, int64_t width, C* scores, int64_t stride) {
+  using Scores = void (*)(Keys&, const C*, int64_t, C*, int64_t);
+  static constexpr Scores WITH[HEADS] = {score<1, C, Keys>, score<2, C, Keys>, score<3, C, Keys>, score<4, C, Keys>,
+                                         score<5, C, Keys>, score<6, C, Keys>, score<7, C, Keys>, score<8, C, Keys>,
+                                         score<9, C, Keys>, score<10, C, Keys>, score<11, C, Keys>, score<12, C, Keys>};
   for (int64_t head = 0; head < heads; head += HEADS) {
     const int64_t now = std::min<int64_t>(HEADS, heads - head);
-    WITH[now - 1](rows, tokens, queries + head * width, width, scores + head * stride, stride);
+    WITH[now - 1](keys, queries + head * width, width, scores + head * stride, stride);
   }
 }
 
 // Adds N weighted values to every head's output: weights (heads, stride).
-template <int N, typename T, typename C>
-inline void weigh(Rows<T>& rows, int64_t token, const C* weights, int64_t stride, C* output, int64_t heads,
+template <int N, typename C, typename Values>
+inline void weigh(Values& all, int64_t token, const C* weights, int64_t stride, C* output, int64_t heads,
                   int64_t width) {
-  const T* kept[N];
-  const uint8_t* bits[N];
-  for (int t = 0; t < N; ++t) kept[t] = rows.at(token + t), bits[t] = rows.bits + (token + t) * rows.words;
-  for (int64_t word = 0; word < rows.words; ++word) {
+  typename Values::Vector value[N];
+  for (int t = 0; t < N; ++t) value[t] = all.at(token + t);
+  for (int64_t at = 0; at < width; at += LANES) {
     Eight<C> values[N];
-    for (int t = 0; t < N; ++t) {
-      values[t] = expanded<T>(kept[t], bits[t][word]);
-      kept[t] += __builtin_popcount(bits[t][word]);
-    }
+    for (int t = 0; t < N; ++t) values[t] = value[t].next();
     for (int64_t head = 0; head < heads; ++head) {
-      C* to = output + head * width + word * LANES;
+      C* to = output + head * width + at;
       auto sum = Eight<C>::load(to);
       for (int t = 0; t < N; ++t) sum.add(weights[head * stride + token + t], values[t]);
       sum.store(to);
@@ -321,35 +346,38 @@ inline void weigh(Rows<T>& rows, int64_t token, const C* weights, int64_t stride
   }
 }
 
+template <typename C, typename Values>
+void weigh_all(Values values, const C* weights, int64_t stride, C* output, int64_t heads, int64_t width) {
+  int64_t token = 0;
+  for (; token + TOGETHER <= values.safe; token += TOGETHER)
+    weigh<TOGETHER>(values, token, weights, stride, output, heads, width);
+  for (; token < values.tokens; ++token) weigh<1>(values, token, weights, stride, output, heads, width);
+}
+
 template <typename T>
 void attend(const Step& step, int64_t task) {
   using C = typename Computed<T>::type;
   const int64_t rows = step.batch * step.groups, heads = step.heads, key_width = step.key_width;
-  const int64_t width = step.value_width, recent = step.recent;
-  int64_t tokens = recent;
-  for (int64_t s = 0; s < step.count; ++s) tokens += step.segments[s].tokens;
+  const int64_t width = step.value_width;
+  const C* mask = static_cast<const C*>(step.mask);
+  if (mask) mask += task / step.groups * step.mask_stride;
+  int64_t recent = step.recent, tokens = recent;
+  for (int64_t n = 0; n < step.count; ++n) tokens += step.segments[n].tokens;
+  for (; mask && recent > 1 && mask[tokens - 1] == -std::numeric_limits<C>::infinity(); --tokens) --recent;
   const C* queries = static_cast<const C*>(step.queries) + task * heads * key_width;
   C* output = static_cast<C*>(step.output) + task * heads * width;
   static thread_local std::vector<C> scores;
   scores.resize(heads * tokens);
 
   int64_t from = 0;
-  for (int64_t s = 0; s < step.count; from += step.segments[s++].tokens) {
-    const Segment& part = step.segments[s];
-    Rows<T> keys(part.keys, part.key_bits, task, rows, part.tokens, step.kept_keys, key_width);
-    all_scores(keys, part.tokens, queries, heads, key_width, scores.data() + from, tokens);
+  for (int64_t n = 0; n < step.count; from += step.segments[n++].tokens) {
+    const Segment& part = step.segments[n];
+    Sparse<T> keys(part.keys, part.key_bits, task, rows, part.tokens, step.kept_keys, key_width);
+    all_scores(std::move(keys), queries, heads, key_width, scores.data() + from, tokens);
   }
-  const T* key = static_cast<const T*>(step.recent_keys) + task * recent * key_width;
-  for (int64_t token = 0; token < recent; ++token, key += key_width)
-    for (int64_t head = 0; head < heads; ++head) {
-      auto sum = Eight<C>::zero();
-      for (int64_t at = 0; at < key_width; at += LANES)
-        sum.add(Eight<C>::load(queries + head * key_width + at), whole<T>(key + at));
-      scores[head * tokens + from + token] = sum.sum();
-    }
+  all_scores(Whole<T>(step.recent_keys, task, step.key_stride, recent, key_width), queries, heads, key_width,
+             scores.data() + from, tokens);
 
-  const C* mask = static_cast<const C*>(step.mask);
-  if (mask) mask += task / step.groups * step.mask_stride;
   for (int64_t head = 0; head < heads; ++head) {
     C* own = scores.data() + head * tokens;
     C largest = -std::numeric_limits<C>::infinity();
@@ -363,24 +391,13 @@ void attend(const Step& step, int64_t task) {
 
   std::fill(output, output + heads * width, C(0));
   from = 0;
-  for (int64_t s = 0; s < step.count; from += step.segments[s++].tokens) {
-    const Segment& part = step.segments[s];
-    Rows<T> values(part.values, part.value_bits, task, rows, part.tokens, step.kept_values, width);
-    const C* weights = scores.data() + from;
-    int64_t token = 0;
-    for (; token + TOGETHER <= values.safe; token += TOGETHER)
-      weigh<TOGETHER, T, C>(values, token, weights, tokens, output, heads, width);
-    for (; token < part.tokens; ++token) weigh<1, T, C>(values, token, weights, tokens, output, heads, width);
+  for (int64_t n = 0; n < step.count; from += step.segments[n++].tokens) {
+    const Segment& part = step.segments[n];
+    Sparse<T> values(part.values, part.value_bits, task, rows, part.tokens, step.kept_values, width);
+    weigh_all(std::move(values), scores.data() + from, tokens, output, heads, width);
   }
-  const T* value = static_cast<const T*>(step.recent_values) + task * recent * width;
-  for (int64_t token = 0; token < recent; ++token, value += width)
-    for (int64_t head = 0; head < heads; ++head)
-      for (int64_t at = 0; at < width; at += LANES) {
-        C* to = output + head * width + at;
-        auto sum = Eight<C>::load(to);
-        sum.add(scores[head * tokens + from + token], whole<T>(value + at));
-        sum.store(to);
-      }
+  weigh_all(Whole<T>(step.recent_values, task, step.value_stride, recent, width), scores.data() + from, tokens, output,
+            heads, width);
 }
 
 template <typename T>

@@ -44,7 +44,8 @@ class _Step(ctypes.Structure):
         *(
             (name, ctypes.c_int64)
             for name in (
-                *("count", "recent", "batch", "groups", "heads", "key_width", "value_width"),
+                *("count", "recent", "key_stride", "value_stride", "batch", "groups", "heads"),
+                *("key_width", "value_width"),
                 *("kept_keys", "kept_values", "mask_stride", "threads"),
             )
         ),
@@ -95,11 +96,7 @@ def _attend_on_cpu(
 ) -> Tensor:
     batch, groups, recent, key_width = recent_keys.shape
     value_width, computed = recent_values.shape[-1], COMPUTED[recent_keys.dtype]
-    keys, values, queries = (
-        recent_keys.contiguous(),
-        recent_values.contiguous(),
-        query.to(computed).contiguous(),
-    )
+    keys, values, queries = _spaced(recent_keys), _spaced(recent_values), query.to(computed).contiguous()
     held = [tuple(part.contiguous() for part in segment) for segment in segments]
     output = queries.new_empty(batch, query.shape[1], value_width)
     if mask is not None:
@@ -116,6 +113,8 @@ def _attend_on_cpu(
         recent_values=values.data_ptr(),
         count=len(held),
         recent=recent,
+        key_stride=keys.stride(1),
+        value_stride=values.stride(1),
         batch=batch,
         groups=groups,
         heads=query.shape[1] // groups,
@@ -131,6 +130,14 @@ def _attend_on_cpu(
     assert built is not None
     getattr(built, f"kvp_attend_{str(recent_keys.dtype).removeprefix('torch.')}")(ctypes.byref(step))
     return output.to(query.dtype)
+
+
+def _spaced(states: Tensor) -> Tensor:
+    """Return states (batch, groups, tokens, width) whose groups lie at equal distances, each contiguous in itself."""
+    groups, _, width = states.shape[1:]
+    batch_stride, group_stride, *inner = states.stride()
+    whole = inner == [width, 1] and batch_stride == groups * group_stride
+    return states if whole else states.contiguous()
 
 
 @cache

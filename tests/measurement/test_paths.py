@@ -10,10 +10,13 @@ from kvp.estimate.serving import room
 from kvp.measurement import paths
 from kvp.measurement.cache import fixed_cache
 from kvp.measurement.count import cache_bytes, cache_bytes_per_token
-from kvp.measurement.packed_linears import PackedLinears, check_packing
-from kvp.measurement.paths import Eager, Static, attention_kernels, next_token, prepare
+from kvp.measurement.grouped import grouped
+from kvp.measurement.native_step import NATIVE, NativeLinears, check_native, native
+from kvp.measurement.paths import Eager, Native, Static, attention_kernels, next_token, prepare
+from kvp.models import skinny_linear
 from kvp.models.family import FAMILIES
 from kvp.models.shapes import layer_shapes, size
+from kvp.models.skinny_linear import MOST_ROWS
 from kvp.models.surgery import apply
 from tests.conftest import random_plan, tiny_model
 
@@ -64,35 +67,69 @@ def test_a_step_can_be_traced_as_one_graph(kind, prompt):
     assert torch.equal(decoded(decoder, prompt), expected)
 
 
+@pytest.mark.parametrize("width", [4, 16])  # the attention's kernel takes multiples of 8
 @pytest.mark.parametrize("kind", ["dense", "pruned"])
-def test_packed_matrices_decode_the_same_tokens_and_leave_the_model_as_it_was(kind, heads, prompt):
-    model = build(kind, heads).float()
+def test_native_kernels_decode_the_same_tokens_and_leave_the_model_as_it_was(kind, width, heads, prompt):
+    model = build(kind, heads, head_dim=width).float()
     expected, before = decoded(Eager(model), prompt), model(prompt).logits
-    decoder = prepare("packed", model, batch_size=3, prompt_length=PROMPT, new_tokens=NEW)
+    decoder = prepare("native", model, batch_size=3, prompt_length=PROMPT, new_tokens=NEW)
     assert torch.equal(decoded(decoder, prompt), expected)
+    assert torch.equal(decoded(decoder, prompt), expected), "a second run on the same cache"
     states = torch.randn(3, 1, model.config.hidden_size)
     with torch.inference_mode(), decoder.linears.used():
-        packed = model.lm_head(states)
-    torch.testing.assert_close(packed, model.lm_head(states), atol=1e-5, rtol=1e-5)
+        found = model.lm_head(states)
+    torch.testing.assert_close(found, model.lm_head(states), atol=1e-5, rtol=1e-5)
+    model.set_attn_implementation("sdpa")
     assert torch.equal(model(prompt).logits, before)
 
 
+@pytest.mark.parametrize("kind", ["dense", "pruned"])
+def test_a_native_step_can_be_traced_as_one_graph_whose_mask_bounds_what_it_reads(kind, prompt):
+    model = build(kind, head_dim=16).float()
+    expected = decoded(Eager(model), prompt)
+    model.set_attn_implementation(NATIVE)
+    decoder = Native(model, batch_size=3, length=PROMPT + NEW, window=64)
+    decoder.next_token = torch.compile(next_token, fullgraph=True, dynamic=False, backend="aot_eager")
+    assert torch.equal(decoded(decoder, prompt), expected)
+
+
+@pytest.mark.parametrize("width", [4, 16])
 @torch.inference_mode()
-def test_packed_matrices_keep_their_bias():
+def test_native_attention_reads_what_the_fallback_reads(width):
+    query, key, value = (torch.randn(2, heads, tokens, width) for heads, tokens in ((6, 1), (2, 40), (2, 40)))
+    mask = torch.zeros(1, 1, 1, 40)
+    mask[..., 33:], mask[..., 5] = -torch.inf, -torch.inf
+    for seen in (None, mask):
+        expected = grouped(None, query, key, value, seen, scaling=0.3)[0]
+        torch.testing.assert_close(native(None, query, key, value, seen, scaling=0.3)[0], expected)
+    torch.testing.assert_close(
+        native(None, query, key[:, :, :7], value[:, :, :7], None)[
+            0
+        ],  # views with gaps, as a fixed cache gives
+        grouped(None, query, key[:, :, :7], value[:, :, :7], None)[0],
+    )
+
+
+@torch.inference_mode()
+def test_native_matrices_keep_their_bias_and_read_prompts_as_before():
     model = torch.nn.Sequential(torch.nn.Linear(24, 40)).requires_grad_(False)
-    model.device, model.dtype = torch.device("cpu"), torch.float32
-    states, expected = (x := torch.randn(5, 24)), model(x)
-    with PackedLinears(model, 5).used():
-        torch.testing.assert_close(model(states), expected)
+    few, many = torch.randn(5, 24), torch.randn(MOST_ROWS + 1, 24)
+    expected = model(few), model(many)
+    with NativeLinears(model).used():
+        torch.testing.assert_close(model(few), expected[0])
+        assert torch.equal(model(many), expected[1])
 
 
-def test_matrices_that_cannot_be_packed_are_refused():
+def test_models_without_native_kernels_are_refused(monkeypatch):
     for device, dtype, words in (
-        ("cuda", torch.float32, "path packed needs oneDNN, on a CPU; got device cuda"),
-        ("cpu", torch.float64, "got torch.float64: use --dtype float32"),
+        ("cuda", torch.float32, "path native computes in float32 on a CPU; got torch.float32 on device cuda"),
+        ("cpu", torch.float64, "got torch.float64 on device cpu: use --dtype float32"),
     ):
         with pytest.raises(ValueError, match=words):
-            check_packing(torch.device(device), dtype)
+            check_native(torch.device(device), dtype)
+    monkeypatch.setattr(skinny_linear, "library", lambda source: None)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler, and none built its kernels"):
+        check_native(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.slow
