@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from kvp.data.corpora import Corpus, Part, Selection
 from kvp.data.tokens import digest, encode
 from kvp.models.caches import stated
-from kvp.models.nll import token_nll
+from kvp.models.nll import hidden_nll
 from kvp.options import options
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def window_nll(model: PreTrainedModel, windows: Tensor, scored: int) -> Tensor:
         from kvp.models.one_pass import as_decoded
 
         read = as_decoded(model, windows.shape[1] - 1)
-    logits = model(windows[:, :-1], logits_to_keep=scored, **read).logits
-    return token_nll(logits, windows[:, -scored:])
+    hidden = model.base_model(windows[:, :-1], **read).last_hidden_state
+    return hidden_nll(model, hidden[:, -scored:], windows[:, -scored:])
 
 
 @options

@@ -30,11 +30,16 @@ def next_token_nll(model: PreTrainedModel, **inputs: Any) -> Tensor:
     Pass `labels` (batch, seq_len) and either `input_ids` or `inputs_embeds`.
     """
     labels = inputs.pop("labels")
-    hidden = model.base_model(use_cache=False, **inputs).last_hidden_state[:, :-1].flatten(0, 1)
+    hidden = model.base_model(use_cache=False, **inputs).last_hidden_state
+    return hidden_nll(model, hidden[:, :-1], labels[:, 1:])
+
+
+def hidden_nll(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return the NLL of what last hidden states (..., hidden_size) predict, in nats, in the shape of `targets`."""
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Linear)
-    pieces = zip(hidden.split(ROWS), labels[:, 1:].flatten().split(ROWS), strict=True)
-    return torch.cat([_nll(rows, head, targets) for rows, targets in pieces]).view(len(labels), -1)
+    pieces = zip(hidden.flatten(0, -2).split(ROWS), targets.flatten().split(ROWS), strict=True)
+    return torch.cat([_nll(rows, head, wanted) for rows, wanted in pieces]).view(targets.shape)
 
 
 def _nll(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
