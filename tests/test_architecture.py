@@ -17,7 +17,7 @@ MODULES = sorted((ROOT / "kvp").rglob("*.py"))
 TABLE = yaml.safe_load((ROOT / "docs" / "imports.yaml").read_text())
 BEHIND = {
     "wandb": {"tracking.weights_and_biases"},
-    "lm_eval": {"evaluation.zeroshot"},
+    "lm_eval": {"evaluation.zeroshot", "evaluation.shared_context"},
     "jinja2": {"report.page.html"},
     "gguf": {"models.gguf_header", "serving.gguf_file", "serving.gguf_tokens", "serving.mla_gguf"},
     "llama_cpp": {"bench.llama_cpp.engine", "serving.engine_llama_cpp", "serving.quantize_llama_cpp"},
