@@ -22,10 +22,11 @@ from kvp.measurement.grouped import grouped
 from kvp.models import skinny_linear, sparse_attention
 
 NATIVE = "kvp_native"
+ATTEND = "attend_whole"  # the operator, in torch.ops.kvp
 CHANNELS = 8  # the attention's kernel reads as many at a time
 
 _OPS = torch.library.Library("kvp", "FRAGMENT")
-_OPS.define("attend_whole(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling) -> Tensor")
+_OPS.define(f"{ATTEND}(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling) -> Tensor")
 
 
 def check_native(device: torch.device, dtype: torch.dtype) -> None:
@@ -105,7 +106,7 @@ def _shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
     return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[-1])
 
 
-_OPS.impl("attend_whole", _attend_whole, "CPU")
-torch.library.register_fake("kvp::attend_whole", _shape, lib=_OPS)
+_OPS.impl(ATTEND, _attend_whole, "CPU")
+torch.library.register_fake(f"kvp::{ATTEND}", _shape, lib=_OPS)
 AttentionInterface.register(NATIVE, native)
 AttentionMaskInterface.register(NATIVE, sdpa_mask)

@@ -26,7 +26,7 @@ from typing_extensions import override
 from kvp.estimate.serving import SLICE, room
 from kvp.measurement.cache import check_whole_cache, fixed_cache
 from kvp.measurement.grouped import GROUPED
-from kvp.measurement.native_step import NATIVE, NativeLinears, available, check_native
+from kvp.measurement.native_step import ATTEND, NATIVE, NativeLinears, available, check_native
 from kvp.models.family import family_of
 from kvp.models.packed_cache import cache_for
 from kvp.models.rope import ropes
@@ -254,6 +254,8 @@ class _Watch(TorchDispatchMode):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         if name.startswith(SDPA):
             self.seen.add(re.sub("_attention|attention_|_for_cpu", "", name.removeprefix(SDPA)))
+        if name == ATTEND:
+            self.seen.add("native")
         with self:  # an operator made of others chooses among them
             result = func.decompose(*args, **kwargs)
         return func(*args, **kwargs) if result is NotImplemented else result
