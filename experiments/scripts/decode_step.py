@@ -4,7 +4,7 @@
 
     static    torch's linear layers and attention over a cache of fixed size
     native    kernels compiled for this CPU instead: see `kvp.measurement.native_step`
-    compiled the same after torch.compile, which fuses what lies between them
+    compiled  the same after torch.compile, which fuses what lies between them
 
     dense             the shape, with random weights
     KVPruner 25 %     a uniform cut of its cache
@@ -20,14 +20,12 @@ and caches that a step reads predict.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
@@ -42,6 +40,7 @@ from experiments.scripts.sparse_decode import (
     faster,
     fill,
     in_turns,
+    parser,
     ratios,
     spread,
     summary,
@@ -80,7 +79,7 @@ class Way:
 
 def main() -> None:
     """Measure every length, write the record and print its table."""
-    args = _parser().parse_args()
+    args = parser("decode_step", __doc__).parse_args()
     dense, longest = find_subjects(args.model)[0], max(args.tokens) + WARMUP + args.steps
     if longest > dense.config.max_position_embeddings:
         raise SystemExit(
@@ -109,26 +108,6 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(_table(rows))
-
-
-def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        prog="python -m experiments.scripts.decode_step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    made.add_argument("--model", default="smollm2_135m_shape", metavar="NAME", help="a shape of conf/model")
-    made.add_argument("--batch", type=int, default=8, metavar="N", help="sequences at a time")
-    made.add_argument(
-        "--tokens",
-        type=lambda text: tuple(map(int, text.split(","))),
-        default=(512, 2048),
-        metavar="N,N",
-        help="tokens in the cache at the first step",
-    )
-    made.add_argument("--steps", type=int, default=20, metavar="N", help="steps that count")
-    made.add_argument("--out", type=Path, default=Path("outputs/decode_step.json"), metavar="FILE")
-    return made
 
 
 def _subjects(dense: Subject) -> dict[str, Subject]:

@@ -52,7 +52,7 @@ UNITS = ("seconds", "cpu_seconds")
 
 def main() -> None:
     """Measure every length, write the record and print its table."""
-    args = parser().parse_args()
+    args = parser("sparse_decode", __doc__).parse_args()
     dense, batch = find_subjects(args.model)[0], args.batch
     rows = []
     for tokens in args.tokens:
@@ -81,11 +81,11 @@ def main() -> None:
     print(table(rows))
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command's options."""
+def parser(script: str, about: str | None) -> argparse.ArgumentParser:
+    """Return the parser of the options of a script that times steps."""
     made = argparse.ArgumentParser(
-        prog="python -m experiments.scripts.sparse_decode",
-        description=__doc__,
+        prog=f"python -m experiments.scripts.{script}",
+        description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--model", default="smollm2_135m_shape", metavar="NAME", help="a shape of conf/model")
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         help="tokens in the cache at the first step",
     )
     made.add_argument("--steps", type=int, default=20, metavar="N", help="steps that count")
-    made.add_argument("--out", type=Path, default=Path("outputs/sparse_decode.json"), metavar="FILE")
+    made.add_argument("--out", type=Path, default=Path(f"outputs/{script}.json"), metavar="FILE")
     return made
 
 

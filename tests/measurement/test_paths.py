@@ -22,6 +22,7 @@ from tests.conftest import random_plan, tiny_model
 
 KINDS = ["attention", "kv_group", "qk", "vo", "ffn"]
 PROMPT, NEW = 10, 20
+NEEDS_COMPILER = pytest.mark.skipif(not skinny_linear.buildable(), reason="no C++ compiler")
 
 
 def build(kind, heads="gqa", **changes):
@@ -69,6 +70,7 @@ def test_a_step_can_be_traced_as_one_graph(kind, prompt):
 
 @pytest.mark.parametrize("width", [4, 16])  # the attention's kernel takes multiples of 8
 @pytest.mark.parametrize("kind", ["dense", "pruned"])
+@NEEDS_COMPILER
 def test_native_kernels_decode_the_same_tokens_and_leave_the_model_as_it_was(kind, width, heads, prompt):
     model = build(kind, heads, head_dim=width).float()
     expected, before = decoded(Eager(model), prompt), model(prompt).logits
@@ -85,6 +87,7 @@ def test_native_kernels_decode_the_same_tokens_and_leave_the_model_as_it_was(kin
 
 
 @pytest.mark.parametrize("kind", ["dense", "pruned"])
+@NEEDS_COMPILER
 def test_a_native_step_can_be_traced_as_one_graph_whose_mask_bounds_what_it_reads(kind, prompt):
     model = build(kind, head_dim=16).float()
     expected = decoded(Eager(model), prompt)
@@ -96,6 +99,7 @@ def test_a_native_step_can_be_traced_as_one_graph_whose_mask_bounds_what_it_read
 
 @pytest.mark.parametrize("width", [4, 16])
 @torch.inference_mode()
+@NEEDS_COMPILER
 def test_native_attention_reads_what_the_fallback_reads(width):
     query, key, value = (torch.randn(2, heads, tokens, width) for heads, tokens in ((6, 1), (2, 40), (2, 40)))
     mask = torch.zeros(1, 1, 1, 40)
@@ -112,6 +116,7 @@ def test_native_attention_reads_what_the_fallback_reads(width):
 
 
 @torch.inference_mode()
+@NEEDS_COMPILER
 def test_native_matrices_keep_their_bias_and_read_prompts_as_before():
     model = torch.nn.Sequential(torch.nn.Linear(24, 40)).requires_grad_(False)
     few, many = torch.randn(5, 24), torch.randn(MOST_ROWS + 1, 24)
