@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvp.models.nll import ROWS
+from kvp.models.nll import ROWS, WORDS
 from kvp.models.shapes import active_width, layer_shapes, size, stream
 from kvp.types import LayerShape
 
@@ -59,9 +59,14 @@ def nll_bytes(config: PretrainedConfig, *, tokens: int, width: int) -> int:
     return config.vocab_size * (tokens * width + min(tokens, ROWS) * copies * FLOAT32)
 
 
-def evaluation_bytes(config: PretrainedConfig, *, batch_size: int, length: int, width: int) -> Parts:
-    """Return the peak of scoring whole sequences, as perplexity and zero-shot tasks do: weights, activations, total."""
-    tokens = batch_size * length
+def slice_bytes(config: PretrainedConfig, *, tokens: int, width: int) -> int:
+    """Return the bytes of the logits of `ROWS` tokens and `WORDS` words, and of their exponentials."""
+    stored = 0 if width == FLOAT32 else width
+    return (stored + 2 * FLOAT32) * min(tokens, ROWS) * min(config.vocab_size, WORDS)
+
+
+def evaluation_bytes(config: PretrainedConfig, *, tokens: int, width: int, logits: int) -> Parts:
+    """Return the peak of a pass over `tokens` whose logits take `logits` bytes: weights, activations, total."""
     layer = working_bytes(config, tokens=tokens, width=width)
-    head = nll_bytes(config, tokens=tokens, width=width) + tokens * config.hidden_size * width
+    head = logits + tokens * config.hidden_size * width
     return with_total({"weights": weights_bytes(config, width), "activations": max(layer, head)})

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvp.estimate.kept import Adapter
-from kvp.estimate.passes import FLOAT32, Parts, evaluation_bytes, weights_bytes, with_total
+from kvp.estimate.passes import (
+    FLOAT32,
+    Parts,
+    evaluation_bytes,
+    nll_bytes,
+    slice_bytes,
+    weights_bytes,
+    with_total,
+)
 from kvp.estimate.serving import measured_bytes
 from kvp.estimate.training import training_bytes
 from kvp.measurement.count import macs
@@ -83,26 +91,31 @@ def _examining(x: Experiment, config: PretrainedConfig) -> Iterator[Need]:
     width = itemsize(config)
     if data := x.perplexity:
         tokens = None if data.max_tokens is None else data.max_tokens * len(data.corpora)
+        read = data.batch_size * data.window
+        logits = slice_bytes(config, tokens=read, width=width)
         yield Need(
             phase="perplexity",
             size=f"windows of {data.window} tokens, {data.batch_size} at a time",
-            memory=evaluation_bytes(config, batch_size=data.batch_size, length=data.window, width=width),
+            memory=evaluation_bytes(config, tokens=read, width=width, logits=logits),
             macs=None if tokens is None else forward_macs(config, data.window) * tokens / data.window,
         )
     if tasks := x.zero_shot:
+        read = tasks.batch_size * REQUEST
+        # lm-eval holds all logits of the requests whose prompts are not shared
+        logits = nll_bytes(config, tokens=read, width=width)
         yield Need(
             phase="zero_shot",
             size=f"requests of up to {REQUEST} tokens, {tasks.batch_size} at a time",
-            memory=evaluation_bytes(config, batch_size=tasks.batch_size, length=REQUEST, width=width),
+            memory=evaluation_bytes(config, tokens=read, width=width, logits=logits),
         )
     if needles := x.needles:
         positions = config.max_position_embeddings
         lengths = [positions if length == "longest" else length for length in needles.lengths]
-        texts = needles.samples * len(needles.tasks)
+        texts, last = needles.samples * len(needles.tasks), config.vocab_size * width
         yield Need(
             phase="needles",
             size=f"texts of up to {max(lengths)} tokens, one at a time",
-            memory=evaluation_bytes(config, batch_size=1, length=max(lengths), width=width),
+            memory=evaluation_bytes(config, tokens=max(lengths), width=width, logits=last),
             macs=texts * sum(forward_macs(config, length) for length in lengths),
         )
     if protocol := x.protocol:
