@@ -1,6 +1,6 @@
 """Fit what pruning costs against the size of a model, and check the fit on a size that it has not seen.
 
-    python -m experiments.scripts.sizes [--out DIR] [--models NAME,NAME,...] [--unseen NAME]
+    python -m experiments.scripts.sizes [--out DIR] [--models NAME,NAME,...] [--unseen NAME] [--whole NAME]
 
 Models are shapes of conf/model with random weights, which cost the same as trained ones. Each work is one batch in a
 process of its own (`kvp.fit.check`): CPU seconds of all threads, which other processes disturb less than the clock,
@@ -10,7 +10,9 @@ The fit is a line per work: CPU seconds per token = a + b * multiply-accumulates
 errors. Those of a forward pass are counted from the shapes, and those of the whole work where its passes are known. The
 line predicts the unseen shape, which is measured too, and the shapes of 7B, 8B and 70B, which are not.
 
-Writes sizes.jsonl (with provenance) after every model, and sizes.md. A killed command goes on after its last model.
+`--whole LLaMA-7B` measures one of those in bfloat16, which needs twice its weights: on the disk and in memory.
+
+Writes sizes.jsonl (with provenance) after every work, and sizes.md. A killed command goes on after its last work.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ import torch
 from kvp.tables import markdown
 
 if TYPE_CHECKING:
+    from kvp.fit.check import Case
     from kvp.pipeline.experiment import Experiment
 
 SEEN = ("smollm2_135m_shape", "qwen25_05b_shape", "tinyllama_shape")
@@ -45,13 +48,16 @@ SIZES = (
     "num_key_value_heads",
     "vocab_size",
 )
-WORKS = ("perplexity", "scoring, kvpruner", "scoring, kvpruner_plus", "LoRA")
 CASES = (
-    ("perplexity", WORKS[0], ()),
-    ("score", WORKS[1], ("strategy=kvpruner",)),
-    ("score", WORKS[2], ("strategy=kvpruner_plus",)),
-    ("recover", WORKS[3], ()),
+    ("perplexity", "perplexity", ()),
+    ("score", "scoring, kvpruner", ("strategy=kvpruner",)),
+    ("score", "scoring, kvpruner_plus", ("strategy=kvpruner_plus",)),
+    ("plan", "search, kvpruner_plus", ("strategy=kvpruner_plus",)),
+    ("refit", "refit, kvpruner_plus", ("strategy=kvpruner_plus",)),
+    ("recover", "LoRA", ()),
 )
+WORKS = tuple(work for _, work, _ in CASES)
+ONE_WINDOW = ("calibration.batch_size=1", "evaluation.perplexity.batch_size=1", "recovery.micro_batch_size=1")
 MEASURED = "float32"  # files hold it too: a conversion would map the whole file beside the weights
 HEADS = ("model", "parameters (M)", "work", "tokens")
 
@@ -68,6 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/sizes"), metavar="DIR")
     parser.add_argument("--models", default=",".join(SEEN), metavar="NAMES", help="at least two sizes")
     parser.add_argument("--unseen", default=UNSEEN, metavar="NAME")
+    parser.add_argument("--whole", choices=LARGE, help="a large shape to measure too, in bfloat16")
     args = parser.parse_args()
     seen = args.models.split(",")
     if len(set(seen)) < 2:
@@ -75,27 +82,26 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "sizes.jsonl"
     lines = [json.loads(each) for each in file.read_text().splitlines()] if file.exists() else []
-    for name in [*seen, args.unseen]:
-        if name not in {each["model"] for each in lines}:
-            print(name, file=sys.stderr, flush=True)
-            lines += measure(name)
-            file.write_text("".join(f"{json.dumps(each)}\n" for each in lines))
+    for name in [*seen, args.unseen, *([args.whole] if args.whole else [])]:
+        done = {each["work"] for each in lines if each["model"] == name}
+        print(name, file=sys.stderr, flush=True)
+        for each in measure(name, [case for case in CASES if case[1] not in done]):
+            lines.append(each)
+            file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     (args.out / "sizes.md").write_text(tables(lines, seen, args.unseen))
     print((args.out / "sizes.md").read_text())
 
 
-def measure(name: str) -> list[Line]:
-    """Return one line per work of a model."""
+def measure(name: str, cases: Sequence[Case] = CASES) -> Iterator[Line]:
+    """Yield one line per work of a model; those of `LARGE` read one window at a time, in bfloat16."""
     from kvp.fit.check import check
     from kvp.provenance import provenance
 
-    words = shape(name, MEASURED)
+    words = [*shape(name, "bfloat16"), *ONE_WINDOW] if name in LARGE else shape(name, MEASURED)
     foreseen = {each["work"]: each for each in foresee(words)}
     made = provenance("cpu")
-    return [
-        {"model": name, **foreseen[row.work], **asdict(row), "provenance": made}
-        for row in check(words, CASES)
-    ]
+    for row in check(words, cases):
+        yield {"model": name, **foreseen[row.work], **asdict(row), "provenance": made}
 
 
 def shape(name: str, dtype: str) -> list[str]:
@@ -114,13 +120,13 @@ def foresee(words: Sequence[str]) -> list[Line]:
     from kvp.composing import compose
     from kvp.models.shapes import layer_shapes, size
     from kvp.pipeline.experiment import Experiment
-    from kvp.pipeline.needs import forward_macs, needs
+    from kvp.pipeline.needs import forward_macs, need_of
 
     lines = []
     for phase, work, options in CASES:
         x = Experiment.compose(compose([*words, *options]), [*words, *options])
         config, length = x.source.expected(), x.calibration.length
-        need = next(need for need in needs(x, config) if need.phase == phase)
+        need = need_of(x, config, phase)
         params = size(config, layer_shapes(config)).params
         macs = forward_macs(config, length) / length if need.macs is None else need.macs / _tokens(x, phase)
         lines.append({"work": work, "params": params, "macs": macs, "estimate": need.memory["total"]})
@@ -154,6 +160,13 @@ def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def tables(lines: Sequence[Line], seen: Sequence[str], unseen: str) -> str:
     """Return what was measured, the fit of it, and what large shapes would take, as Markdown."""
     measured = [each for each in lines if each["model"] in {*seen, unseen}]
+    parts = [_costs(measured), _fits(measured, unseen), _large(measured, unseen)]
+    whole = [each for each in lines if each["model"] in LARGE]
+    return "\n\n".join([*parts, _costs(whole)] if whole else parts) + "\n"
+
+
+def _costs(lines: Sequence[Line]) -> str:
+    """Return a row per model and work: what was measured, and the estimate of its peak."""
     rows = [
         [
             *[each["model"], f"{each['params'] / 1e6:,.0f}", each["work"], f"{each['tokens']:,}"],
@@ -161,11 +174,10 @@ def tables(lines: Sequence[Line], seen: Sequence[str], unseen: str) -> str:
             *(f"{each[key] / 2**20:,.0f}" for key in ("estimate", "measured")),
             f"{each['measured'] / each['estimate']:.3f}",
         ]
-        for each in sorted(measured, key=lambda each: (each["params"], WORKS.index(each["work"])))
+        for each in sorted(lines, key=lambda each: (each["params"], WORKS.index(each["work"])))
     ]
     heads = [*HEADS, "CPU ms per token", "estimate (MiB)", "peak (MiB)", "peak / estimate"]
-    parts = [markdown(heads, rows, labels=1), _fits(measured, unseen), _large(measured, unseen)]
-    return "\n\n".join(parts) + "\n"
+    return markdown(heads, rows, labels=1)
 
 
 def fits(lines: Sequence[Line], unseen: str) -> dict[str, tuple[float, float]]:

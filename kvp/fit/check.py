@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from kvp import children
 from kvp.composing import compose
 from kvp.pipeline.experiment import Experiment
-from kvp.pipeline.needs import Need, needs
+from kvp.pipeline.needs import need_of
 from kvp.tables import markdown
 
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -84,29 +84,29 @@ def check(model: Sequence[str], cases: Sequence[Case] = CASES) -> Iterator[Row]:
         for phase, work, options in tqdm(cases, desc="measuring", unit="work"):
             words = [*plain, *options]
             x = Experiment.compose(compose(words), words)
-            need = next(need for need in needs(x, source.expected()) if need.phase == phase)
+            need = need_of(x, source.expected(), phase)
             yield Row(
                 work=work,
                 size=need.size,
                 estimate=need.memory["total"],
-                **_measured(x, need, words, checkpoint),
+                **_measured(x, phase, words, checkpoint),
             )
 
 
-def _measured(x: Experiment, need: Need, words: Sequence[str], checkpoint: Path) -> dict[str, Any]:
-    if need.phase == "measure":
+def _measured(x: Experiment, phase: str, words: Sequence[str], checkpoint: Path) -> dict[str, Any]:
+    if phase == "measure":
         assert x.protocol is not None
         os.environ |= MAPPED
         dtype = str(x.dtype).removeprefix("torch.")
         memory = x.protocol.measure(checkpoint, device=x.device, dtype=dtype)["memory"]
         return {"measured": memory["peak_bytes"] - memory["baseline_bytes"]}
-    spec = {"phase": need.phase, "words": list(words), "checkpoint": str(checkpoint)}
+    spec = {"phase": phase, "words": list(words), "checkpoint": str(checkpoint)}
     command = [sys.executable, "-m", "kvp.fit.child", json.dumps(spec)]
     done = children.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **MAPPED}
     )
     if done.returncode:
-        raise RuntimeError("\n".join([f"{need.phase} failed:", *done.stderr.splitlines()[-20:]]))
+        raise RuntimeError("\n".join([f"{phase} failed:", *done.stderr.splitlines()[-20:]]))
     found = json.loads(done.stdout.splitlines()[-1])
     return {"measured": found.pop("bytes"), **found}
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,8 +22,13 @@ from kvp.bars import only_on_terminals
 from kvp.composing import compose
 from kvp.measurement import memory
 from kvp.models.load import load_config, load_model
+from kvp.models.shapes import layer_shapes
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.needs import recipe_length
+from kvp.types import Budget, Plan
+
+if TYPE_CHECKING:
+    from kvp.strategies.target import Scores, Target
 
 STEPS = 2  # of training
 WARM = (1, 16)  # sequences and tokens after which libraries have taken what they take once
@@ -60,6 +65,34 @@ def scoring(x: Experiment, checkpoint: Path) -> Trial:
         scores = x.strategy.score(target)
         if x.strategy.probes:
             x.strategy.sensitivity(target, scores)
+
+    data = x.calibration
+    return Trial(work=work, batch_size=data.batch_size, length=data.length, held=memory.weights_bytes(model))
+
+
+def planning(x: Experiment, checkpoint: Path) -> Trial:
+    """Return what a run's strategy does between scores and plan; a search looks at the model again."""
+    model, scores, target = _scored(x, checkpoint)
+
+    def work(batch_size: int, length: int) -> None:
+        with TemporaryDirectory() as directory:
+            _plan(x, target(batch_size, length), scores, Path(directory))
+
+    data = x.calibration
+    return Trial(work=work, batch_size=data.batch_size, length=data.length, held=memory.weights_bytes(model))
+
+
+def refitting(x: Experiment, checkpoint: Path) -> Trial:
+    """Return the refit of a plan that is made on the fewest tokens, and held with its edits as in a run."""
+    model, scores, target = _scored(x, checkpoint)
+    assert x.strategy.compensation is not None
+
+    def work(batch_size: int, length: int) -> None:
+        with TemporaryDirectory() as directory:
+            plan = _plan(x, target(*WARM), scores, Path(directory))
+            x.strategy.compensation.refit(
+                model, target(batch_size, length).batches, plan, Path(directory, "refit")
+            )
 
     data = x.calibration
     return Trial(work=work, batch_size=data.batch_size, length=data.length, held=memory.weights_bytes(model))
@@ -113,9 +146,29 @@ def recovering(x: Experiment, checkpoint: Path) -> Trial:
 
 PHASES: dict[str, Callable[[Experiment, Path], Trial]] = {
     "score": scoring,
+    "plan": planning,
+    "refit": refitting,
     "perplexity": evaluating,
     "recover": recovering,
 }
+
+
+def _scored(x: Experiment, checkpoint: Path) -> tuple[PreTrainedModel, Scores, Callable[[int, int], Target]]:
+    """Return a model, its scores on the fewest tokens, and what gives it random tokens to read."""
+    from kvp.strategies.target import Target
+
+    model = _loaded(x, checkpoint)
+
+    def target(batch_size: int, length: int) -> Target:
+        return Target(model, _ids(model.config.vocab_size, batch_size, length), batch_size, 0)
+
+    return model, x.strategy.score(target(*WARM)), target
+
+
+def _plan(x: Experiment, target: Target, scores: Scores, directory: Path) -> Plan:
+    profile = torch.ones(len(layer_shapes(target.config)))  # every layer as sensitive as the others
+    assert isinstance(x.budget, Budget)
+    return x.strategy.search(target, scores, x.budget, profile, directory)
 
 
 def _loaded(x: Experiment, checkpoint: Path) -> PreTrainedModel:

@@ -61,6 +61,12 @@ def peak(x: Experiment, dense: PretrainedConfig) -> Need | None:
     return max(needs(x, dense), key=lambda need: need.memory["total"], default=None)
 
 
+def need_of(x: Experiment, dense: PretrainedConfig, phase: str) -> Need:
+    """Return what one phase of a run takes; "plan" and "refit" are steps of the phase "score"."""
+    kind = "score" if phase in ("plan", "refit") else phase
+    return next(need for need in needs(x, dense) if need.phase == kind)
+
+
 def _planning(x: Experiment, config: PretrainedConfig) -> Iterator[Need]:
     if x.untouched:
         return

@@ -13,7 +13,7 @@ from kvp.measurement.memory import available_bytes
 from kvp.models.shapes import layer_shapes, size
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import Foretold
-from kvp.pipeline.needs import Need, needs
+from kvp.pipeline.needs import need_of, needs
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -93,7 +93,7 @@ def check_room(x: Experiment, config: PretrainedConfig, foretold: Sequence[Foret
 def way_out(x: Experiment, config: PretrainedConfig, phase: str, free: int) -> str:
     """Return the options under which a phase would fit, or what is left if none would."""
     for words, other in _smaller(x, phase):
-        if _need(other, config, phase).memory["total"] <= free:
+        if need_of(other, config, phase).memory["total"] <= free:
             return f"{words} would fit"
     return "no smaller batch would fit, so choose another device or a smaller model"
 
@@ -110,10 +110,6 @@ def _smaller(x: Experiment, phase: str) -> Iterator[tuple[str, Experiment]]:
         yield " ".join(words), x
     if x.dtype.itemsize > 2 and phase != "recover":  # which has a dtype of its own
         yield " ".join([*words, "model.dtype=bfloat16"]), replace(x, dtype=torch.bfloat16)
-
-
-def _need(x: Experiment, config: PretrainedConfig, phase: str) -> Need:
-    return next(need for need in needs(x, config) if need.phase == phase)
 
 
 def _free(x: Experiment) -> int:

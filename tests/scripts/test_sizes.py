@@ -59,7 +59,8 @@ def test_large_shapes_are_those_of_their_papers():
 
 def test_work_is_counted_from_the_shapes():
     """A pass of KVPruner's scoring has a backward; each layer's removal is half a pass more, by its place."""
-    perplexity, kvpruner, _, lora = (each["macs"] for each in foresee(shape("smollm2_135m_shape", "float32")))
+    macs = {each["work"]: each["macs"] for each in foresee(shape("smollm2_135m_shape", "float32"))}
+    perplexity, kvpruner, lora = (macs[work] for work in ("perplexity", "scoring, kvpruner", "LoRA"))
     assert perplexity == pytest.approx(134.5e6, rel=0.1)  # a multiply-accumulate per parameter, and attention
     assert kvpruner / perplexity == pytest.approx(2 + 1 + 30 / 2, rel=0.1)
     assert lora / perplexity == pytest.approx(2, rel=0.1)
@@ -67,8 +68,12 @@ def test_work_is_counted_from_the_shapes():
 
 @pytest.mark.slow
 def test_every_work_of_a_model_is_measured():
-    found = measure("smollm2_135m_shape")
+    found = list(measure("smollm2_135m_shape"))
     assert [each["work"] for each in found] == list(WORKS)
     for each in found:
         assert each["cpu_seconds"] > 0 and each["tokens"] >= 256
-        assert 0.8 < each["measured"] / each["estimate"] < 1.25
+        whole = each["work"].split(",")[0] not in (
+            "search",
+            "refit",
+        )  # steps of a phase whose peak is scoring
+        assert (0.8 if whole else 0.3) < each["measured"] / each["estimate"] < 1.25
