@@ -84,15 +84,13 @@ def planning(x: Experiment, checkpoint: Path) -> Trial:
 
 def refitting(x: Experiment, checkpoint: Path) -> Trial:
     """Return the refit of a plan that is made on the fewest tokens, and held with its edits as in a run."""
-    model, scores, target = _scored(x, checkpoint)
-    assert x.strategy.compensation is not None
+    (model, scores, target), compensation = _scored(x, checkpoint), x.strategy.compensation
+    assert compensation is not None
 
     def work(batch_size: int, length: int) -> None:
         with TemporaryDirectory() as directory:
             plan = _plan(x, target(*WARM), scores, Path(directory))
-            x.strategy.compensation.refit(
-                model, target(batch_size, length).batches, plan, Path(directory, "refit")
-            )
+            compensation.refit(model, target(batch_size, length).batches, plan, Path(directory, "refit"))
 
     data = x.calibration
     return Trial(work=work, batch_size=data.batch_size, length=data.length, held=memory.weights_bytes(model))
