@@ -3,8 +3,8 @@
     python -m experiments.scripts.decode_step [--model NAME] [--batch N] [--tokens N,N] [--steps N] [--out FILE]
 
     static    torch's linear layers and attention over a cache of fixed size
-    native    kernels compiled for this CPU instead: see `kvp.measurement.native_step`
-    compiled  the same after torch.compile, which fuses what lies between them
+    native    one kernel for all layers, compiled for this CPU: see `kvp.models.decode_layers`
+    compiled  a kernel for each linear layer and attention, and torch.compile for what lies between them
 
     dense             the shape, with random weights
     KVPruner 25 %     a uniform cut of its cache

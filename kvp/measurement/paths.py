@@ -2,8 +2,9 @@
 
     eager     transformers' own: Python launches every kernel, the cache is copied to grow by a token
     static    a cache of fixed size, written in place; on a GPU a step is one CUDA graph, replayed
-    native    the same with kernels compiled for this CPU, for linear layers and attention
-    compiled  native after torch.compile; static where there are no such kernels
+    native    the same with kernels compiled for this CPU: one for all layers where they are Llama's, else one for
+              each linear layer and attention
+    compiled  those kernels one by one, after torch.compile; static where there are none
 
 All decode greedily and stop at no end of text, so that a run is as long as it was asked to be.
 """
@@ -27,6 +28,7 @@ from kvp.estimate.serving import SLICE, room
 from kvp.measurement.cache import check_whole_cache, fixed_cache
 from kvp.measurement.grouped import GROUPED
 from kvp.measurement.native_step import ATTEND, NATIVE, NativeLinears, available, check_native
+from kvp.models.decode_layers import DecodeLayers, serves
 from kvp.models.family import family_of
 from kvp.models.packed_cache import cache_for
 from kvp.models.rope import ropes
@@ -210,11 +212,31 @@ class Static:
 
 
 class Native(Static):
-    """A static cache, read and multiplied by kernels compiled for this CPU."""
+    """A static cache, read and multiplied by kernels compiled for this CPU.
+
+    Attributes:
+        layers: The kernel of all layers; None: the model is not like that, or a compiler sees the step.
+    """
 
     def __init__(self, model: PreTrainedModel, **options: Any) -> None:
         super().__init__(model, **options)
         self.linears = NativeLinears(model)
+        self.layers: DecodeLayers | None = None
+        if self.window is None and serves(model.config):
+            layers: Any = self.cache.layers
+            self.layers = DecodeLayers(model, [(layer.keys, layer.values) for layer in layers])
+
+    @override
+    def step(self) -> None:
+        if self.layers is None:
+            super().step()
+            return
+        hidden = self.layers.step(self.model.get_input_embeddings()(self.token), self.tokens)
+        self.tokens += 1
+        self.position.add_(1)
+        with self.linears.used():
+            hidden = self.model.get_submodule(family_of(self.model.config).norm)(hidden)
+            self.token.copy_(self.model.get_output_embeddings()(hidden).argmax(-1))
 
     @override
     def _step(self, next_token: Callable[..., Tensor]) -> None:

@@ -1,8 +1,9 @@
 """C++ of kvp, compiled for this CPU when it is first used.
 
 The compiler is the one that torch's extensions use: `$CXX`, or else `c++`. The library lies in the user's cache folder
-(`~/.cache/kvp`). Its name says which source, compiler options and CPU it was built for, so a home that several machines
-share holds one library per kind of CPU. Without a compiler there is no library, and the caller computes in another way.
+(`~/.cache/kvp`). Its name says for which source, headers, compiler options and CPU it was built, so a home that several
+machines share holds one library per kind of CPU. Without a compiler there is no library, and the caller computes in
+another way.
 """
 
 from __future__ import annotations
@@ -56,7 +57,14 @@ def _folder() -> Path:
 
 def _identity(source: Path) -> str:
     """Return a name for the source, the compiler with its options and the kind of CPU."""
-    about = [source.read_text(), *_compiler(), *FLAGS, platform.machine(), platform.processor()]
+    headers = sorted(source.parent.glob("*.h"))
+    about = [
+        *(file.read_text() for file in (source, *headers)),
+        *_compiler(),
+        *FLAGS,
+        platform.machine(),
+        platform.processor(),
+    ]
     if CPUINFO.is_file():
         told = CPUINFO.read_text().splitlines()
         about += sorted(

@@ -1,0 +1,116 @@
+"""One kernel for all layers gives what the model's own forward gives, and leaves what it has not to others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvp.measurement.cache import fixed_cache
+from kvp.models import decode_layers, native
+from kvp.models.decode_layers import DecodeLayers, serves
+from kvp.models.family import FAMILIES
+from kvp.models.joined import joined
+from kvp.models.surgery import apply
+from kvp.strategies.compensation.compensate import Bias
+from kvp.types import Plan
+from tests.conftest import random_plan, refitted, tiny_model
+
+SERVED = ("llama", "mistral", "phi3", "qwen2", "smollm3")
+TOKENS = 9
+needs_kernel = pytest.mark.skipif(native.library(decode_layers.SOURCE) is None, reason="no C++ compiler")
+
+
+def build(family="llama", heads="gqa", kinds=(), **changes):
+    """A model of heads of 32 channels, whose cuts leave 16."""
+    model = tiny_model(family, heads, head_dim=32, **changes)
+    plan = random_plan(model, list(kinds), keep=0.5)
+    even = {space: keep for space, keep in plan.keep.items() if space.kind not in ("qk", "vo")}
+    for space, keep in plan.keep.items():
+        if space not in even:  # as many in each layer
+            rows = [
+                torch.randperm(space.shape[-1], generator=torch.Generator().manual_seed(row))
+                for row in range(9)
+            ]
+            kept = {"qk": 8, "vo": 16}[space.kind]
+            even[space] = torch.stack([row[:kept].sort().values for row in rows[: keep.shape[0]]])
+    return apply(model, Plan(even)) if kinds else model
+
+
+@torch.inference_mode()
+def hidden_by_kernel(model, ids):
+    """The states after the last layer, token by token."""
+    cache, _ = fixed_cache(
+        model.config, batch_size=len(ids), length=TOKENS, dtype=torch.float32, device=torch.device("cpu")
+    )
+    layers = DecodeLayers(model, [(layer.keys, layer.values) for layer in cache.layers])
+    embedded = model.get_input_embeddings()(ids)
+    return torch.cat([layers.step(embedded[:, at : at + 1], at) for at in range(ids.shape[1])], dim=1)
+
+
+@torch.inference_mode()
+def check(model, batch_size=3):
+    ids = torch.randint(96, (batch_size, TOKENS), generator=torch.Generator().manual_seed(batch_size))
+    assert serves(model.config)
+    found = model.base_model.norm(hidden_by_kernel(model, ids))
+    expected = model.base_model(ids).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+@needs_kernel
+@pytest.mark.parametrize("kinds", [(), ("qk", "vo"), ("kv_group", "ffn"), ("attention", "mlp")])
+@pytest.mark.parametrize("family", SERVED)
+def test_the_kernel_is_the_forward_pass(family, heads, kinds):
+    check(build(family, heads, kinds))
+
+
+@needs_kernel
+@pytest.mark.parametrize("batch_size", [1, 8, 9, 17])
+def test_any_number_of_sequences(batch_size):
+    check(build(kinds=("qk", "vo")), batch_size)
+
+
+@needs_kernel
+def test_joined_heads_and_added_biases():
+    check(joined(build(), 1, False))
+    model = build()
+    plan = random_plan(model, ["kv_group", "ffn"])
+    batches = [torch.randint(96, (2, 12), generator=torch.Generator().manual_seed(0))]
+    check(apply(model, refitted(Bias(), model, batches, plan)))
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(build(kinds=("qk", "vo")))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernel
+def test_without_vector_instructions_it_is_the_same(monkeypatch, tmp_path):
+    """Other processors than x86 with AVX2 take the plain loops."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", tuple(flag for flag in native.FLAGS if flag != "-march=native"))
+    native.library.cache_clear()
+    try:
+        check(build(kinds=("qk", "vo")), 9)
+    finally:
+        native.library.cache_clear()
+
+
+@needs_kernel
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(SERVED)))
+def test_other_layers_are_left_to_other_kernels(family):
+    assert not serves(tiny_model(family).config)
+
+
+@needs_kernel
+def test_widths_and_rotations_that_the_kernel_has_not():
+    assert not serves(tiny_model(head_dim=12).config)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert not serves(tiny_model(head_dim=32, rope_parameters=dynamic).config)
+    partial = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    assert not serves(tiny_model("phi3", head_dim=32, rope_parameters=partial).config)
