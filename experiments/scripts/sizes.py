@@ -93,14 +93,14 @@ def main() -> None:
 
 
 def measure(name: str, cases: Sequence[Case] = CASES) -> Iterator[Line]:
-    """Yield one line per work of a model; those of `LARGE` read one window at a time, in bfloat16."""
+    """Yield one line per work of a model, the cheapest first; those of `LARGE` read single windows, in bfloat16."""
     from kvp.fit.check import check
     from kvp.provenance import provenance
 
     words = [*shape(name, "bfloat16"), *ONE_WINDOW] if name in LARGE else shape(name, MEASURED)
     foreseen = {each["work"]: each for each in foresee(words)}
     made = provenance("cpu")
-    for row in check(words, cases):
+    for row in check(words, sorted(cases, key=lambda case: foreseen[case[1]]["macs"])):
         yield {"model": name, **foreseen[row.work], **asdict(row), "provenance": made}
 
 
