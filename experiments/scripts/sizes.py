@@ -1,6 +1,6 @@
 """Fit what pruning costs against the size of a model, and check the fit on a size that it has not seen.
 
-    python -m experiments.scripts.sizes [--out DIR] [--models NAME,NAME,...] [--unseen NAME] [--whole NAME]
+    python -m experiments.scripts.sizes [--out DIR] [--models NAME,NAME,...] [--unseen NAME] [--whole NAME] [--work NAME]
 
 Models are shapes of conf/model with random weights, which cost the same as trained ones. Each work is one batch in a
 process of its own (`kvp.fit.check`): CPU seconds of all threads, which other processes disturb less than the clock,
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/sizes"), metavar="DIR")
     parser.add_argument("--models", default=",".join(SEEN), metavar="NAMES", help="at least two sizes")
     parser.add_argument("--unseen", default=UNSEEN, metavar="NAME")
+    parser.add_argument("--work", action="append", choices=WORKS, help="only this one; repeat it for more")
     parser.add_argument("--whole", choices=LARGE, help="a large shape to measure too, in bfloat16")
     args = parser.parse_args()
     seen = args.models.split(",")
@@ -85,7 +86,8 @@ def main() -> None:
     for name in [*seen, args.unseen, *([args.whole] if args.whole else [])]:
         done = {each["work"] for each in lines if each["model"] == name}
         print(name, file=sys.stderr, flush=True)
-        for each in measure(name, [case for case in CASES if case[1] not in done]):
+        asked = set(args.work or WORKS) - done
+        for each in measure(name, [case for case in CASES if case[1] in asked]):
             lines.append(each)
             file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     (args.out / "sizes.md").write_text(tables(lines, seen, args.unseen))
