@@ -1,6 +1,6 @@
 """Fit what pruning costs against the size of a model, and check the fit on a size that it has not seen.
 
-    python -m experiments.scripts.sizes [--out DIR] [--models NAME,NAME,...] [--unseen NAME] [--whole NAME] [--work NAME]
+    python -m experiments.scripts.sizes [--out DIR] [--models NAME,...] [--unseen NAME] [--whole NAME] [--work NAME]
 
 Models are shapes of conf/model with random weights, which cost the same as trained ones. Each work is one batch in a
 process of its own (`kvp.fit.check`): CPU seconds of all threads, which other processes disturb less than the clock,
