@@ -13,6 +13,7 @@ import transformers
 from kvp.models.checkpoint.check import check_weights, read_config
 from kvp.models.checkpoint.files import CONFIG
 from kvp.models.checkpoint.tokens import open_tokenizer
+from kvp.models.half import in_hardware, widened
 from kvp.models.unfused import unfused
 from kvp.types import DTYPES
 
@@ -74,6 +75,8 @@ def load_config(path: Path) -> PretrainedConfig:
 def load_model(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
     """Return the model of a checkpoint, in eval mode; the twin, if its own class fuses q, k and v (Phi-3).
 
+    Linear layers of 16 bits multiply in float32 on a CPU that has no arithmetic for them (`kvp.models.half`).
+
     Raises:
         FileNotFoundError: It is no checkpoint.
         ValueError: Config and weights disagree, as `check_weights` says, or a weight is not finite.
@@ -84,7 +87,7 @@ def load_model(path: Path, *, dtype: torch.dtype, device: str) -> PreTrainedMode
     )
     model: PreTrainedModel = loaded.eval().to(torch.device(device))
     check_finite(model, str(path))
-    return unfused(model)
+    return widened(unfused(model))
 
 
 def check_finite(model: PreTrainedModel, where: str) -> None:
@@ -130,6 +133,4 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
         return getattr(torch, dtype)
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    # private, because the public torch.cpu.get_capabilities() is newer than the oldest torch that pyproject allows
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if in_hardware(torch.bfloat16) else torch.float32

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvp.models.half import linear
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -47,7 +49,7 @@ def _nll(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     assert head.bias is None
     sums, chosen = [], torch.zeros(len(targets), device=hidden.device)
     for number, weight in enumerate(head.weight.split(WORDS)):
-        logits = F.linear(hidden, weight).float()
+        logits = linear(hidden, weight).float()
         sums.append(logits.logsumexp(dim=1))
         place = targets - number * WORDS
         inside = (place >= 0) & (place < len(weight))
