@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvp.measurement.roofline import copy_bandwidth
+from kvp.models.half import linear
 from kvp.models.sources import HubModel
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.forecast import Forecast, device_of
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ROWS = 512  # tokens of the product that is timed
-WIDEST = {"cpu": 1024, "cuda": 16384}  # of that product: a CPU that emulates bfloat16 takes seconds for more
+WIDEST = {"cpu": 1024, "cuda": 16384}  # of that product: a CPU takes long for more
 SHORTEST = 0.3  # seconds that the products take together
 SHARE = 0.5  # of the rate of a large product, which a whole model reaches
 PLANNING = ("score", "sensitivity", "plan", "refit")  # stages that the phase "score" stands for
@@ -76,12 +77,12 @@ def _rate(config: PretrainedConfig, x: Experiment) -> float:
     """Return operations per second of a product of `ROWS` tokens with a matrix of the model, at most `WIDEST` wide."""
     device, widest = torch.device(x.device), WIDEST[x.device]
     hidden, inner = (min(width, widest) for width in (config.hidden_size, config.intermediate_size))
-    left = torch.ones(ROWS, hidden, dtype=x.dtype, device=device)
-    right = torch.ones(hidden, inner, dtype=x.dtype, device=device)
-    (left @ right).sum().item()
+    states = torch.ones(ROWS, hidden, dtype=x.dtype, device=device)
+    matrix = torch.ones(inner, hidden, dtype=x.dtype, device=device)
+    linear(states, matrix).sum().item()
     done, began = 0, time.perf_counter()
     while time.perf_counter() - began < SHORTEST:
-        (left @ right)[0, 0].item()  # waits for the device
+        linear(states, matrix)[0, 0].item()  # waits for the device
         done += 1
     operations = 2 * ROWS * hidden * inner * done
     return operations / (time.perf_counter() - began)
