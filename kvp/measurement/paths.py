@@ -31,13 +31,12 @@ from kvp.measurement.native_step import ATTEND, NATIVE, NativeLinears, available
 from kvp.models.decode_layers import DecodeLayers, serves
 from kvp.models.family import family_of
 from kvp.models.packed_cache import cache_for
-from kvp.models.rope import ropes
+from kvp.models.rope import ROPE_BY_LENGTH, ropes
 
 DecodePath = Literal["eager", "static", "native", "compiled"]
 
 WINDOW = 128  # tokens by which the part of a cache that captured steps read grows: one graph each
 WARMUP = 3  # steps before a capture: libraries take their workspaces, compilers compile
-ROPE_BY_LENGTH = ("dynamic", "longrope")
 SDPA = "_scaled_dot_product_"
 
 
@@ -54,7 +53,10 @@ class Decoder(Protocol):
         """The next token."""
 
     def plain_step(self) -> None:
-        """Take the same step once more, launched kernel by kernel, for those who want to watch; ends the run."""
+        """Take the same step once more, launched kernel by kernel, for those who want to watch; ends the run.
+
+        A decoder with one kernel for all layers takes it by one for each linear layer and attention.
+        """
 
 
 @torch.inference_mode()
@@ -222,7 +224,7 @@ class Native(Static):
         super().__init__(model, **options)
         self.linears = NativeLinears(model)
         self.layers: DecodeLayers | None = None
-        if self.window is None and serves(model.config):
+        if self.window is None and serves(model):
             layers: Any = self.cache.layers
             self.layers = DecodeLayers(model, [(layer.keys, layer.values) for layer in layers])
 
@@ -233,7 +235,7 @@ class Native(Static):
             return
         hidden = self.layers.step(self.model.get_input_embeddings()(self.token), self.tokens)
         self.tokens += 1
-        self.position.add_(1)
+        self.cursor.visible = self.tokens
         with self.linears.used():
             hidden = self.model.get_submodule(family_of(self.model.config).norm)(hidden)
             self.token.copy_(self.model.get_output_embeddings()(hidden).argmax(-1))

@@ -39,7 +39,7 @@ struct DecodeStep {
 
 namespace {
 
-constexpr int SPINS = 4096;  // looks at a barrier before a thread lets others have its core
+constexpr int SPINS = 128;  // looks at a barrier before a thread lets others have its core
 
 // Where threads of a team wait for one another.
 class Barrier {
@@ -110,7 +110,6 @@ class Worker {
   Worker(Team<V>& team, int me, int threads) : team_(team), step_(team.step), me_(me), threads_(threads) {
     normed_.resize(team.hidden.size());
     vectors_.resize(team.chunks * ROWS * (team.attended.size() / step_.batch));
-    scores_.resize(HEADS * (step_.position + 1));
   }
 
   void layer(const Layer& layer) {

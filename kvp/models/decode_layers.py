@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvp.models.family import family_of
 from kvp.models.native import library
-from kvp.models.rope import ropes
+from kvp.models.rope import ROPE_BY_LENGTH, ropes
 from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes, turning_pairs
 
 if TYPE_CHECKING:
@@ -52,18 +52,35 @@ class _Step(ctypes.Structure):
     )
 
 
-def serves(config: PretrainedConfig) -> bool:
+def serves(model: PreTrainedModel) -> bool:
     """Return whether the kernel has the layers of a model, in float32 on a CPU; builds it at the first call.
 
-    Where it has not: families with other norms, experts or sinks; partial RoPE, or one that the length of the text
-    changes; latents and sliced streams; heads whose width is no multiple of `LANES`.
+    Where it has not: families with other norms or experts, or with matrices that are still fused; partial RoPE, or one
+    that the length of the text changes; latents and sliced streams; heads whose width is no multiple of `LANES`; layers
+    with adapters or hooks, or with parameters that are not contiguous.
     """
-    family, shapes = family_of(config), layer_shapes(config)
-    others = family.qk_norm or family.experts or family.sinks or family.layer_norms != NORMS
+    config, family, shapes = model.config, family_of(model.config), layer_shapes(model.config)
+    others = family.qk_norm or family.experts or family.layer_norms != NORMS
+    fused = family.fused and config.model_type == family.name
     turns = CHANNELS_PER_PAIR * turning_pairs(config) == dense_shapes(config)[0].qk_head_dim
-    fixed = all(rope["rope_type"] not in ("dynamic", "longrope") for rope in ropes(config))
-    plain = not others and turns and fixed and config.hidden_act == "silu"
-    return plain and all(map(_plain, shapes)) and library(SOURCE) is not None
+    fixed = all(rope["rope_type"] not in ROPE_BY_LENGTH for rope in ropes(config))
+    plain = not others and not fused and turns and fixed and config.hidden_act == "silu"
+    if not (plain and all(map(_plain, shapes))):
+        return False
+    known = {*NORMS, *(getattr(family, name) for name in MATRICES)}
+    modules = model.get_submodule(family.layers).named_modules()
+    return all(_bare(name, module, known) for name, module in modules) and library(SOURCE) is not None
+
+
+def _bare(name: str, module: nn.Module, known: set[str]) -> bool:
+    """Return whether a module of a layer has no hooks, and only parameters that the kernel reads as they are."""
+    hooks, held = module._forward_hooks or module._forward_pre_hooks, list(module.parameters(recurse=False))
+    expected = not held or (name.rpartition(".")[2] in known and all(map(_readable, held)))
+    return not hooks and expected
+
+
+def _readable(parameter: Tensor) -> bool:
+    return parameter.dtype == torch.float32 and parameter.device.type == "cpu" and parameter.is_contiguous()
 
 
 def _plain(shape: LayerShape) -> bool:
@@ -125,6 +142,7 @@ class DecodeLayers:
 
         Keys and values of the token are written, and those before it read.
         """
+        assert len(hidden) == len(self.caches[0][0]), "as many sequences as the cache has"
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         for table, gathered in zip(self._tables, self._gathered, strict=True):
             torch.index_select(table[position], 0, self._index, out=gathered)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+ROPE_BY_LENGTH = ("dynamic", "longrope")  # types whose frequencies depend on the length of the text
+
 
 def ropes(config: PretrainedConfig) -> list[dict[str, Any]]:
     """Return the rotary embeddings of a model: one, or one per type of layer (Gemma 3)."""

@@ -35,7 +35,7 @@ void lay_beside(const float* states, int64_t rows, int64_t width, float* vectors
       vectors[(row / ROWS * width + at) * ROWS + row % ROWS] = states[row * width + at];
 }
 
-// Floats that `lay_beside` fills.
+// Floats of its result, with the lanes that have no row.
 template <int V>
 int64_t beside(int64_t rows, int64_t width) {
   constexpr int ROWS = V * LANES;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 from kvp.measurement.cache import fixed_cache
 from kvp.models import decode_layers, native
@@ -13,7 +14,7 @@ from kvp.models.joined import joined
 from kvp.models.surgery import apply
 from kvp.strategies.compensation.compensate import Bias
 from kvp.types import Plan
-from tests.conftest import random_plan, refitted, tiny_model
+from tests.conftest import random_plan, refitted, tiny_config, tiny_model
 
 SERVED = ("llama", "mistral", "phi3", "qwen2", "smollm3")
 TOKENS = 9
@@ -50,7 +51,7 @@ def hidden_by_kernel(model, ids):
 @torch.inference_mode()
 def check(model, batch_size=3):
     ids = torch.randint(96, (batch_size, TOKENS), generator=torch.Generator().manual_seed(batch_size))
-    assert serves(model.config)
+    assert serves(model)
     found = model.base_model.norm(hidden_by_kernel(model, ids))
     expected = model.base_model(ids).last_hidden_state
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
@@ -104,13 +105,32 @@ def test_without_vector_instructions_it_is_the_same(monkeypatch, tmp_path):
 @needs_kernel
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(SERVED)))
 def test_other_layers_are_left_to_other_kernels(family):
-    assert not serves(tiny_model(family).config)
+    assert not serves(tiny_model(family))
 
 
 @needs_kernel
 def test_widths_and_rotations_that_the_kernel_has_not():
-    assert not serves(tiny_model(head_dim=12).config)
+    assert not serves(tiny_model(head_dim=12))
     dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    assert not serves(tiny_model(head_dim=32, rope_parameters=dynamic).config)
+    assert not serves(tiny_model(head_dim=32, rope_parameters=dynamic))
     partial = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    assert not serves(tiny_model("phi3", head_dim=32, rope_parameters=partial).config)
+    assert not serves(tiny_model("phi3", head_dim=32, rope_parameters=partial))
+
+
+@needs_kernel
+def test_what_a_layer_computes_beside_its_matrices_is_left_to_it():
+    assert serves(tiny_model(head_dim=16))
+    adapters = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    assert not serves(inject_adapter_in_model(adapters, tiny_model(head_dim=16)))
+    hooked = tiny_model(head_dim=16)
+    hooked.model.layers[1].mlp.register_forward_hook(lambda module, args, output: 2 * output)
+    assert not serves(hooked)
+    norm = tiny_model(head_dim=16)
+    norm.model.layers[0].input_layernorm.bfloat16()
+    assert not serves(norm)
+    turned = tiny_model(head_dim=16)
+    query = turned.model.layers[0].self_attn.q_proj
+    query.weight = torch.nn.Parameter(query.weight.detach().t().contiguous().t())
+    assert not serves(turned)
+    fused = tiny_config("phi3", head_dim=16)
+    assert not serves(FAMILIES["phi3"].causal_lm(fused))
