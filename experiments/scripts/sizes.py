@@ -10,7 +10,8 @@ The fit is a line per work: CPU seconds per token = a + b * multiply-accumulates
 errors. Those of a forward pass are counted from the shapes, and those of the whole work where its passes are known. The
 line predicts the unseen shape, which is measured too, and the shapes of 7B, 8B and 70B, which are not.
 
-`--whole LLaMA-7B` measures one of those in bfloat16, which needs twice its weights: on the disk and in memory.
+`--whole LLaMA-7B` measures one of those in bfloat16, which needs room for its weights on the disk and
+again in memory.
 
 Writes sizes.jsonl (with provenance) after every work, and sizes.md. A killed command goes on after its last work.
 """

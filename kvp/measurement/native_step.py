@@ -20,10 +20,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvp.measurement.grouped import grouped
 from kvp.models import skinny_linear, sparse_attention
+from kvp.models.decode_layers import LANES
 
 NATIVE = "kvp_native"
 ATTEND = "attend_whole"  # the operator, in torch.ops.kvp
-CHANNELS = 8  # the attention's kernel reads as many at a time
 
 _OPS = torch.library.Library("kvp", "FRAGMENT")
 _OPS.define(f"{ATTEND}(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling) -> Tensor")
@@ -90,7 +90,7 @@ def native(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """(batch, 1, heads, v_head_dim): all heads of a group read a key or value together, once."""
-    if query.shape[2] > 1 or key.shape[-1] % CHANNELS or value.shape[-1] % CHANNELS:
+    if query.shape[2] > 1 or key.shape[-1] % LANES or value.shape[-1] % LANES:
         return grouped(module, query, key, value, attention_mask, scaling, **kwargs)
     mask = None if attention_mask is None else attention_mask[:, 0, 0]
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling

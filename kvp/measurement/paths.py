@@ -287,7 +287,12 @@ class _Watch(TorchDispatchMode):
 
 @torch.inference_mode()
 def attention_kernels(decoder: Decoder) -> list[str]:
-    """Return what torch chose for the attention of a step (before a compiler fuses it); ends the run."""
+    """Return what computes the attention of a step; ends the run.
+
+    That is what torch chose, before a compiler fuses it, or "native". With it stands "all layers" where one kernel of
+    all layers takes the steps that are timed.
+    """
     with _Watch() as watch:
         decoder.plain_step()
-    return sorted(watch.seen) or ["math"]
+    whole = {"all layers"} if getattr(decoder, "layers", None) else set()
+    return sorted(watch.seen | whole) or ["math"]

@@ -2,7 +2,7 @@
 
 Such a CPU emulates them. A forward product then takes five times as long as in float32, and the gradient of its input
 hundreds of times: torch has no fast kernel for it. Here a block of the matrix is widened, multiplied in float32 and
-dropped. The result is rounded once, as by hardware: weights and states stay in 16 bits.
+dropped. The product is rounded once, as by hardware, and once more with a bias. Weights and states stay in 16 bits.
 """
 
 from __future__ import annotations

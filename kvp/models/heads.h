@@ -4,7 +4,6 @@
 #include "eight.h"
 
 #include <limits>
-#include <utility>
 
 namespace {
 

@@ -6,6 +6,7 @@
 
 #include "heads.h"
 
+#include <utility>
 #include <vector>
 
 namespace {
