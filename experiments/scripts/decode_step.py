@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -50,11 +50,11 @@ from kvp.bench.plans import KVPRUNER, cut_config
 from kvp.measurement.count import cache_bytes
 from kvp.measurement.grouped import GROUPED
 from kvp.measurement.memory import weights_bytes
-from kvp.measurement.native_step import NATIVE, NativeLinears, check_native
-from kvp.measurement.paths import Decoder, Eager, Native, Static
+from kvp.measurement.native_step import NATIVE, check_native
+from kvp.measurement.paths import Native, Static
+from kvp.models.caches import stored_bytes
 from kvp.models.joined import joined_config
 from kvp.models.mustafar import Mustafar
-from kvp.models.packed_cache import cache_for
 from kvp.models.shapes import layer_shapes
 from kvp.models.surgery import apply
 from kvp.provenance import provenance
@@ -62,19 +62,18 @@ from kvp.tables import markdown
 from kvp.types import Plan
 
 CUTS = {"KVPruner 25 %": (None, 0.25), "KVPruner 50 %": (None, 0.5), "joined 50 %": (1, 0.5)}
-PATHS = (("static", Static, GROUPED), ("native", Native, NATIVE), ("compiled", Native, NATIVE))
+PATHS = {"static": (Static, GROUPED), "native": (Native, NATIVE), "compiled": (Native, NATIVE)}
 SPARSITIES = {"Mustafar 50 %": 0.5, "Mustafar 70 %": 0.7}
 
 
 @dataclass(frozen=True)
 class Way:
-    """A model decoded in one way, with its cache filled."""
+    """A model decoded by one path, with its cache filled."""
 
     name: str
     path: str
     model: PreTrainedModel
-    decoder: Decoder
-    step: Callable[[], None]
+    decoder: Static
 
 
 def main() -> None:
@@ -125,7 +124,7 @@ def _measured(
     """Return a row per way: its steps, and how many times as fast they are as others."""
     with torch.inference_mode():
         ways = _ways(models, batch_size=batch_size, tokens=tokens, steps=WARMUP + steps)
-    work = {f"{way.name} {way.path}": way.step for way in ways}
+    work = {f"{way.name} {way.path}": way.decoder.step for way in ways}
     series, dense = in_turns(work, torch.device("cpu"), steps), ways[0]
     rows = []
     for way in ways:
@@ -147,46 +146,35 @@ def _measured(
 
 def _bytes(way: Way, batch_size: int, tokens: int) -> float:
     """Return the bytes that a step reads: weights once, keys and values of every token."""
-    if isinstance(way.decoder, Static):  # whose cache has room for more
-        per_token = sum(shape.kv_width for shape in layer_shapes(way.model.config))
-        return weights_bytes(way.model) + batch_size * tokens * per_token * way.model.dtype.itemsize
-    return weights_bytes(way.model) + cache_bytes(way.decoder.cache)
+    cached = stored_bytes(
+        way.model.config, way.model.dtype.itemsize, tokens
+    )  # the cache itself has room for more
+    return weights_bytes(way.model) + batch_size * cached
 
 
 def _ways(models: Mapping[str, PreTrainedModel], *, batch_size: int, tokens: int, steps: int) -> list[Way]:
     """Return every way, with `tokens` random tokens in its cache."""
     ways = []
-    for name, model in models.items():
-        for path, kind, implementation in PATHS:
-            twin = _twin(model, implementation)
-            decoder = kind(twin, batch_size=batch_size, length=tokens + steps, compiled=path == "compiled")
-            decoder.record(range(tokens + 1, tokens + steps + 1))
-            decoder.cursor.positions, decoder.cursor.visible = torch.arange(tokens), tokens
-            fill(decoder, layer_shapes(model.config), batch_size=batch_size, tokens=tokens)
-            decoder.seek(tokens)
-            ways.append(Way(name, path, twin, decoder, decoder.step))
+    twins = [(name, path, _twin(model, path)) for name, model in models.items() for path in PATHS]
     for name, sparsity in SPARSITIES.items():
-        twin = attending(apply(models["dense"], Plan({})), "sdpa")
+        twin = attending(apply(models["dense"], Plan({})), NATIVE)
         twin.config.kvp_cache = asdict(Mustafar(key_sparsity=sparsity, value_sparsity=sparsity))
-        eager, linears = Eager(twin), NativeLinears(twin)
-        eager.cache = cache_for(twin.config)
-        fill(eager, layer_shapes(twin.config), batch_size=batch_size, tokens=tokens)
-        ways.append(Way(name, "native", twin, eager, _with(linears, eager.step)))
+        twins.append((name, "native", twin))
+    for name, path, twin in twins:
+        kind, _ = PATHS[path]
+        decoder = kind(twin, batch_size=batch_size, length=tokens + steps, compiled=path == "compiled")
+        decoder.record(range(tokens + 1, tokens + steps + 1))
+        decoder.cursor.positions, decoder.cursor.visible = torch.arange(tokens), tokens
+        fill(decoder, layer_shapes(twin.config), batch_size=batch_size, tokens=tokens)
+        decoder.seek(tokens)
+        ways.append(Way(name, path, twin, decoder))
     return ways
 
 
-def _twin(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
-    """Return the model with another attention and the same parameters."""
+def _twin(model: PreTrainedModel, path: str) -> PreTrainedModel:
+    """Return the model with the attention of a path and the same parameters."""
     made = deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    return attending(made, implementation)
-
-
-def _with(linears: NativeLinears, step: Callable[[], None]) -> Callable[[], None]:
-    def work() -> None:
-        with linears.used():
-            step()
-
-    return work
+    return attending(made, PATHS[path][1])
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:

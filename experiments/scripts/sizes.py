@@ -86,8 +86,9 @@ def main() -> None:
     lines = [json.loads(each) for each in file.read_text().splitlines()] if file.exists() else []
     for name in [*seen, args.unseen, *([args.whole] if args.whole else [])]:
         done = {each["work"] for each in lines if each["model"] == name}
+        if not (asked := set(args.work or WORKS) - done):
+            continue
         print(name, file=sys.stderr, flush=True)
-        asked = set(args.work or WORKS) - done
         for each in measure(name, [case for case in CASES if case[1] in asked]):
             lines.append(each)
             file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))

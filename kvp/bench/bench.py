@@ -29,7 +29,7 @@ from kvp.bench.ratios import KEY, of_rows
 from kvp.bench.rounds import Round, Series, in_turns
 from kvp.bench.rows import Row, describe, make_rows
 from kvp.cost import device_name
-from kvp.measurement.cache import check_whole_cache
+from kvp.measurement.cache import check_cache
 from kvp.measurement.measure import Measure
 from kvp.measurement.native_step import check_native
 from kvp.measurement.paths import DecodePath
@@ -113,7 +113,9 @@ class Bench:
                 )
             for point in self.protocol.points(most=1):
                 point.check_positions(subject.config.max_position_embeddings)
-                check_whole_cache(subject.config, point.prompt_length + point.new_tokens)
+                for path in self.paths:
+                    length = point.prompt_length + point.new_tokens
+                    check_cache(subject.config, length, native=path == "native")
         for prompt, new in self.protocol.shapes:
             most = max(
                 predicted_batch(subject, length=prompt + new, limit=self.limit, dtype=self.dtype)

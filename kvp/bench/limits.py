@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from kvp.bench.models import Subject
 from kvp.estimate.serving import BLOCK, SLICE, largest_batch, longest_context, room
 from kvp.measurement import memory
-from kvp.measurement.paths import Static, prepare
+from kvp.measurement.paths import DecodePath, Static, prepare
+from kvp.models.caches import cache_format
 
 Need = Callable[[int], float]
 
@@ -71,7 +72,8 @@ def needed(model: PreTrainedModel, *, batch_size: int, prompt_length: int, new_t
     rows = min(batch_size, max(1, SLICE[device.type] // tokens))
     before = memory.begin(device)
     try:
-        decoder = prepare("static", model, batch_size=batch_size, prompt_length=length - 1, new_tokens=1)
+        path: DecodePath = "native" if cache_format(model.config) else "static"
+        decoder = prepare(path, model, batch_size=batch_size, prompt_length=length - 1, new_tokens=1)
         assert isinstance(decoder, Static)
         decoder.read(torch.zeros(rows, tokens, dtype=torch.long, device=device))
         decoder.seek(length - 1)

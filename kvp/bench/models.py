@@ -15,8 +15,8 @@ import kvp
 import kvp.models.pruned  # registers the pruned classes, which a command does not do at its start
 from kvp.estimate.passes import weights_bytes
 from kvp.measurement import memory
+from kvp.models.caches import bytes_per_token
 from kvp.models.load import load_config, load_model
-from kvp.models.shapes import layer_shapes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -51,7 +51,7 @@ class Subject:
 
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Return the bytes of keys and values per token of one sequence, from the shapes."""
-        return sum(shape.kv_width for shape in layer_shapes(self.config)) * dtype.itemsize
+        return bytes_per_token(self.config, dtype.itemsize)
 
 
 def find_subjects(word: str) -> list[Subject]:

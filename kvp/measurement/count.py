@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from kvp.measurement.cache import SparseLayer
 from kvp.models.packed_cache import PackedLayer
 from kvp.models.shapes import active_width, expansion_rows, projections, stream
 from kvp.types import LayerShape
@@ -64,7 +65,7 @@ def cache_bytes_per_token(cache: Cache) -> int:
 
 
 def _bytes_per_token(layer: Any) -> Fraction:
-    if isinstance(layer, PackedLayer):
+    if isinstance(layer, PackedLayer | SparseLayer):
         return layer.bytes_per_token()
     return sum((Fraction(x.nbytes, x.shape[0] * max(1, x.shape[-2])) for x in _stored(layer)), Fraction(0))
 
@@ -77,4 +78,5 @@ def _filled(cache: Cache) -> list[Any]:
 
 def _stored(layer: Any) -> list[Tensor]:
     """Return the tensors that a layer keeps."""
-    return layer.tensors() if isinstance(layer, PackedLayer) else [layer.keys, layer.values]
+    packed = isinstance(layer, PackedLayer | SparseLayer)
+    return layer.tensors() if packed else [layer.keys, layer.values]

@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 from typing_extensions import override
 
 from kvp.estimate.serving import SLICE, room
-from kvp.measurement.cache import check_whole_cache, fixed_cache
+from kvp.measurement.cache import SparseLayer, check_cache, fixed_cache
 from kvp.measurement.grouped import GROUPED
 from kvp.measurement.native_step import ATTEND, NATIVE, NativeLinears, available, check_native
 from kvp.models.decode_layers import DecodeLayers, serves
@@ -69,7 +69,7 @@ def prepare(
         ValueError: The path cannot serve this model.
     """
     length = prompt_length + new_tokens
-    check_whole_cache(model.config, length)
+    check_cache(model.config, length, native=path == "native")
     sinks = family_of(model.config).sinks
     if sinks and path != "eager":
         raise ValueError(
@@ -218,15 +218,24 @@ class Native(Static):
 
     Attributes:
         layers: The kernel of all layers; None: the model is not like that, or a compiler sees the step.
+
+    Raises:
+        ValueError: The cache is sparse, and the kernel has not the model's layers.
     """
 
     def __init__(self, model: PreTrainedModel, **options: Any) -> None:
         super().__init__(model, **options)
         self.linears = NativeLinears(model)
         self.layers: DecodeLayers | None = None
+        layers: Any = self.cache.layers
+        self.sparse = isinstance(layers[0], SparseLayer)
         if self.window is None and serves(model):
-            layers: Any = self.cache.layers
-            self.layers = DecodeLayers(model, [(layer.keys, layer.values) for layer in layers])
+            self.layers = DecodeLayers(model, [layer.states for layer in layers])
+        elif self.sparse:
+            raise ValueError(
+                "path native reads a sparse cache (kvp_cache) by its kernel of all layers, which has not those of this "
+                "model: measure it with `python -m kvp`, measure=..."
+            )
 
     @override
     def step(self) -> None:
@@ -239,6 +248,14 @@ class Native(Static):
         with self.linears.used():
             hidden = self.model.get_submodule(family_of(self.model.config).norm)(hidden)
             self.token.copy_(self.model.get_output_embeddings()(hidden).argmax(-1))
+
+    @override
+    def plain_step(self) -> None:
+        if self.sparse:  # which no other kernel reads
+            self.seek(self.length - 1)
+            self.step()
+        else:
+            super().plain_step()
 
     @override
     def _step(self, next_token: Callable[..., Tensor]) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from math import ceil, floor
 from typing import TYPE_CHECKING
 
 import torch
 
+from kvp.models.caches import stored_bytes
 from kvp.models.shapes import active_width, expert_params, layer_shapes, size, stream
 
 if TYPE_CHECKING:
@@ -50,8 +52,9 @@ def step_bytes(config: PretrainedConfig, *, batch_size: int, tokens: float, dtyp
         if shape.experts:
             idle = shape.experts - active_width(config, shape) // shape.intermediate_size
             params -= idle * expert_params(config, shape)
-    kept = batch_size * tokens * sum(shape.kv_width for shape in shapes)
-    return StepBytes(weights_bytes=params * dtype.itemsize, cache_bytes=kept * dtype.itemsize)
+    before, after = (stored_bytes(config, dtype.itemsize, whole) for whole in (floor(tokens), ceil(tokens)))
+    kept = before + (tokens - floor(tokens)) * (after - before)
+    return StepBytes(weights_bytes=params * dtype.itemsize, cache_bytes=batch_size * kept)
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -3,12 +3,12 @@
 // Hidden states lie with sequences side by side, eight in a register: norms and products take them as they are. A layer
 // has five phases, and every thread a share of each. Threads wait for one another where a phase reads what others wrote.
 
-#include "heads.h"
 #include "skinny.h"
+#include "sparse.h"
 
 #include <atomic>
 #include <thread>
-#include <vector>
+#include <utility>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -19,12 +19,17 @@ extern "C" {
 // Matrices are (outputs, inputs), contiguous; biases may be null. Without heads a layer has no attention, without neurons
 // no MLP. Keys and values are (batch, groups, length, width). `cos` and `sin` are (groups or 1, key width), one group
 // `table_stride` behind the other; null: keys do not turn.
+//
+// With bitmaps a cache is sparse: (batch, groups, length, kept), and bitmaps (..., width / 8). Its newest tokens are whole,
+// (batch, groups, newest, width); token t has place t % newest, until token t + newest takes it.
 struct Layer {
   const float *input_norm, *post_norm, *q, *k, *v, *o, *gate, *up, *down;
   const float *q_bias, *k_bias, *v_bias, *o_bias, *gate_bias, *up_bias, *down_bias;
   float *keys, *values;
   const float *cos, *sin;
-  int64_t heads, groups, key_width, value_width, neurons, length, table_stride;
+  uint8_t *key_bits, *value_bits;
+  float *newest_keys, *newest_values;
+  int64_t heads, groups, key_width, value_width, neurons, length, table_stride, kept_keys, kept_values, newest;
   double scaling;
 };
 
@@ -140,7 +145,7 @@ class Worker {
   Team<V>& team_;
   const DecodeStep& step_;
   const int me_, threads_;
-  std::vector<float> normed_, vectors_, scores_;
+  std::vector<float> normed_, vectors_, scores_, sizes_;
 
   void meet() { team_.barrier.wait(threads_); }
 
@@ -221,19 +226,62 @@ class Worker {
       turn(key, layer, table);
     }
     const float* value = team_.values.data() + task * width;
-    std::copy(key, key + layer.key_width, layer.keys + (task * layer.length + step_.position) * layer.key_width);
-    std::copy(value, value + width, layer.values + (task * layer.length + step_.position) * width);
-
-    const int64_t tokens = step_.position + 1;
-    const Whole<float> keys(layer.keys, task, layer.length * layer.key_width, tokens, layer.key_width);
-    const Whole<float> values(layer.values, task, layer.length * width, tokens, width);
     float* output = team_.attended.data() + task * heads * width;
+    layer.key_bits ? read_sparse(layer, task, heads, queries, key, value, output)
+                   : read_whole(layer, task, heads, queries, key, value, output);
+  }
+
+  void read_whole(const Layer& layer, int64_t task, int64_t heads, const float* queries, const float* key,
+                  const float* value, float* output) {
+    const int64_t tokens = step_.position + 1;
+    store(key, layer.key_width, layer.keys, task * layer.length + step_.position);
+    store(value, layer.value_width, layer.values, task * layer.length + step_.position);
+    const Whole<float> keys(layer.keys, task, layer.length * layer.key_width, tokens, layer.key_width);
+    const Whole<float> values(layer.values, task, layer.length * layer.value_width, tokens, layer.value_width);
+    const int64_t stride = room_for_scores(heads, tokens);
+    all_scores(std::move(keys), queries, heads, layer.key_width, scores_.data(), stride);
+    softmax<float>(scores_.data(), heads, tokens, stride, float(layer.scaling), nullptr);
+    std::fill(output, output + heads * layer.value_width, 0.0f);
+    weigh_all(std::move(values), scores_.data(), stride, output, heads, layer.value_width);
+  }
+
+  // The token whose place the new one takes is packed first.
+  void read_sparse(const Layer& layer, int64_t task, int64_t heads, const float* queries, const float* key,
+                   const float* value, float* output) {
+    const int64_t tokens = step_.position + 1, newest = std::min(layer.newest, tokens), older = tokens - newest;
+    const int64_t place = task * layer.newest + step_.position % layer.newest, packed = task * layer.length + older - 1;
+    const int64_t rows = step_.batch * layer.groups, key_width = layer.key_width, width = layer.value_width;
+    if (older) {
+      pack(layer.newest_keys + place * key_width, key_width, layer.kept_keys, layer.keys + packed * layer.kept_keys,
+           layer.key_bits + packed * key_width / LANES, sizes_);
+      pack(layer.newest_values + place * width, width, layer.kept_values, layer.values + packed * layer.kept_values,
+           layer.value_bits + packed * width / LANES, sizes_);
+    }
+    store(key, key_width, layer.newest_keys, place);
+    store(value, width, layer.newest_values, place);
+    Sparse<float> keys(layer.keys, layer.key_bits, task, rows, layer.length, older, layer.kept_keys, key_width);
+    Sparse<float> values(layer.values, layer.value_bits, task, rows, layer.length, older, layer.kept_values, width);
+    const Whole<float> new_keys(layer.newest_keys, task, layer.newest * key_width, newest, key_width);
+    const Whole<float> new_values(layer.newest_values, task, layer.newest * width, newest, width);
+    const int64_t stride = room_for_scores(heads, tokens);
+    float* scores = scores_.data();
+    all_scores(std::move(keys), queries, heads, key_width, scores, stride);
+    all_scores(new_keys, queries, heads, key_width, scores + older, stride);
+    softmax<float>(scores, heads, tokens, stride, float(layer.scaling), nullptr);
     std::fill(output, output + heads * width, 0.0f);
+    weigh_all(std::move(values), scores, stride, output, heads, width);
+    weigh_all(new_values, scores + older, stride, output, heads, width);
+  }
+
+  static void store(const float* vector, int64_t width, float* all, int64_t place) {
+    std::copy(vector, vector + width, all + place * width);
+  }
+
+  // Makes room for the scores of the heads; returns the distance from one head to the next.
+  int64_t room_for_scores(int64_t heads, int64_t tokens) {
     const int64_t stride = spaced(tokens);
     scores_.resize(heads * stride);
-    all_scores(keys, queries, heads, layer.key_width, scores_.data(), stride);
-    softmax<float>(scores_.data(), heads, tokens, stride, float(layer.scaling), nullptr);
-    weigh_all(values, scores_.data(), stride, output, heads, width);
+    return stride;
   }
 
   static void turn(float* states, const Layer& layer, int64_t table) {

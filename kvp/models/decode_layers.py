@@ -1,8 +1,9 @@
 """All layers of a decoder for the next token in one call, so that nothing but kernels runs between two layers.
 
 Threads are started once a step, and not once a kernel, and wait for one another five times a layer. Matrices and
-caches are read where they lie. The kernel (`decode_layers.cpp`) knows the layer that Llama, Mistral, Qwen2, Phi-3 and
-SmolLM3 share: RMSNorm, attention in groups, RoPE, SiLU. Pruned ones may lack sublayers, and keep any pairs.
+caches, whole or sparse, are read where they lie. The kernel (`decode_layers.cpp`) knows the layer that Llama, Mistral,
+Qwen2, Phi-3 and SmolLM3 share: RMSNorm, attention in groups, RoPE, SiLU. Pruned ones may lack sublayers, and keep any
+pairs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kvp.models.family import family_of
+from kvp.models.fixed_sparse import FixedSparse
 from kvp.models.native import library
 from kvp.models.rope import ROPE_BY_LENGTH, ropes
 from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes, turning_pairs
@@ -30,14 +32,18 @@ FLOAT32 = 4  # bytes
 LANES = 8  # channels that attention reads at a time
 NORMS = ("input_layernorm", "post_attention_layernorm")
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
-SIZES = ("heads", "groups", "key_width", "value_width", "neurons", "length", "table_stride")
+SPARSE = ("key_bits", "value_bits", "newest_keys", "newest_values")
+SIZES = (
+    *("heads", "groups", "key_width", "value_width", "neurons", "length", "table_stride"),
+    *("kept_keys", "kept_values", "newest"),
+)
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm", *MATRICES)),
         *((f"{name}_bias", ctypes.c_void_p) for name in MATRICES),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "cos", "sin", *SPARSE)),
         *((name, ctypes.c_int64) for name in SIZES),
         ("scaling", ctypes.c_double),
     )
@@ -93,21 +99,25 @@ class DecodeLayers:
 
     Args:
         model: A float32 model on a CPU, which `serves` takes. Its parameters must stay where they are.
-        caches: Keys (batch, groups, length, width) and values of every attention, in order. Steps write to them.
+        caches: Keys (batch, groups, length, width) and values of every attention, in order, or sparse ones. Steps
+            write to them.
     """
 
-    def __init__(self, model: PreTrainedModel, caches: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, caches: Sequence[Sequence[Tensor] | Sequence[FixedSparse]]
+    ) -> None:
         family, shapes = family_of(model.config), layer_shapes(model.config)
         layers: Any = model.get_submodule(family.layers)
         self.model, self.caches = model, caches
+        self._batch = len(_tensors(caches[0][0])[0])
         self._layers, turning = (_Layer * len(shapes))(), []
-        left = iter(caches)
+        left, lengths = iter(caches), [2]  # of one position alone some rotary tables are another shape
         for layer, made, shape in zip(layers, self._layers, shapes, strict=True):
             made.input_norm, made.post_norm = (_at(getattr(layer, name).weight) for name in NORMS)
             if shape.num_key_value_heads:
-                attention, (keys, values) = layer.self_attn, next(left)
+                attention = layer.self_attn
                 _matrices(made, attention, {name: getattr(family, name) for name in MATRICES[:4]})
-                made.keys, made.values, made.length = _at(keys), _at(values), keys.shape[2]
+                lengths.append(_hold(made, *next(left)))
                 made.heads, made.groups = shape.num_attention_heads, shape.num_key_value_heads
                 made.key_width, made.value_width = shape.qk_head_dim, shape.v_head_dim
                 made.scaling = attention.scaling
@@ -116,9 +126,8 @@ class DecodeLayers:
             if shape.intermediate_size:
                 _matrices(made, layer.mlp, {name: getattr(family, name) for name in MATRICES[4:]})
                 made.neurons = shape.intermediate_size
-        length = max((keys.shape[2] for keys, _ in caches), default=0)
         rotary: Any = model.get_submodule(family.rotary)
-        tables = rotary(next(model.parameters()), torch.arange(max(length, 2))[None])
+        tables = rotary(next(model.parameters()), torch.arange(max(lengths))[None])
         self._tables = [table[0] for table in tables]  # cos, sin: (length, head_dim)
         self._place(turning)
 
@@ -142,7 +151,7 @@ class DecodeLayers:
 
         Keys and values of the token are written, and those before it read.
         """
-        assert len(hidden) == len(self.caches[0][0]), "as many sequences as the cache has"
+        assert len(hidden) == self._batch, "as many sequences as the cache has"
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         for table, gathered in zip(self._tables, self._gathered, strict=True):
             torch.index_select(table[position], 0, self._index, out=gathered)
@@ -168,6 +177,25 @@ def _channels(config: PretrainedConfig, shape: LayerShape) -> list[list[int]]:
     rows = shape.rope_pairs or (tuple(range(half)),)
     rows = rows if len(set(rows)) > 1 else rows[:1]
     return [[*row, *(pair + half for pair in row)] for row in rows]
+
+
+def _hold(made: _Layer, keys: Tensor | FixedSparse, values: Tensor | FixedSparse) -> int:
+    """Tell the kernel where keys and values lie; return how many tokens they have room for."""
+    (made.keys, *sparse_keys), (made.values, *sparse_values) = (
+        map(_at, _tensors(held)) for held in (keys, values)
+    )
+    older, kept_keys = _tensors(keys)[0].shape[2:]
+    made.length, newest = older, 0
+    if isinstance(keys, FixedSparse):
+        made.key_bits, made.newest_keys = sparse_keys
+        made.value_bits, made.newest_values = sparse_values
+        made.kept_keys, made.kept_values = kept_keys, _tensors(values)[0].shape[3]
+        made.newest = newest = keys.newest.shape[2]
+    return older + newest
+
+
+def _tensors(held: Tensor | FixedSparse) -> tuple[Tensor, ...]:
+    return held.tensors() if isinstance(held, FixedSparse) else (held,)
 
 
 def _matrices(made: _Layer, module: Any, names: dict[str, str]) -> None:

@@ -17,12 +17,14 @@ from kvp.models.joined import joined, joined_config
 from kvp.models.shapes import layer_shapes
 from kvp.options import options
 from kvp.strategies.compensation.compensate import Compensation
-from kvp.strategies.signals.estimate import SUBLAYERS, pass_bytes, scoring_bytes
+from kvp.strategies.signals.estimate import SUBLAYERS, pass_bytes, rewriting_bytes, scoring_bytes
 from kvp.strategies.target import Scores, Target
 from kvp.types import Budget, Plan, Space
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from kvp.models.linears import Linear
 
 
 @options
@@ -155,6 +157,14 @@ class Strategy(ABC):
         """Return what a backward pass of scoring keeps, as options of `scoring_bytes`; None: there is no such pass."""
         return {"gradients": SUBLAYERS} if hasattr(self, "gradient_checkpointing") else None
 
+    def rewritten(self, config: PretrainedConfig) -> list[Linear]:
+        """Return the matrices that a search rewrites, and a plan holds."""
+        return []
+
+    def refitted(self, config: PretrainedConfig) -> list[Linear]:
+        """Return the matrices that a compensation fits anew, and a plan holds."""
+        return []
+
     def peak_bytes(
         self, config: PretrainedConfig, *, samples: int, batch_size: int, length: int, on_cpu: bool
     ) -> dict[str, int]:
@@ -175,13 +185,18 @@ class Strategy(ABC):
             length=length,
             variants=len(layer_shapes(config)) if self.probes else 0,
         )
+        found = [one]
+        if on_cpu:  # where edits lie beside the model, whatever the device
+            found.append(
+                rewriting_bytes(config, rewritten=self.rewritten(config), refitted=self.refitted(config))
+            )
         if backward is None:
-            return one
+            return max(found, key=lambda parts: parts["total"])
         checkpointing = getattr(self, "gradient_checkpointing", False)
         other = scoring_bytes(
             config, batch_size=batch_size, length=length, gradient_checkpointing=checkpointing, **backward
         )
-        return max(one, other, key=lambda parts: parts["total"])
+        return max(*found, other, key=lambda parts: parts["total"])
 
     def sensitivity(self, target: Target, scores: Scores) -> Tensor:
         """Return (layers,) nats per token that the loss rises without each layer's part.

@@ -14,6 +14,7 @@ from kvp.measurement.grouped import grouped
 from kvp.measurement.native_step import NATIVE, NativeLinears, check_native, native
 from kvp.measurement.paths import Eager, Native, Static, attention_kernels, next_token, prepare
 from kvp.models import skinny_linear
+from kvp.models.caches import bytes_per_token
 from kvp.models.family import FAMILIES
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.skinny_linear import MOST_ROWS
@@ -84,6 +85,28 @@ def test_native_kernels_decode_the_same_tokens_and_leave_the_model_as_it_was(kin
     torch.testing.assert_close(found, model.lm_head(states), atol=1e-5, rtol=1e-5)
     model.set_attn_implementation("sdpa")
     assert torch.equal(model(prompt).logits, before)
+
+
+@pytest.mark.parametrize("window", [3, 64])
+@NEEDS_COMPILER
+def test_native_kernels_decode_a_sparse_cache_as_its_own_does(window, prompt):
+    dense = tiny_model(head_dim=16)
+    model = apply(dense, random_plan(dense, ["attention", "kv_group", "ffn"])).float()
+    model.config.kvp_cache = {"key_sparsity": 0.5, "value_sparsity": 0.3, "window": window}
+    expected = decoded(Eager(model), prompt)
+    decoder = prepare("native", model, batch_size=3, prompt_length=PROMPT, new_tokens=NEW)
+    assert torch.equal(decoded(decoder, prompt), expected)
+    assert torch.equal(decoded(decoder, prompt), expected), "a second run on the same cache"
+    assert cache_bytes_per_token(decoder.cache) == bytes_per_token(model.config, 4)
+    assert attention_kernels(decoder) == ["all layers"]
+
+
+@NEEDS_COMPILER
+def test_a_sparse_cache_of_layers_that_the_kernel_has_not_is_refused():
+    model = apply(tiny_model("qwen3", head_dim=16), random_plan(tiny_model("qwen3", head_dim=16), ["ffn"]))
+    model.config.kvp_cache = {"key_sparsity": 0.5}
+    with pytest.raises(ValueError, match="kernel of all layers, which has not those of this model"):
+        prepare("native", model.float(), batch_size=1, prompt_length=4, new_tokens=4)
 
 
 @pytest.mark.parametrize("kind", ["dense", "pruned"])
@@ -250,8 +273,11 @@ def test_what_a_fixed_cache_cannot_serve():
         prepare("static", sliding, **options)
     sparse = apply(tiny_model(head_dim=16), random_plan(tiny_model(head_dim=16), ["ffn"]))
     sparse.config.kvp_cache = {"key_sparsity": 0.5}
-    with pytest.raises(ValueError, match="packed cache"):
+    with pytest.raises(ValueError, match=r"packed cache.*--path native alone"):
         prepare("static", sparse, **options)
+    sparse.config.kvp_cache = {"format": "int", "key_bits": 4, "value_bits": 4}
+    with pytest.raises(ValueError, match="packed cache"):
+        prepare("native", sparse.float(), **options)
     stretched = tiny_model(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
     with pytest.raises(ValueError, match="depend on the position"):
         prepare("compiled", stretched, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -11,6 +13,8 @@ from kvp.models import decode_layers, native
 from kvp.models.decode_layers import DecodeLayers, serves
 from kvp.models.family import FAMILIES
 from kvp.models.joined import joined
+from kvp.models.mustafar import Mustafar
+from kvp.models.packed_cache import cache_for
 from kvp.models.surgery import apply
 from kvp.strategies.compensation.compensate import Bias
 from kvp.types import Plan
@@ -43,7 +47,7 @@ def hidden_by_kernel(model, ids):
     cache, _ = fixed_cache(
         model.config, batch_size=len(ids), length=TOKENS, dtype=torch.float32, device=torch.device("cpu")
     )
-    layers = DecodeLayers(model, [(layer.keys, layer.values) for layer in cache.layers])
+    layers = DecodeLayers(model, [layer.states for layer in cache.layers])
     embedded = model.get_input_embeddings()(ids)
     return torch.cat([layers.step(embedded[:, at : at + 1], at) for at in range(ids.shape[1])], dim=1)
 
@@ -77,6 +81,56 @@ def test_joined_heads_and_added_biases():
     plan = random_plan(model, ["kv_group", "ffn"])
     batches = [torch.randint(96, (2, 12), generator=torch.Generator().manual_seed(0))]
     check(apply(model, refitted(Bias(), model, batches, plan)))
+
+
+def sparse(model, window=4):
+    """The same model, whose cache drops half of every key and three tenths of every value."""
+    twin = apply(model, Plan({})) if not hasattr(model.config, "kvp_layers") else model
+    twin.config.kvp_cache = asdict(Mustafar(key_sparsity=0.5, value_sparsity=0.3, window=window))
+    return twin
+
+
+@needs_kernel
+@pytest.mark.parametrize("window", [0, 4, 32])
+@pytest.mark.parametrize("kinds", [(), ("qk", "vo")])
+@torch.inference_mode()
+def test_a_sparse_cache_is_read_and_written_as_the_packed_one_is(window, kinds, heads):
+    model = sparse(build(heads=heads, kinds=kinds), window)
+    ids = torch.randint(96, (9, TOKENS), generator=torch.Generator().manual_seed(0))
+    assert serves(model)
+    cache = cache_for(model.config)
+    expected = [
+        model.base_model(ids[:, at : at + 1], past_key_values=cache).last_hidden_state for at in range(TOKENS)
+    ]
+    found = model.base_model.norm(hidden_by_kernel(model, ids))
+    torch.testing.assert_close(found, torch.cat(expected, dim=1), atol=2e-4, rtol=2e-4)
+
+
+@needs_kernel
+@torch.inference_mode()
+def test_of_equal_channels_as_many_stay_and_numbers_that_are_none_harm_nothing():
+    """A vector of one number, or of none that can be ordered, fills its place and no more."""
+    model = sparse(build(), window=0)
+    for parameter in (parameter for name, parameter in model.named_parameters() if "v_proj" in name):
+        parameter.zero_()
+    cache, _ = fixed_cache(
+        model.config, batch_size=2, length=TOKENS, dtype=torch.float32, device=torch.device("cpu")
+    )
+    layers = DecodeLayers(model, [layer.states for layer in cache.layers])
+    embedded = model.get_input_embeddings()(torch.tensor([[3], [5]]))
+    for at in range(4):
+        assert layers.step(embedded, at).isfinite().all()
+    values = cache.layers[0].states[1]
+    kept = values.values.shape[-1]
+    bits = (values.bitmap[:, :, :3, :, None] >> torch.arange(8)) & 1
+    assert (bits.flatten(-2).sum(-1) == kept).all()
+    assert torch.equal(bits.flatten(-2)[0, 0, 0].nonzero().flatten(), torch.arange(kept)), (
+        "the first of equals"
+    )
+    layers.step(embedded * torch.nan, 4)
+    before = values.values[:, :, 5:].clone()
+    layers.step(embedded, 5)
+    assert torch.equal(values.values[:, :, 5:], before)
 
 
 @needs_kernel

@@ -63,8 +63,10 @@ from typing_extensions import override
 
 from kvp.models.family import family_of
 from kvp.models.joined import joined_config
+from kvp.models.linears import Linear, linears
 from kvp.models.masks import edited, masked
 from kvp.models.rope import require_fixed_rope
+from kvp.models.shapes import layer_shapes
 from kvp.models.spaces import find_spaces
 from kvp.options import options
 from kvp.strategies.allocation.allocate import Allocator, Global
@@ -179,6 +181,15 @@ class KVPrunerPlus(ChannelStrategy):
         plan = self.plan(target.config, scores, budget, profile)
         edits = found_edits(visits_of_heads(target), self._edits, directory)
         return replace(plan, edits=edits, folded=self._folded(target.model))
+
+    @override
+    def rewritten(self, config: PretrainedConfig) -> list[Linear]:
+        return [
+            each
+            for n in range(len(layer_shapes(config)))
+            for group in linears(config, n)[:2]
+            for each in group
+        ]
 
     def _turned(self, target: Target) -> Iterator[tuple[Visit, Turned]]:
         return ((visit, self._turn(visit)) for visit in visits_of_heads(target))

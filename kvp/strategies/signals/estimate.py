@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from kvp.estimate.kept import until_backward
 from kvp.estimate.passes import FLOAT32, weights_bytes, with_total, working_bytes
-from kvp.models.linears import all_linears, linears
+from kvp.models.linears import Linear, all_linears, linears
 from kvp.models.nll import ROWS, WORDS
 from kvp.models.shapes import active_width, itemsize, layer_shapes, size
 
@@ -92,6 +92,31 @@ def pass_bytes(
         "states": 2 * states * config.hidden_size * width,
         "activations": working_bytes(config, tokens=at_once, width=width)
         + FLOAT32 * 3 * min(tokens, ROWS) * WORDS,
+    }
+    return with_total(parts)
+
+
+def rewriting_bytes(
+    config: PretrainedConfig, *, rewritten: Sequence[Linear], refitted: Sequence[Linear]
+) -> dict[str, int]:
+    """Estimate the peak on a CPU of a plan that rewrites matrices, in bytes: weights, edits, work, total.
+
+    | part | holds |
+    |---|---|
+    | edits | every matrix that is rewritten, in the dtype of the model |
+    | work | in float64 what a least-squares fit of the largest holds: products of inputs twice, of outputs thrice |
+
+    Args:
+        config: The config of the model.
+        rewritten: The matrices of the plan's edits.
+        refitted: Those that are fitted to outputs.
+    """
+    width = itemsize(config)
+    parts = {
+        "weights": weights_bytes(config, width),
+        "edits": width * sum(linear.rows * linear.columns for linear in {*rewritten, *refitted}),
+        "work": FLOAT64
+        * max((linear.columns * (2 * linear.columns + 3 * linear.rows) for linear in refitted), default=0),
     }
     return with_total(parts)
 

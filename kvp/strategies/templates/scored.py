@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from kvp.models.family import family_of
+from kvp.models.linears import Linear, all_linears
 from kvp.models.masks import masked, without
 from kvp.models.shapes import CHANNELS_PER_PAIR, layer_shapes
 from kvp.models.spaces import find_spaces
@@ -59,6 +61,15 @@ class ScoreStrategy(PlannedStrategy):
     def spaces(self, config: PretrainedConfig) -> list[Space]:
         """Return the spaces it cuts: those kinds in every layer."""
         return find_spaces(config, self.kinds())
+
+    @override
+    def refitted(self, config: PretrainedConfig) -> list[Linear]:
+        """Return o_proj and down_proj of every layer, as far as their inputs are cut."""
+        if self.compensation is None:
+            return []
+        kinds, family = set(self.kinds()), family_of(config)
+        cut = {family.o: kinds - {"ffn"}, family.down: kinds & {"ffn"}}
+        return [each for each in all_linears(config) if cut.get(each.module.rpartition(".")[2])]
 
     def pools(self, config: PretrainedConfig, scores: Scores) -> list[Pool]:
         """Return which units compete with each other: by default the indices of each space, row by row."""

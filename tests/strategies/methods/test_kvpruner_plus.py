@@ -18,6 +18,7 @@ from kvp.strategies.allocation.allocate import Global, Uniform
 from kvp.strategies.compensation.sequential import Sequential
 from kvp.strategies.methods import kvpruner_plus
 from kvp.strategies.methods.kvpruner_plus import KVPrunerPlus
+from kvp.strategies.signals.estimate import rewriting_bytes
 from kvp.strategies.signals.heads import turn
 from kvp.strategies.signals.outputs import RIDGE, output_slopes, refit_errors
 from kvp.strategies.signals.walk import Visit, caught_inputs, hidden_states, walk
@@ -42,6 +43,23 @@ def strategy(**options):
 def searched(strategy, model, directory, budget=HALF):
     scores = strategy.score(target(model))
     return strategy.search(target(model), scores, budget, torch.zeros(3), directory)
+
+
+@pytest.mark.parametrize("joins", [None, 1])
+def test_memory_is_estimated_with_the_matrices_that_a_plan_rewrites(joins, tmp_path):
+    method = strategy(num_key_value_heads=joins)
+    model = method.recast(tiny_model("llama", "gqa", head_dim=32))
+    (tmp_path / "plan").mkdir()
+    plan = searched(method, model, tmp_path / "plan")
+    plan = refitted(Sequential(), model, IDS.split(2), plan)
+    estimate = rewriting_bytes(
+        model.config, rewritten=method.rewritten(model.config), refitted=method.refitted(model.config)
+    )
+    held = sum(edit.nbytes for name, edit in plan.edits.items() if name.endswith(".weight"))
+    assert held == estimate["edits"]
+    sizes = {"samples": 1, "batch_size": 1, "length": 2}
+    assert method.peak_bytes(model.config, **sizes, on_cpu=True)["total"] >= estimate["total"]
+    assert "edits" not in method.peak_bytes(model.config, **sizes, on_cpu=False)
 
 
 def test_slopes_are_the_naive_derivatives(heads):
