@@ -14,7 +14,11 @@ from kvp.bench.bench import Steps
 from kvp.bench.protocols import PROTOCOLS
 from kvp.measurement.measure import Measure
 from kvp.models.load import resolve_dtype
+from kvp.models.sparse_attention import readable
+from kvp.models.surgery import apply
 from kvp.store import Store
+from kvp.types import Plan
+from tests.conftest import tiny_model
 from tests.process import start
 
 WORDS = [
@@ -241,3 +245,45 @@ def test_protocols_are_those_of_the_papers():
     assert changed.points(most=1) == [
         Measure(batch_size=2, prompt_length=5, new_tokens=1, warmup=2, runs=10, seed=0)
     ]
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """A checkpoint whose cache drops half of every key and value, and the dense one."""
+    model = tiny_model(head_dim=16)
+    model.save_pretrained(tmp_path / "dense")
+    twin = apply(model, Plan({}))
+    twin.config.kvp_cache = {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": 4}
+    twin.save_pretrained(tmp_path / "sparse")
+    return [str(tmp_path / name) for name in ("dense", "sparse")]
+
+
+@pytest.mark.skipif(not readable(torch.device("cpu"), torch.float32), reason="no C++ compiler")
+def test_a_sparse_cache_is_timed_where_a_kernel_reads_it(sparse, tmp_path):
+    words = [
+        *sparse,
+        "--batch",
+        "2",
+        "--prompt",
+        "8",
+        "--new",
+        "4",
+        "--runs",
+        "1",
+        "--warmup",
+        "0",
+        "--memory",
+        "0.05",
+    ]
+    with pytest.raises(ValueError, match=r"packed cache .*: give --path native alone"):
+        measure(tmp_path / "static", *words)
+    record = measure(tmp_path / "native", *words, "--path", "native")
+    dense, half = record["models"]
+    assert half["removed"]["kv_cache"] == 0.5 - 1 / 32  # half of 32 bits, and the bitmap's one
+    assert [row["failed"] for row in record["rows"]] == [None, None]
+    assert record["rows"][1]["attention"] == ["all layers"]
+    roofline = [row["roofline"]["cache_bytes"] for row in record["rows"]]
+    whole = dense["kv_bytes_per_token"], half["kv_bytes_per_token"]
+    assert roofline[0] == 2 * 10.5 * whole[0]
+    assert roofline[1] == 2 * (4 * whole[0] + 6.5 * whole[1])  # the window is whole
+    assert all(limits["largest_batch"][0]["found"] > 0 for limits in record["limits"])
