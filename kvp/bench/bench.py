@@ -113,9 +113,8 @@ class Bench:
                 )
             for point in self.protocol.points(most=1):
                 point.check_positions(subject.config.max_position_embeddings)
-                for path in self.paths:
-                    length = point.prompt_length + point.new_tokens
-                    check_cache(subject.config, length, native=path == "native")
+                length, native = point.prompt_length + point.new_tokens, set(self.paths) == {"native"}
+                check_cache(subject.config, length, native=native)
         for prompt, new in self.protocol.shapes:
             most = max(
                 predicted_batch(subject, length=prompt + new, limit=self.limit, dtype=self.dtype)

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvp.bench.models import Subject
-from kvp.estimate.serving import BLOCK, SLICE, largest_batch, longest_context, room
+from kvp.estimate.serving import BLOCK, SLICE, longest_context, room
 from kvp.measurement import memory
 from kvp.measurement.paths import DecodePath, Static, prepare
 from kvp.models.caches import cache_format
@@ -24,17 +24,17 @@ Need = Callable[[int], float]
 
 def predicted_batch(subject: Subject, *, length: int, limit: int, dtype: torch.dtype) -> int:
     """Return how many sequences of `length` tokens have a cache that fits beside the weights."""
-    return largest_batch(
-        limit - subject.weights_bytes(dtype), length=length, per_token=subject.cache_bytes_per_token(dtype)
-    )
+    return max(0, limit - subject.weights_bytes(dtype)) // subject.cache_bytes(length, dtype)
 
 
 def predicted_context(subject: Subject, *, limit: int, dtype: torch.dtype) -> int:
     """Return how many tokens of one sequence fit beside the weights, in blocks, within the model's positions."""
+    per_token, positions = subject.cache_bytes_per_token(dtype), subject.config.max_position_embeddings
+    whole = (
+        subject.cache_bytes(positions, dtype) - room(positions) * per_token
+    )  # what a window takes beyond it
     return longest_context(
-        limit - subject.weights_bytes(dtype),
-        per_token=subject.cache_bytes_per_token(dtype),
-        positions=subject.config.max_position_embeddings,
+        limit - subject.weights_bytes(dtype) - whole, per_token=per_token, positions=positions
     )
 
 
@@ -48,7 +48,7 @@ def find_batch(
     def need(batch_size: int) -> float:
         return needed(model, batch_size=batch_size, prompt_length=prompt_length, new_tokens=new_tokens)
 
-    found = largest(need, most, limit, room(length) * subject.cache_bytes_per_token(dtype))
+    found = largest(need, most, limit, subject.cache_bytes(length, dtype))
     return {"found": found, "predicted": most}
 
 

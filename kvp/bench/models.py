@@ -14,8 +14,9 @@ import yaml
 import kvp
 import kvp.models.pruned  # registers the pruned classes, which a command does not do at its start
 from kvp.estimate.passes import weights_bytes
+from kvp.estimate.serving import room
 from kvp.measurement import memory
-from kvp.models.caches import bytes_per_token
+from kvp.models.caches import bytes_per_token, stored_bytes
 from kvp.models.load import load_config, load_model
 
 if TYPE_CHECKING:
@@ -52,6 +53,10 @@ class Subject:
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Return the bytes of keys and values per token of one sequence, from the shapes."""
         return bytes_per_token(self.config, dtype.itemsize)
+
+    def cache_bytes(self, length: int, dtype: torch.dtype) -> int:
+        """Return the bytes of keys and values of one sequence with room for `length` tokens, from the shapes."""
+        return stored_bytes(self.config, dtype.itemsize, room(length))
 
 
 def find_subjects(word: str) -> list[Subject]:

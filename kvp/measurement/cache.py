@@ -18,9 +18,9 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvp.estimate.serving import room
-from kvp.models.cache_formats import CacheFormat
 from kvp.models.caches import cache_format
 from kvp.models.codecs import Codec
+from kvp.models.decode_layers import has_layers_of
 from kvp.models.fixed_sparse import FixedSparse
 from kvp.models.mustafar import Mustafar, Sparse
 from kvp.models.shapes import layer_shapes
@@ -117,11 +117,11 @@ class SparseLayer(InPlace):
     ) -> None:
         super().__init__(cursor, length)
         rows: Any = {"batch_size": batch_size, "groups": shape.num_key_value_heads, "length": length}
-        self.states = tuple(
-            FixedSparse(codec, **rows, dtype=dtype, device=cursor.positions.device)
-            for codec in codecs
-            if isinstance(codec, Sparse)
-        )
+        states = []
+        for codec in codecs:
+            assert isinstance(codec, Sparse), "`check_cache` refuses others"
+            states.append(FixedSparse(codec, **rows, dtype=dtype, device=cursor.positions.device))
+        self.states = tuple(states)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -150,7 +150,7 @@ def check_cache(config: PretrainedConfig, length: int, *, native: bool = False) 
         native: Whether kernels for this CPU decode, one of which reads a sparse cache.
 
     Raises:
-        ValueError: Its attention slides over fewer tokens, or its cache is packed.
+        ValueError: Its attention slides over fewer tokens, or its cache is packed, and no kernel reads it in place.
     """
     window = getattr(config, "sliding_window", None)
     if window is not None and length > window:
@@ -158,17 +158,15 @@ def check_cache(config: PretrainedConfig, length: int, *, native: bool = False) 
             f"this model attends to {window} tokens only (sliding_window), a cache for {length} would keep more "
             "than it reads: use shorter sequences"
         )
-    packed = cache_format(config)
-    if packed and not (native and _sparse(packed)):
-        raise ValueError(
-            "this checkpoint decodes with a packed cache (kvp_cache), which only grows here: give --path native alone "
-            "for Mustafar's, or measure it with `python -m kvp`, measure=..."
-        )
-
-
-def _sparse(packed: CacheFormat) -> bool:
-    """Return whether a format stores some channels of every token, as they are."""
-    return type(packed) is Mustafar
+    if packed := cache_format(config):
+        packed.check(config)
+        served = type(packed) is Mustafar and has_layers_of(config)
+        if not (served and native):
+            native_path = "give --path native alone, or " if served else ""
+            raise ValueError(
+                "this checkpoint decodes with a packed cache (kvp_cache), which no kernel of this path reads in place: "
+                f"{native_path}measure it with `python -m kvp`, measure=..."
+            )
 
 
 def fixed_cache(

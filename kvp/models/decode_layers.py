@@ -58,21 +58,29 @@ class _Step(ctypes.Structure):
     )
 
 
-def serves(model: PreTrainedModel) -> bool:
-    """Return whether the kernel has the layers of a model, in float32 on a CPU; builds it at the first call.
+def has_layers_of(config: PretrainedConfig) -> bool:
+    """Return whether the kernel has the layers of a config.
 
     Where it has not: families with other norms or experts, or with matrices that are still fused; partial RoPE, or one
-    that the length of the text changes; latents and sliced streams; heads whose width is no multiple of `LANES`; layers
-    with adapters or hooks, or with parameters that are not contiguous.
+    that the length of the text changes; latents and sliced streams; heads whose width is no multiple of `LANES`.
     """
-    config, family, shapes = model.config, family_of(model.config), layer_shapes(model.config)
+    family, shapes = family_of(config), layer_shapes(config)
     others = family.qk_norm or family.experts or family.layer_norms != NORMS
     fused = family.fused and config.model_type == family.name
     turns = CHANNELS_PER_PAIR * turning_pairs(config) == dense_shapes(config)[0].qk_head_dim
     fixed = all(rope["rope_type"] not in ROPE_BY_LENGTH for rope in ropes(config))
     plain = not others and not fused and turns and fixed and config.hidden_act == "silu"
-    if not (plain and all(map(_plain, shapes))):
+    return plain and all(map(_plain, shapes))
+
+
+def serves(model: PreTrainedModel) -> bool:
+    """Return whether the kernel has the layers of a model, in float32 on a CPU; builds it at the first call.
+
+    Layers with adapters or hooks, or with parameters that are not contiguous, are left to others.
+    """
+    if not has_layers_of(model.config):
         return False
+    family = family_of(model.config)
     known = {*NORMS, *(getattr(family, name) for name in MATRICES)}
     modules = model.get_submodule(family.layers).named_modules()
     return all(_bare(name, module, known) for name, module in modules) and library(SOURCE) is not None

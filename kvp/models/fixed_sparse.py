@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvp.models.mustafar import Sparse
+from kvp.models.mustafar import WORD, Sparse
 
 
 class FixedSparse:
@@ -30,12 +30,12 @@ class FixedSparse:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.codec, places = codec, codec.window + 1
+        self.codec, rows = codec, (batch_size, groups)
+        older, places = max(length - codec.window - 1, 1), codec.window + 1
         options: Any = {"dtype": dtype, "device": device}
-        self.values, self.bitmap = codec.pack(
-            torch.zeros(batch_size, groups, max(length - places, 1), codec.width, **options)
-        )
-        self.newest = torch.zeros(batch_size, groups, places, codec.width, **options)
+        self.values = torch.zeros(*rows, older, codec.values.width, **options)
+        self.bitmap = torch.zeros(*rows, older, codec.width // WORD, dtype=torch.uint8, device=device)
+        self.newest = torch.zeros(*rows, places, codec.width, **options)
 
     def store(self, states: Tensor, rows: slice) -> None:
         """Store the first tokens of some sequences, (batch, groups, tokens, width)."""

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int TOGETHER = 4;  // tokens whose values are added in one pass over the outputs
 constexpr int HEADS = 12;    // query heads that read an expanded key, at most
-constexpr int AHEAD = 8;     // tokens by which a vector that is stored whole is asked for before it is read
+constexpr int AHEAD = 8;     // tokens by which a vector is asked for before it is read
 
 // The vectors of one sequence and group that are stored whole.
 template <typename T>

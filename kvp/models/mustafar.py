@@ -112,8 +112,8 @@ class Sparse(Codec):
 
 
 def kept(width: int, sparsity: float) -> int:
-    """Return how many channels of `width` stay."""
-    return width - int(round(sparsity * width, 6))  # 0.29 * 200 is 57.99999999999999
+    """Return how many channels of `width` stay, at least one."""
+    return max(width - int(round(sparsity * width, 6)), 1)  # 0.29 * 200 is 57.99999999999999
 
 
 def pack(states: Tensor, count: int) -> tuple[Tensor, Tensor]:

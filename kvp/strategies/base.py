@@ -188,7 +188,12 @@ class Strategy(ABC):
         found = [one]
         if on_cpu:  # where edits lie beside the model, whatever the device
             found.append(
-                rewriting_bytes(config, rewritten=self.rewritten(config), refitted=self.refitted(config))
+                rewriting_bytes(
+                    config,
+                    rewritten=self.rewritten(config),
+                    refitted=self.refitted(config),
+                    states=one["states"],
+                )
             )
         if backward is None:
             return max(found, key=lambda parts: parts["total"])

@@ -19,6 +19,7 @@ from kvp.models.family import FAMILIES
 from kvp.models.shapes import layer_shapes, size
 from kvp.models.skinny_linear import MOST_ROWS
 from kvp.models.surgery import apply
+from kvp.types import Plan
 from tests.conftest import random_plan, tiny_model
 
 KINDS = ["attention", "kv_group", "qk", "vo", "ffn"]
@@ -101,12 +102,34 @@ def test_native_kernels_decode_a_sparse_cache_as_its_own_does(window, prompt):
     assert attention_kernels(decoder) == ["all layers"]
 
 
-@NEEDS_COMPILER
-def test_a_sparse_cache_of_layers_that_the_kernel_has_not_is_refused():
+@pytest.mark.parametrize("path", ["eager", "static", "native"])
+def test_a_sparse_cache_of_layers_that_the_kernel_has_not_is_refused(path):
     model = apply(tiny_model("qwen3", head_dim=16), random_plan(tiny_model("qwen3", head_dim=16), ["ffn"]))
     model.config.kvp_cache = {"key_sparsity": 0.5}
-    with pytest.raises(ValueError, match="kernel of all layers, which has not those of this model"):
-        prepare("native", model.float(), batch_size=1, prompt_length=4, new_tokens=4)
+    with pytest.raises(ValueError, match="no kernel of this path reads in place: measure it with"):
+        prepare(path, model.float(), batch_size=1, prompt_length=4, new_tokens=4)
+    narrow = apply(tiny_model(head_dim=12), random_plan(tiny_model(head_dim=12), ["ffn"])).float()
+    narrow.config.kvp_cache = {"key_sparsity": 0.5}
+    with pytest.raises(ValueError, match="no multiple of 8"):
+        prepare(path, narrow, batch_size=1, prompt_length=4, new_tokens=4)
+
+
+def test_a_sparse_cache_takes_no_more_memory_while_it_is_made():
+    model = apply(tiny_model(head_dim=16), Plan({}))
+    model.config.kvp_cache = {"key_sparsity": 0.75, "value_sparsity": 0.75}
+    made: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            made.extend([result.nbytes] if isinstance(result, torch.Tensor) else [])
+            return result
+
+    with Watch():
+        cache, _ = fixed_cache(
+            model.config, batch_size=3, length=512, dtype=torch.float32, device=torch.device("cpu")
+        )
+    assert sum(made) == cache_bytes(cache) + 8  # and the position of the cursor
 
 
 @pytest.mark.parametrize("kind", ["dense", "pruned"])
@@ -273,7 +296,7 @@ def test_what_a_fixed_cache_cannot_serve():
         prepare("static", sliding, **options)
     sparse = apply(tiny_model(head_dim=16), random_plan(tiny_model(head_dim=16), ["ffn"]))
     sparse.config.kvp_cache = {"key_sparsity": 0.5}
-    with pytest.raises(ValueError, match=r"packed cache.*--path native alone"):
+    with pytest.raises(ValueError, match=r"packed cache .*: give --path native alone, or measure it"):
         prepare("static", sparse, **options)
     sparse.config.kvp_cache = {"format": "int", "key_bits": 4, "value_bits": 4}
     with pytest.raises(ValueError, match="packed cache"):

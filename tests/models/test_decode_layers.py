@@ -93,9 +93,12 @@ def sparse(model, window=4):
 @needs_kernel
 @pytest.mark.parametrize("window", [0, 4, 32])
 @pytest.mark.parametrize("kinds", [(), ("qk", "vo")])
-@torch.inference_mode()
 def test_a_sparse_cache_is_read_and_written_as_the_packed_one_is(window, kinds, heads):
-    model = sparse(build(heads=heads, kinds=kinds), window)
+    check_sparse(sparse(build(heads=heads, kinds=kinds), window))
+
+
+@torch.inference_mode()
+def check_sparse(model):
     ids = torch.randint(96, (9, TOKENS), generator=torch.Generator().manual_seed(0))
     assert serves(model)
     cache = cache_for(model.config)
@@ -140,6 +143,7 @@ def test_any_number_of_threads(threads):
     torch.set_num_threads(threads)
     try:
         check(build(kinds=("qk", "vo")))
+        check_sparse(sparse(build()))
     finally:
         torch.set_num_threads(before)
 

@@ -97,9 +97,9 @@ def pass_bytes(
 
 
 def rewriting_bytes(
-    config: PretrainedConfig, *, rewritten: Sequence[Linear], refitted: Sequence[Linear]
+    config: PretrainedConfig, *, rewritten: Sequence[Linear], refitted: Sequence[Linear], states: int
 ) -> dict[str, int]:
-    """Estimate the peak on a CPU of a plan that rewrites matrices, in bytes: weights, edits, work, total.
+    """Estimate the peak on a CPU of a plan that rewrites matrices, in bytes: weights, states, edits, work, total.
 
     | part | holds |
     |---|---|
@@ -110,10 +110,12 @@ def rewriting_bytes(
         config: The config of the model.
         rewritten: The matrices of the plan's edits.
         refitted: Those that are fitted to outputs.
+        states: Bytes of the hidden states that a walk through the layers holds.
     """
     width = itemsize(config)
     parts = {
         "weights": weights_bytes(config, width),
+        "states": states,
         "edits": width * sum(linear.rows * linear.columns for linear in {*rewritten, *refitted}),
         "work": FLOAT64
         * max((linear.columns * (2 * linear.columns + 3 * linear.rows) for linear in refitted), default=0),

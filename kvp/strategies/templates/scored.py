@@ -68,7 +68,7 @@ class ScoreStrategy(PlannedStrategy):
         if self.compensation is None:
             return []
         kinds, family = set(self.kinds()), family_of(config)
-        cut = {family.o: kinds - {"ffn"}, family.down: kinds & {"ffn"}}
+        cut = {family.o: kinds & {"vo", "kv_group"}, family.down: kinds & {"ffn"}}
         return [each for each in all_linears(config) if cut.get(each.module.rpartition(".")[2])]
 
     def pools(self, config: PretrainedConfig, scores: Scores) -> list[Pool]:

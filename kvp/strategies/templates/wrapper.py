@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 from typing_extensions import override
 
+from kvp.models.linears import Linear
 from kvp.options import options
 from kvp.strategies.base import Strategy
 from kvp.strategies.target import Scores, Target
@@ -50,6 +52,10 @@ class Wrapper(Strategy):
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:
         return self.first.score(target)
+
+    @override
+    def refitted(self, config: PretrainedConfig) -> list[Linear]:
+        return replace(self.first, compensation=self.compensation).refitted(config)
 
     @override
     def peak_bytes(self, config: PretrainedConfig, **sizes: Any) -> dict[str, int]:

@@ -53,7 +53,10 @@ def test_memory_is_estimated_with_the_matrices_that_a_plan_rewrites(joins, tmp_p
     plan = searched(method, model, tmp_path / "plan")
     plan = refitted(Sequential(), model, IDS.split(2), plan)
     estimate = rewriting_bytes(
-        model.config, rewritten=method.rewritten(model.config), refitted=method.refitted(model.config)
+        model.config,
+        rewritten=method.rewritten(model.config),
+        refitted=method.refitted(model.config),
+        states=0,
     )
     held = sum(edit.nbytes for name, edit in plan.edits.items() if name.endswith(".weight"))
     assert held == estimate["edits"]
