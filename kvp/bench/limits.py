@@ -30,12 +30,11 @@ def predicted_batch(subject: Subject, *, length: int, limit: int, dtype: torch.d
 def predicted_context(subject: Subject, *, limit: int, dtype: torch.dtype) -> int:
     """Return how many tokens of one sequence fit beside the weights, in blocks, within the model's positions."""
     per_token, positions = subject.cache_bytes_per_token(dtype), subject.config.max_position_embeddings
-    whole = (
+    window = (
         subject.cache_bytes(positions, dtype) - room(positions) * per_token
-    )  # what a window takes beyond it
-    return longest_context(
-        limit - subject.weights_bytes(dtype) - whole, per_token=per_token, positions=positions
-    )
+    )  # bytes that whole tokens add
+    left = limit - subject.weights_bytes(dtype) - window
+    return longest_context(left, per_token=per_token, positions=positions)
 
 
 def find_batch(

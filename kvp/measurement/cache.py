@@ -116,12 +116,19 @@ class SparseLayer(InPlace):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(cursor, length)
-        rows: Any = {"batch_size": batch_size, "groups": shape.num_key_value_heads, "length": length}
-        states = []
+        self.states: list[FixedSparse] = []
         for codec in codecs:
             assert isinstance(codec, Sparse), "`check_cache` refuses others"
-            states.append(FixedSparse(codec, **rows, dtype=dtype, device=cursor.positions.device))
-        self.states = tuple(states)
+            self.states.append(
+                FixedSparse(
+                    codec,
+                    batch_size=batch_size,
+                    groups=shape.num_key_value_heads,
+                    length=length,
+                    dtype=dtype,
+                    device=cursor.positions.device,
+                )
+            )
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -117,7 +117,7 @@ class DecodeLayers:
         family, shapes = family_of(model.config), layer_shapes(model.config)
         layers: Any = model.get_submodule(family.layers)
         self.model, self.caches = model, caches
-        self._batch = len(_tensors(caches[0][0])[0])
+        self._batch = len(caches[0][0])
         self._layers, turning = (_Layer * len(shapes))(), []
         left, lengths = iter(caches), [2]  # of one position alone some rotary tables are another shape
         for layer, made, shape in zip(layers, self._layers, shapes, strict=True):
@@ -189,21 +189,16 @@ def _channels(config: PretrainedConfig, shape: LayerShape) -> list[list[int]]:
 
 def _hold(made: _Layer, keys: Tensor | FixedSparse, values: Tensor | FixedSparse) -> int:
     """Tell the kernel where keys and values lie; return how many tokens they have room for."""
-    (made.keys, *sparse_keys), (made.values, *sparse_values) = (
-        map(_at, _tensors(held)) for held in (keys, values)
-    )
-    older, kept_keys = _tensors(keys)[0].shape[2:]
-    made.length, newest = older, 0
-    if isinstance(keys, FixedSparse):
-        made.key_bits, made.newest_keys = sparse_keys
-        made.value_bits, made.newest_values = sparse_values
-        made.kept_keys, made.kept_values = kept_keys, _tensors(values)[0].shape[3]
-        made.newest = newest = keys.newest.shape[2]
-    return older + newest
-
-
-def _tensors(held: Tensor | FixedSparse) -> tuple[Tensor, ...]:
-    return held.tensors() if isinstance(held, FixedSparse) else (held,)
+    if isinstance(keys, FixedSparse) and isinstance(values, FixedSparse):
+        made.keys, made.key_bits, made.newest_keys = map(_at, keys.tensors())
+        made.values, made.value_bits, made.newest_values = map(_at, values.tensors())
+        older, made.kept_keys = keys.values.shape[2:]
+        made.length, made.newest, made.kept_values = older, keys.newest.shape[2], values.values.shape[3]
+        return older + keys.newest.shape[2]
+    assert isinstance(keys, Tensor)
+    assert isinstance(values, Tensor)
+    made.keys, made.values, made.length = _at(keys), _at(values), keys.shape[2]
+    return keys.shape[2]
 
 
 def _matrices(made: _Layer, module: Any, names: dict[str, str]) -> None:

@@ -37,6 +37,10 @@ class FixedSparse:
         self.bitmap = torch.zeros(*rows, older, codec.width // WORD, dtype=torch.uint8, device=device)
         self.newest = torch.zeros(*rows, places, codec.width, **options)
 
+    def __len__(self) -> int:
+        """Return how many sequences there are."""
+        return len(self.values)
+
     def store(self, states: Tensor, rows: slice) -> None:
         """Store the first tokens of some sequences, (batch, groups, tokens, width)."""
         tokens, places = states.shape[2], self.newest.shape[2]
@@ -53,4 +57,4 @@ class FixedSparse:
 
     def bytes_per_token(self) -> Fraction:
         """Return the bytes of a packed token of one sequence."""
-        return Fraction(self.values.nbytes + self.bitmap.nbytes, len(self.values) * self.values.shape[2])
+        return Fraction(self.values.nbytes + self.bitmap.nbytes, len(self) * self.values.shape[2])

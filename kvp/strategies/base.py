@@ -185,23 +185,18 @@ class Strategy(ABC):
             length=length,
             variants=len(layer_shapes(config)) if self.probes else 0,
         )
-        found = [one]
-        if on_cpu:  # where edits lie beside the model, whatever the device
-            found.append(
-                rewriting_bytes(
-                    config,
-                    rewritten=self.rewritten(config),
-                    refitted=self.refitted(config),
-                    states=one["states"],
+        peaks = [one]
+        if on_cpu:  # edits lie in main memory, and there beside the model
+            edits = {"rewritten": self.rewritten(config), "refitted": self.refitted(config)}
+            peaks.append(rewriting_bytes(config, **edits, states=one["states"]))
+        if backward is not None:
+            again = getattr(self, "gradient_checkpointing", False)
+            peaks.append(
+                scoring_bytes(
+                    config, batch_size=batch_size, length=length, gradient_checkpointing=again, **backward
                 )
             )
-        if backward is None:
-            return max(found, key=lambda parts: parts["total"])
-        checkpointing = getattr(self, "gradient_checkpointing", False)
-        other = scoring_bytes(
-            config, batch_size=batch_size, length=length, gradient_checkpointing=checkpointing, **backward
-        )
-        return max(*found, other, key=lambda parts: parts["total"])
+        return max(peaks, key=lambda parts: parts["total"])
 
     def sensitivity(self, target: Target, scores: Scores) -> Tensor:
         """Return (layers,) nats per token that the loss rises without each layer's part.

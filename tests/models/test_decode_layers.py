@@ -84,7 +84,7 @@ def test_joined_heads_and_added_biases():
 
 
 def sparse(model, window=4):
-    """The same model, whose cache drops half of every key and three tenths of every value."""
+    """Return the model with a cache that drops half of every key and three tenths of every value."""
     twin = apply(model, Plan({})) if not hasattr(model.config, "kvp_layers") else model
     twin.config.kvp_cache = asdict(Mustafar(key_sparsity=0.5, value_sparsity=0.3, window=window))
     return twin
