@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from kvp.models.family import family_of
 from kvp.models.gguf_header import read_header
+from kvp.models.gguf_reader import quick_reader
 from kvp.models.load import save
 
 if TYPE_CHECKING:
@@ -59,23 +60,25 @@ def write_gguf(file: Path, directory: Path, origin: str) -> dict[str, Any]:
         Facts worth recording.
     """
     config = gguf_config(file)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        **_place(file),
-        config=config,  # else it is read once more, which takes seconds
-        dtype=torch.float32,
-        trust_remote_code=False,
-        quantization_config=transformers.GgufConfig(gguf_file=file.name, dequantize=True),
-    )
+    with quick_reader():
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            **_place(file),
+            config=config,  # else it is read once more, which takes a second
+            dtype=torch.float32,
+            trust_remote_code=False,
+            quantization_config=transformers.GgufConfig(gguf_file=file.name, dequantize=True),
+        )
     model.config._name_or_path = origin
     save(model.to(gguf_config(file).dtype), gguf_tokenizer(file), directory)
     return {"origin": origin, "quantised": f"{read_header(file).kind}, dequantised"}
 
 
-@cache  # large vocabularies take transformers half a minute
+@cache  # a large vocabulary takes seconds
 def _config(file: Path, changed: int) -> PretrainedConfig:
     matrices = read_header(file).matrices
     try:
-        config = transformers.AutoConfig.from_pretrained(**_place(file), trust_remote_code=False)
+        with quick_reader():
+            config = transformers.AutoConfig.from_pretrained(**_place(file), trust_remote_code=False)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise ValueError(
             f"transformers does not open {file} ({error}): take the model's own checkpoint, a directory of safetensors"
@@ -88,7 +91,8 @@ def _config(file: Path, changed: int) -> PretrainedConfig:
 
 @cache
 def _tokenizer(file: Path, changed: int) -> PreTrainedTokenizerBase:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**_place(file), trust_remote_code=False)
+    with quick_reader():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**_place(file), trust_remote_code=False)
     return _without_added(tokenizer, _config(file, changed).vocab_size)
 
 

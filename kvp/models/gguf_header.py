@@ -1,6 +1,6 @@
 """The header of a GGUF: its scalar fields and the types of its matrices.
 
-It is read in a second, where `gguf.GGUFReader` takes half a minute for a large vocabulary.
+It is read in a second, where `gguf.GGUFReader` takes ten and more for a large vocabulary.
 Layout: magic, version, number of tensors, number of fields; fields; tensors' names, shapes, types and offsets.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """

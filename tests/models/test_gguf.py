@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -98,6 +99,13 @@ def test_a_gguf_of_the_users_own_is_a_model(dense, tmp_path):
     tokens = source.expected_tokenizer()  # transformers adds one, which has no row in the embedding
     assert len(tokens) == expected.vocab_size
     assert tokens(TEXT)["input_ids"] == load_tokenizer(dense[0])(TEXT)["input_ids"]
+
+
+def test_the_map_of_names_is_built_once(dense, tmp_path, monkeypatch):
+    calls, built = [], gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *of: calls.append(of) or built(*of))
+    mine(dense[1]).write(tmp_path / "model")
+    assert len(calls) == 1
 
 
 def test_python_loads_a_gguf(dense):

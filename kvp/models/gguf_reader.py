@@ -1,0 +1,43 @@
+"""Lets transformers read a GGUF in a quarter of the time: the older of its architectures take the reader of `gguf`.
+
+That reader makes three views of a memory map for each word of the vocabulary. Transformers builds the map of names once
+for each module. Both give the same here, at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import gguf
+import numpy as np
+from typing_extensions import override
+
+
+class Reader(gguf.GGUFReader):
+    """A reader of GGUF that views each field once."""
+
+    @override
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        return np.frombuffer(
+            self.data, _ordered(dtype, override_order or self.byte_order), int(count), offset
+        )
+
+
+@contextmanager
+def quick_reader() -> Iterator[None]:
+    """Let transformers read a GGUF by `Reader` and build the map of names once, within the block."""
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    # transformers imports both at each call
+    gguf.__dict__.update(GGUFReader=Reader, get_tensor_name_map=cache(names))
+    try:
+        yield
+    finally:
+        gguf.__dict__.update(GGUFReader=reader, get_tensor_name_map=names)
+
+
+@cache
+def _ordered(dtype: Any, order: str) -> np.dtype[Any]:
+    return np.dtype(dtype).newbyteorder(order)
