@@ -131,13 +131,13 @@ def until_backward(
         width: Bytes of a number of the model's dtype.
         checkpointing: Whether layers are computed again in the backward pass.
         loss: Bytes of the logits and their gradients when the loss goes backward.
-        held: Bytes that hooks hold of a checkpointed forward pass, and again of the layers computed again.
+        held: Bytes that hooks hold of a checkpointed forward pass.
         options: Those of `kept_bytes`.
     """
     each = all_kept(config, width=width, **options)
     work = working_bytes(config, tokens=tokens, width=width)
     if not checkpointing:
         return {"activations": tokens * sum(each) + max(0, work - loss), "logits": loss}
-    again = tokens * max(each) + work + held
+    again = tokens * max(each) + work
     inputs = tokens * len(each) * width * config.hidden_size
     return {"activations": inputs + held + max(0, again - loss), "logits": loss}

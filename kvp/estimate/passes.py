@@ -60,9 +60,15 @@ def nll_bytes(config: PretrainedConfig, *, tokens: int, width: int) -> int:
 
 
 def slice_bytes(config: PretrainedConfig, *, tokens: int, width: int) -> int:
-    """Return the bytes of the logits of `ROWS` tokens and `WORDS` words, and of their exponentials."""
+    """Return the bytes of the logits of `ROWS` tokens and `WORDS` words, and of their copy in float32."""
     stored = 0 if width == FLOAT32 else width
-    return (stored + 2 * FLOAT32) * min(tokens, ROWS) * min(config.vocab_size, WORDS)
+    return (stored + FLOAT32) * min(tokens, ROWS) * min(config.vocab_size, WORDS)
+
+
+def loss_bytes(config: PretrainedConfig, *, tokens: int, width: int) -> int:
+    """Return the bytes of a slice of the logits, and of the gradient of all hidden states that is made with it."""
+    made = 2 * FLOAT32 * min(tokens, ROWS)
+    return slice_bytes(config, tokens=tokens, width=width) + config.hidden_size * (made + tokens * width)
 
 
 def evaluation_bytes(config: PretrainedConfig, *, tokens: int, width: int, logits: int) -> Parts:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvp.estimate.kept import Adapter, until_backward
-from kvp.estimate.passes import FLOAT32, Parts, weights_bytes, with_total
+from kvp.estimate.passes import FLOAT32, Parts, loss_bytes, weights_bytes, with_total
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ADAM = 4  # numbers in float32 per trained parameter: itself, its gradient and AdamW's two moments
 LOSS = (
-    3  # copies of the logits in float32 when the loss goes backward: log-softmax, its gradient, the logits'
+    3  # copies of the logits in float32 when a loss of logits goes backward: log-softmax and both gradients
 )
 
 
@@ -38,12 +38,13 @@ def training_bytes(
         teacher: The dense model, whose weights and logits are held too.
     """
     tokens = batch_size * length
+    logits = LOSS * FLOAT32 * tokens * config.vocab_size
     passed = until_backward(
         config,
         tokens=tokens,
         width=width,
         checkpointing=checkpointing,
-        loss=LOSS * FLOAT32 * tokens * config.vocab_size,
+        loss=logits if teacher else loss_bytes(config, tokens=tokens, width=width),
         adapter=adapter,
     )
     parts = {

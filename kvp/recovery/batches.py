@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from typing_extensions import override
 
 from kvp.data.tokens import IGNORE
+from kvp.models.nll import head_nll
 from kvp.recovery.examples import Example
 
 
@@ -24,6 +28,43 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
         name: torch.tensor([e[name] + [fill] * (length - len(e[name])) for e in examples])
         for name, fill in fills.items()
     }
+
+
+def lose_without_logits(model: PreTrainedModel) -> None:
+    """Make a model's loss of its last hidden states, so that no batch of logits is held; a head that is trained stays.
+
+    With large vocabularies logits and their gradients take more memory than all else of a training step.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight.requires_grad:
+        return
+
+    def loss(
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        **_: Any,
+    ) -> Tensor:
+        """Return what transformers' loss of causal models does; `logits` are hidden states."""
+        counted = labels[:, 1:] != IGNORE
+        losses = head_nll(head, logits[:, :-1][counted], labels[:, 1:][counted])
+        return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch
+
+    model.set_output_embeddings(_Passed(head))
+    model.loss_function = loss
+
+
+class _Passed(nn.Module):
+    """A head that hands on what it reads; its weight still moves with the model to a device."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.head = head
+
+    @override
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from kvp.recovery.batches import collate, mean_loss
+from kvp.recovery.batches import collate, lose_without_logits, mean_loss
 from kvp.recovery.distillation import PARTS
 from kvp.recovery.distiller import Distiller
 from kvp.recovery.examples import Example
@@ -47,6 +47,8 @@ class Job:
 def fit(recipe: Lora, job: Job, examples: Sequence[Example], held_out: Sequence[Example]) -> dict[str, Any]:
     """Train the adapter and save it; only the first of several processes writes and returns figures."""
     model = _model(recipe, job)
+    if not recipe.distillation:  # which compares logits
+        lose_without_logits(model.get_base_model())  # type: ignore[arg-type]
     directory = Path(job.directory)
     journal = Journal(directory / "losses.jsonl")
     options: dict[str, Any] = {

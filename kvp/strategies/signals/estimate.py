@@ -6,9 +6,15 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from kvp.estimate.kept import until_backward
-from kvp.estimate.passes import FLOAT32, weights_bytes, with_total, working_bytes
+from kvp.estimate.passes import (
+    FLOAT32,
+    loss_bytes,
+    slice_bytes,
+    weights_bytes,
+    with_total,
+    working_bytes,
+)
 from kvp.models.linears import Linear, all_linears, linears
-from kvp.models.nll import ROWS, WORDS
 from kvp.models.shapes import active_width, itemsize, layer_shapes, size
 
 if TYPE_CHECKING:
@@ -91,7 +97,7 @@ def pass_bytes(
         "weights": weights_bytes(config, width),
         "states": 2 * states * config.hidden_size * width,
         "activations": working_bytes(config, tokens=at_once, width=width)
-        + FLOAT32 * 3 * min(tokens, ROWS) * WORDS,
+        + slice_bytes(config, tokens=tokens, width=width),
     }
     return with_total(parts)
 
@@ -137,7 +143,7 @@ def scoring_bytes(
     | part | holds |
     |---|---|
     | activations | what autograd keeps of all layers (`kvp.estimate.kept`) |
-    | logits | all of them in float32, and the pieces of a chunk |
+    | logits | a slice of them, and the gradient of the hidden states that is made with it |
     | constant | the largest gradient with its float32 copies |
 
     Args:
@@ -153,9 +159,11 @@ def scoring_bytes(
     channels = sum(
         s.kv_width * ("attention" in watched) + active_width(config, s) * ("mlp" in watched) for s in shapes
     )
-    largest = max(
-        config.hidden_size
-        * max(s.num_attention_heads * max(s.query_head_dim, s.v_head_dim), s.intermediate_size)
+    largest = config.hidden_size * max(
+        max(
+            s.num_attention_heads * max(s.query_head_dim, s.v_head_dim) * ("attention" in gradients),
+            s.intermediate_size * ("mlp" in gradients),
+        )
         for s in shapes
     )
     parts = {
@@ -165,11 +173,11 @@ def scoring_bytes(
             tokens=tokens,
             width=width,
             checkpointing=gradient_checkpointing,
-            loss=FLOAT32 * (tokens * config.vocab_size + 3 * min(tokens, ROWS) * WORDS),
+            loss=loss_bytes(config, tokens=tokens, width=width),
             held=tokens * width * channels,
             gradients=gradients,
             watched=watched,
         ),
-        "constant": largest * (2 * width + 3 * FLOAT32) * bool(gradients),
+        "constant": largest * (2 * width + 3 * FLOAT32),
     }
     return with_total(parts)
