@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ADAM = 4  # numbers in float32 per trained parameter: itself, its gradient and AdamW's two moments
-LOSS = (
-    3  # copies of the logits in float32 when a loss of logits goes backward: log-softmax and both gradients
-)
+HEAD = "lm_head"  # an update of it needs the logits
+LOSS = 3  # copies of logits in float32 when their loss goes backward: log-softmax, its gradient, theirs
 
 
 def training_bytes(
@@ -44,7 +43,7 @@ def training_bytes(
         tokens=tokens,
         width=width,
         checkpointing=checkpointing,
-        loss=logits if teacher else loss_bytes(config, tokens=tokens, width=width),
+        loss=logits if teacher or HEAD in adapter.modules else loss_bytes(config, tokens=tokens, width=width),
         adapter=adapter,
     )
     parts = {

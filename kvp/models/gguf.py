@@ -79,7 +79,7 @@ def _config(file: Path, changed: int) -> PretrainedConfig:
     try:
         with quick_reader():
             config = transformers.AutoConfig.from_pretrained(**_place(file), trust_remote_code=False)
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except (ValueError, KeyError, NotImplementedError, OverflowError) as error:
         raise ValueError(
             f"transformers does not open {file} ({error}): take the model's own checkpoint, a directory of safetensors"
         ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import RLock
 from typing import Any
 
 import gguf
@@ -21,23 +22,21 @@ class Reader(gguf.GGUFReader):
 
     @override
     def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-        return np.frombuffer(
-            self.data, _ordered(dtype, override_order or self.byte_order), int(count), offset
-        )
+        ordered = np.dtype(dtype).newbyteorder(override_order or self.byte_order)
+        return np.frombuffer(self.data, ordered, int(count), offset)
+
+
+LOCK = RLock()  # of the names that a block replaces
 
 
 @contextmanager
 def quick_reader() -> Iterator[None]:
     """Let transformers read a GGUF by `Reader` and build the map of names once, within the block."""
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    # transformers imports both at each call
-    gguf.__dict__.update(GGUFReader=Reader, get_tensor_name_map=cache(names))
-    try:
-        yield
-    finally:
-        gguf.__dict__.update(GGUFReader=reader, get_tensor_name_map=names)
-
-
-@cache
-def _ordered(dtype: Any, order: str) -> np.dtype[Any]:
-    return np.dtype(dtype).newbyteorder(order)
+    with LOCK:
+        before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+        # transformers imports both at each call
+        gguf.__dict__.update(GGUFReader=Reader, get_tensor_name_map=cache(gguf.get_tensor_name_map))
+        try:
+            yield
+        finally:
+            gguf.__dict__.update(before)

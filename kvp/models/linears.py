@@ -59,10 +59,15 @@ def linears(config: PretrainedConfig, layer: int) -> list[tuple[Linear, ...]]:
 
 
 def linear_names(config: PretrainedConfig, model: nn.Module) -> tuple[str, ...]:
-    """Return the names of a model's linear modules; of one whose class fuses matrices, those of its twin."""
+    """Return the names of linear modules that can be tuned; of a model whose class fuses matrices, those of its twin.
+
+    A head that shares its matrix with the embeddings is not among them: its update would change both once merged.
+    """
     if family_of(config).fused:
-        return (*(linear.module for linear in all_linears(config)), "lm_head")
-    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        names = [*(linear.module for linear in all_linears(config)), "lm_head"]
+    else:
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return tuple(name for name in names if name != "lm_head" or not config.tie_word_embeddings)
 
 
 def all_linears(config: PretrainedConfig) -> list[Linear]:

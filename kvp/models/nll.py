@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from kvp.models.half import emulated, linear
 
@@ -66,7 +67,7 @@ class _NLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         rows, wanted = len(hidden), ctx.needs_input_grad[0]
-        highest = hidden.new_full((rows,), -torch.inf, dtype=torch.float32)
+        highest = hidden.new_full((rows,), torch.finfo(torch.float32).min, dtype=torch.float32)
         total, chosen = torch.zeros_like(highest), torch.zeros_like(highest)
         weighted = torch.zeros_like(hidden, dtype=torch.float32) if wanted else None
         for number, words in enumerate(weight.split(WORDS)):
@@ -86,6 +87,7 @@ class _NLL(torch.autograd.Function):
         return highest + total.log() - chosen
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (weighted,) = ctx.saved_tensors
         return (gradients[0][:, None] * weighted).to(weighted.dtype), None, None

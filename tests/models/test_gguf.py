@@ -149,6 +149,13 @@ def test_what_is_missing_is_named_with_the_command(dense, wheels, changes, missi
         source.identity()
 
 
+def huge(content):
+    """A GGUF with a matrix of 2**58 rows and more."""
+    name = b"blk.0.attn_q.weight"
+    place = content.index(name) + len(name) + 4 + 7  # behind the number of dimensions
+    return content[:place] + b"\x04" + content[place + 1 :]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -161,8 +168,9 @@ def test_what_is_missing_is_named_with_the_command(dense, wheels, changes, missi
             lambda b: b.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0llamb"),
             "does not open .*damaged.gguf",
         ),
+        (huge, "does not open .*damaged.gguf"),
     ],
-    ids=["magic", "version", "short", "cut", "empty", "architecture"],
+    ids=["magic", "version", "short", "cut", "empty", "architecture", "count"],
 )
 def test_a_damaged_gguf_is_refused_in_words(dense, tmp_path, change, reason):
     (tmp_path / "damaged.gguf").write_bytes(change(dense[1].read_bytes()))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kvp.data.tokens import IGNORE
+from kvp.models.linears import linear_names
 from kvp.recovery.batches import lose_without_logits
 from tests.conftest import tiny_model
 
@@ -54,3 +55,13 @@ def test_a_head_that_is_trained_keeps_its_logits():
     lose_without_logits(model.get_base_model())
     assert model(**batch()).logits.shape == (3, 17, model.config.vocab_size)
     assert any("lm_head" in name for name in found(model))
+
+
+def test_a_head_that_shares_its_matrix_is_not_among_the_modules_to_tune():
+    """Its update would change the embeddings once merged."""
+    names = {
+        tied: linear_names(model.config, model)
+        for tied in (False, True)
+        for model in [tiny_model(tie_word_embeddings=tied)]
+    }
+    assert set(names[False]) - set(names[True]) == {"lm_head"}

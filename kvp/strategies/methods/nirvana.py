@@ -38,14 +38,17 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from typing_extensions import override
 
+from kvp.estimate.passes import FLOAT32, with_total
 from kvp.models.masks import masked
+from kvp.models.nll import ROWS
+from kvp.models.shapes import itemsize
 from kvp.models.spaces import members
 from kvp.options import options
 from kvp.strategies.allocation.allocate import Allocator
@@ -58,7 +61,7 @@ from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Budget, Kind, Plan, Space
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +102,14 @@ class NIRVANA(ScoreStrategy):
     @override
     def kinds(self) -> tuple[Kind, ...]:
         return ("kv_group", "ffn")
+
+    @override
+    def peak_bytes(self, config: PretrainedConfig, *, length: int, **sizes: Any) -> dict[str, int]:
+        """Add one sample's logits and their gradient; where draws compete, those of `ROWS` tokens of two models."""
+        width = itemsize(config)
+        logits = config.vocab_size * max(2 * width * length, 4 * FLOAT32 * ROWS * (self.draws > 1))
+        parts = super().peak_bytes(config, length=length, **sizes)
+        return with_total({**parts, "logits": parts.get("logits", 0) + logits, "total": 0})
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:

@@ -71,6 +71,7 @@ def gradient_sums(
                 loss = objective(model, ids)
                 require_finite(loss, f"the calibration loss of batch {number}")
                 loss.backward()
+                del loss
     for (name, _), total in sums.items():
         require_finite(total.sum(), f"the score of {name}")
     return sums
@@ -142,6 +143,7 @@ def backward_by_sample(
             losses = next_token_nll(model, input_ids=ids, labels=ids).mean(dim=1)
             require_finite(losses.sum(), f"the calibration loss of batch {number}")
             losses.sum().backward()
+            del losses  # with what hooks hold, before the next pass
 
 
 @contextmanager

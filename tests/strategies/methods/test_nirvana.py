@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvp.models.masks import masked
 from kvp.models.spaces import find_spaces
@@ -18,6 +20,7 @@ from kvp.strategies.signals.losses import divergences
 from kvp.strategies.target import Target
 from kvp.types import Budget
 from tests.conftest import NETWORKS, random_plan, tiny_config, tiny_model
+from tests.helpers.live import Live
 from tests.helpers.masks import mask
 
 HEAD_DIM = 8
@@ -192,6 +195,34 @@ def test_draws_are_halves_without_repetition_and_follow_the_seed():
     assert not torch.equal(first, second)
     assert not torch.equal(first, draw(replace(target, seed=5), 0, 0.5))
     assert len(draw(target, 0, 0.01)) == 1
+
+
+@pytest.mark.parametrize("draws", [1, 2])
+def test_the_logits_of_its_objective_are_estimated(draws):
+    config = LlamaConfig(
+        vocab_size=50_000,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        dtype="float32",
+    )
+    model, method = LlamaForCausalLM(config).eval(), replace(HALVES, draws=draws)
+    ids = torch.randint(50_000, (4, 256), generator=torch.Generator().manual_seed(0))
+    target = Target(model, ids, 2, 0)
+    with Live(model) as live, TemporaryDirectory() as place:
+        scores = method.score(target)
+        if draws > 1:
+            method.search(
+                target,
+                scores,
+                Budget(value=0.25, of="block_params", tolerance=0.1),
+                torch.zeros(2),
+                Path(place),
+            )
+    parts = method.peak_bytes(config, samples=4, batch_size=2, length=256, on_cpu=False)
+    assert live.peak == pytest.approx(parts["total"] - parts["weights"], rel=0.25)
 
 
 def test_one_backward_of_the_papers_sample_fits_24_gib():
