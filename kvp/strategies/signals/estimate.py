@@ -92,7 +92,7 @@ def pass_bytes(
     """
     width = itemsize(config)
     states = max(samples * length, tokens * (1 + variants) * bool(variants))
-    at_once = min(tokens, max(length, TOKENS_PER_PASS)) if tokens else 0
+    at_once = min(tokens * (1 + variants), max(length, TOKENS_PER_PASS)) if tokens else 0
     parts = {
         "weights": weights_bytes(config, width),
         "states": 2 * states * config.hidden_size * width,
