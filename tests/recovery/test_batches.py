@@ -58,7 +58,7 @@ def test_a_head_that_is_trained_keeps_its_logits():
 
 
 def test_a_head_that_shares_its_matrix_is_not_among_the_modules_to_tune():
-    """Its update would change the embeddings once merged."""
+    """An update of a shared head would change the embeddings once merged."""
     names = {
         tied: linear_names(model.config, model)
         for tied in (False, True)
