@@ -89,7 +89,7 @@ def test_a_whole_run_in_a_file_has_lines_only(tmp_path):
     ]
     shown = in_a_file(tmp_path, *words)
     assert "\r" not in shown and "%|" not in shown
-    assert "[18/18] recovered · measure  computed" in shown
+    assert "[18/18] recovered · measure  found" in shown
 
 
 @pytest.mark.slow

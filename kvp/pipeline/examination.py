@@ -193,7 +193,10 @@ class Needles(Examining):
 
 
 class Measure(Examining):
-    """Time a model and weigh its memory, in a process of its own."""
+    """Time a model and weigh its memory, in a process of its own.
+
+    Recovery changes values and no shape. So the recovered model has the pruned one's figures, measured once.
+    """
 
     name = "measure"
 
@@ -206,8 +209,9 @@ class Measure(Examining):
     def inputs(self, x: Experiment, before: Before) -> Inputs:
         assert x.protocol is not None
         packed = {} if x.cache is None or self.model == "dense" else {"packed_decode": DECODED_VERSION}
+        shaped = "dense" if self.model == "dense" else "pruned"
         return {
-            "model": before[maker(self.model, before)],
+            "model": before[maker(shaped, before)],
             "protocol": asdict(x.protocol),
             "dtype": str(x.dtype).removeprefix("torch."),
             "device": list(hardware(x.device).values()),

@@ -22,7 +22,7 @@ class Foretold:
         model: The model that it makes or looks at.
         work: What it has in common with stages of about the same cost.
         since: When it must have been done to count (seconds since 1970); None: at any time.
-        stands: Whether it is done.
+        stands: Whether it is done, or a stage before it in the run has the same fingerprint.
         writes_model: Whether it leaves a checkpoint.
     """
 
@@ -42,14 +42,16 @@ def foretell(x: Experiment) -> tuple[list[Foretold], Path]:
     Raises:
         OSError, ValueError: The model or a text is out of reach.
     """
-    foretold, before, forcing = [], beginning(x.source), Forcing(x)
+    foretold: list[Foretold] = []
+    before, forcing = beginning(x.source), Forcing(x)
     there = x.place.is_dir()  # the store's first use would make it
     for stage, model in zip(chain(x), models_of(x), strict=True):
         inputs = stage.decides(x, before)
         digest = fingerprint(stage.place, stage.version, inputs)
         work = kind_of_work(stage.place, stage.version, inputs, before.get("model", digest))
         since = forcing.since(stage, inputs)
-        stands = there and x.store.stands(stage.place, digest, since)
+        twice = digest in {earlier.fingerprint for earlier in foretold}
+        stands = twice or (there and x.store.stands(stage.place, digest, since))
         foretold.append(
             Foretold(stage.place, stage.name, model, work, digest, since, stands, stage.writes_model)
         )

@@ -95,6 +95,7 @@ def test_record_holds_what_the_readme_promises(finished):
         assert model["evaluation"]["zero_shot"]["piqa"]["n"] == 4
         assert model["measure"]["decode"]["tokens_per_second"] > 0
         assert model["measure"]["kv_bytes_per_token"] == model["size"]["kv_bytes_per_token"]
+    assert written["recovered"]["measure"] == written["pruned"]["measure"] != written["dense"]["measure"]
     achieved = written["ratio"]["achieved"]
     assert achieved["kv_cache"] == pytest.approx(0.25, abs=0.02)
     assert 0 < achieved["params"] < achieved["block_params"] < achieved["kv_cache"]
@@ -105,6 +106,9 @@ def test_record_holds_what_the_readme_promises(finished):
     assert all(stage["origins"] == [0] and stage["code"] and stage["started"] for stage in written["stages"])
     assert {stage["model"] for stage in written["stages"]} == {"dense", "pruned", "recovered"}
     assert all(stage["seconds"] >= 0 and stage["fingerprint"] for stage in written["stages"])
+    assert [(stage["model"], stage["name"]) for stage in written["stages"] if stage["found"]] == [
+        ("recovered", "measure")
+    ]
 
 
 def test_checkpoints_open_with_from_pretrained_and_agree(finished):
