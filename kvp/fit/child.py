@@ -170,7 +170,9 @@ def _plan(x: Experiment, target: Target, scores: Scores, directory: Path) -> Pla
 
 
 def _loaded(x: Experiment, checkpoint: Path) -> PreTrainedModel:
-    return memory.place(load_model(checkpoint, dtype=x.dtype, device="cpu"), torch.device(x.device))
+    """Return the model in the form in which the run's strategy cuts it."""
+    model = x.strategy.recast(load_model(checkpoint, dtype=x.dtype, device="cpu"))
+    return memory.place(model, torch.device(x.device))
 
 
 def _ids(vocabulary: int, batch_size: int, length: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -68,6 +68,12 @@ def linear_names(config: PretrainedConfig, model: nn.Module) -> tuple[str, ...]:
     else:
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return tuple(name for name in names if name != "lm_head" or not config.tie_word_embeddings)
+
+
+def named_linears(config: PretrainedConfig, *parts: Literal["q", "k", "v", "o"]) -> list[Linear]:
+    """Return the projections of these parts of all attentions, in order."""
+    names = {getattr(family_of(config), part) for part in parts}
+    return [linear for linear in all_linears(config) if linear.module.rpartition(".")[2] in names]
 
 
 def all_linears(config: PretrainedConfig) -> list[Linear]:

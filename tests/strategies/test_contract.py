@@ -78,6 +78,11 @@ def test_contract(name, family, heads, tokens):
     plan = make_plan(method, model)
     again = make_plan(method, model)
     assert all(torch.equal(keep, again.keep[space]) for space, keep in plan.keep.items())
+    counted = {linear.weight: (linear.rows, linear.columns) for linear in method.rewritten(model.config)}
+    edited = {name: tuple(edit.shape) for name, edit in plan.edits.items() if name.endswith("weight")}
+    assert edited.items() <= counted.items()
+    if not (isinstance(method, MLAStrategy) and heads == "mqa"):  # one head without folds stays as it is
+        assert edited == counted
     dense, left = (
         size(model.config, shapes).kv_bytes_per_token
         for shapes in (layer_shapes(model.config), cut(layer_shapes(model.config), plan))

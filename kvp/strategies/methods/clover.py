@@ -29,12 +29,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from kvp.models.linears import Linear, named_linears
 from kvp.models.shapes import layer_shapes
 from kvp.options import options
 from kvp.strategies.allocation.allocate import Allocator, Uniform
@@ -46,6 +47,9 @@ from kvp.strategies.signals.walk import Visit, found_edits, walk
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Budget, Kind, Plan, Space
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @options
@@ -60,6 +64,10 @@ class CLOVER(ScoreStrategy):
     @override
     def kinds(self) -> tuple[Kind, ...]:
         return ("vo",)
+
+    @override
+    def rewritten(self, config: PretrainedConfig) -> list[Linear]:
+        return named_linears(config, "v", "o")
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:

@@ -63,7 +63,7 @@ from typing_extensions import override
 
 from kvp.models.family import family_of
 from kvp.models.joined import joined_config
-from kvp.models.linears import Linear, all_linears
+from kvp.models.linears import Linear, named_linears
 from kvp.models.masks import edited, masked
 from kvp.models.rope import require_fixed_rope
 from kvp.models.spaces import find_spaces
@@ -183,10 +183,9 @@ class KVPrunerPlus(ChannelStrategy):
 
     @override
     def rewritten(self, config: PretrainedConfig) -> list[Linear]:
-        kinds, family = self.kinds(), family_of(config)
-        turned = {family.q, family.k} if self.context is not None and "qk" in kinds else set()
-        turned |= {family.v, family.o} if self.values == "rank" and "vo" in kinds else set()
-        return [each for each in all_linears(config) if each.module.rpartition(".")[2] in turned]
+        kinds = self.kinds()
+        turned = named_linears(config, "q", "k") if self.context is not None and "qk" in kinds else []
+        return turned + (named_linears(config, "v", "o") if self.values == "rank" and "vo" in kinds else [])
 
     def _turned(self, target: Target) -> Iterator[tuple[Visit, Turned]]:
         return ((visit, self._turn(visit)) for visit in visits_of_heads(target))

@@ -40,7 +40,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
@@ -48,6 +48,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
 
+from kvp.models.linears import Linear, named_linears
 from kvp.models.masks import edited, masked
 from kvp.models.plans import edits_file, found_or_made
 from kvp.options import options
@@ -59,6 +60,9 @@ from kvp.strategies.signals.walk import Visit
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.latent import FisherLatentStrategy
 from kvp.types import Budget, Plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ORDER = "order"  # of the heads, among the edits of a file
 
@@ -84,6 +88,10 @@ class ReCalKV(FisherLatentStrategy):
     def factors(self, visit: Visit, part: Part, moments: Moments) -> Factors:
         rows = reordered(visit, rows_of(visit, part), self._order(visit, moments))
         return factored(rows, moments.gram / moments.count, self.damping)
+
+    @override
+    def rewritten(self, config: PretrainedConfig) -> list[Linear]:
+        return [*super().rewritten(config), *named_linears(config, "q", "o")]
 
     @override
     def edits(self, visit: Visit) -> dict[str, Tensor]:

@@ -40,16 +40,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
+from kvp.estimate.passes import FLOAT32, with_total
 from kvp.models.family import family_of
 from kvp.models.plans import SUBLAYERS, bases_file, found_or_made
-from kvp.models.shapes import layer_shapes, size, sliced
+from kvp.models.shapes import itemsize, layer_shapes, size, sliced
 from kvp.models.stream import project, require_turnable
 from kvp.options import options
 from kvp.strategies.base import Strategy
@@ -92,6 +93,13 @@ class SliceGPT(Strategy):
     def check(self, config: PretrainedConfig, budget: Budget) -> None:
         require_turnable(config)
         self.width(config, budget)
+
+    @override
+    def peak_bytes(self, config: PretrainedConfig, *, on_cpu: bool, **sizes: Any) -> dict[str, int]:
+        parts = super().peak_bytes(config, on_cpu=on_cpu, **sizes)
+        bases = 2 * len(layer_shapes(config)) * config.hidden_size**2  # as wide as the stream at most
+        width = max(itemsize(config), FLOAT32)
+        return with_total({**parts, "bases": on_cpu * width * bases, "total": 0})
 
     def width(self, config: PretrainedConfig, budget: Budget) -> int:
         """Return the width D_s; `hidden_size`, if the dense model is the nearest to the budget.

@@ -38,7 +38,7 @@ def layerwise_bytes(
 
     | part | holds |
     |---|---|
-    | weights | one layer twice, as it was and as it is pruned; on a CPU the whole model too |
+    | weights | one layer as it was and as it is pruned; on a CPU all layers in both forms |
     | states | the hidden states before and after a layer |
     | statistics | `signals.moments` of every input of a layer, and the copies that adding a batch makes |
     | work | the larger of a batch's pass through a layer and of `workspace` for one matrix |
@@ -68,9 +68,9 @@ def layerwise_bytes(
         + 4 * 4 * hidden
         for shape in shapes
     )
-    per_layer = max(sum(m.rows * m.columns for group in linears(config, n) for m in group) for n in layers)
+    per_layer = [sum(m.rows * m.columns for group in linears(config, n) for m in group) for n in layers]
     parts = {
-        "weights": width * (2 * per_layer + on_cpu * size(config, shapes).params),
+        "weights": width * (size(config, shapes).params + sum(per_layer) if on_cpu else 2 * max(per_layer)),
         "states": 2 * tokens * hidden * width,
         "statistics": FLOAT64 * (statistics + 3 * widest**square + 3 * batch * widest) if tokens else 0,
         "work": max(batch * through, *(workspace(linear.rows, linear.columns) for linear in matrices)),

@@ -21,7 +21,7 @@ from typing_extensions import override
 from kvp.estimate.passes import FLOAT32, with_total
 from kvp.models.family import family_of
 from kvp.models.latents import with_latents, with_latents_config
-from kvp.models.linears import linears
+from kvp.models.linears import Linear, linears
 from kvp.models.shapes import dense_shapes, layer_shapes
 from kvp.options import options
 from kvp.strategies.allocation.allocate import Allocator
@@ -106,6 +106,18 @@ class LatentStrategy(ScoreStrategy):
                 "made from"
             )
         super().check(self.recast_config(config), budget)
+
+    @override
+    def rewritten(self, config: PretrainedConfig) -> list[Linear]:
+        """Return the matrices that read latents, and those that expand them."""
+        family, found = family_of(config), list[Linear]()
+        for layer, shape in enumerate(layer_shapes(config)):
+            for part, name, latents in ((1, family.k_up, shape.k_latents), (2, family.v_up, shape.v_latents)):
+                if latents:
+                    read, (count, width) = linears(config, layer)[0][part], latents
+                    module = f"{read.module.rpartition('.')[0]}.{name}"
+                    found += [read, Linear(module, width, count * width)]
+        return found
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:
