@@ -195,7 +195,8 @@ class Needles(Examining):
 class Measure(Examining):
     """Time a model and weigh its memory, in a process of its own.
 
-    Recovery changes values and no shape. So the recovered model has the pruned one's figures, measured once.
+    Recovery changes values of a pruned model and no shape. So the two are measured once. A dense model may be tuned
+    in another form, without fused matrices, and is measured again.
     """
 
     name = "measure"
@@ -209,7 +210,7 @@ class Measure(Examining):
     def inputs(self, x: Experiment, before: Before) -> Inputs:
         assert x.protocol is not None
         packed = {} if x.cache is None or self.model == "dense" else {"packed_decode": DECODED_VERSION}
-        shaped = "dense" if self.model == "dense" else "pruned"
+        shaped = "pruned" if self.model == "recovered" and not x.untouched else self.model
         return {
             "model": before[maker(shaped, before)],
             "protocol": asdict(x.protocol),

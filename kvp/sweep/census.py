@@ -56,7 +56,8 @@ def census(experiments: Sequence[Experiment], chains: list[list[Foretold]]) -> I
             chains.append([])
         else:
             chains.append(chain)
-            stages |= {stage.fingerprint: stage for stage in chain}
+            for stage in chain:
+                stages.setdefault(stage.fingerprint, stage)
     yield from _stages(list(stages.values()), unknown)
     if memory:
         place = experiments[0].place

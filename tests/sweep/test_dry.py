@@ -44,6 +44,12 @@ def test_a_run_is_foretold_and_nothing_is_written(dry, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+def test_a_stage_that_two_models_share_is_counted_as_work(dry):
+    words = ["recovery=lora_text", "measure=cpu_quick", "strategy=magnitude,none"]
+    code, out, _ = dry("-m", *LIGHT, *words)
+    assert code == 0 and "0 stand" in out and "3 measure" in out  # dense, pruned, and the dense one tuned
+
+
 def test_a_job_that_would_be_refused_ends_the_sweep_with_its_reason(dry, tmp_path):
     code, out, err = dry("-m", *LIGHT, "strategy=kvpruner", "calibration.length=4096", "ratio.value=0.25,0.5")
     assert code == 1 and "2 jobs" in out

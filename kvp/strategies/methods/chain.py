@@ -29,9 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
+from kvp.estimate.passes import weights_bytes, with_total
 from kvp.models.family import family_of
+from kvp.models.linears import all_linears
 from kvp.models.plans import edits_file
-from kvp.models.shapes import layer_shapes
+from kvp.models.shapes import itemsize, layer_shapes
 from kvp.models.uncut import uncut
 from kvp.options import options
 from kvp.strategies.base import Strategy
@@ -89,8 +91,12 @@ class Chain(Wrapper):
 
     @override
     def peak_bytes(self, config: PretrainedConfig, **sizes: Any) -> dict[str, int]:
-        peaks = (super().peak_bytes(config, **sizes), self.second.peak_bytes(config, **sizes))
-        return max(peaks, key=lambda parts: parts["total"])
+        """Count beside the second step, on a CPU, the dense model and its edits."""
+        first, second = super().peak_bytes(config, **sizes), self.second.peak_bytes(config, **sizes)
+        width, edits = itemsize(config), sum(linear.rows * linear.columns for linear in all_linears(config))
+        dense = sizes["on_cpu"] * (weights_bytes(config, width) + width * edits)
+        second = with_total({**second, "dense": dense, "total": 0})
+        return max(first, second, key=lambda parts: parts["total"])
 
     @override
     def check(self, config: PretrainedConfig, budget: Budget) -> None:

@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import pad
 from typing_extensions import override
@@ -110,15 +111,13 @@ class ReCalKV(FisherLatentStrategy):
         self, target: Target, scores: Scores, budget: Budget, profile: Tensor, directory: Path
     ) -> Plan:
         plan = self.plan(target.config, scores, budget, profile)
-        before: dict[int, dict[str, Tensor]] = {}
         for visit in visits_of_heads(target):
-            file = directory / f"uncalibrated-{visit.layer}.safetensors"
-            before[visit.layer] = found_or_made(file, partial(self._uncalibrated, visit))
+            found_or_made(_dense_file(directory, visit.layer), partial(self._uncalibrated, visit))
         edits: dict[str, Tensor] = {}
         for visit in visits_of_heads(target):
             keep = {space: kept for space, kept in plan.keep.items() if space.layer == visit.layer}
             rank = next(kept.shape[1] for space, kept in keep.items() if space.kind == "v_latent")
-            make = partial(self._calibrated, visit, before[visit.layer], rank)
+            make = partial(self._calibrated, visit, load_file(_dense_file(directory, visit.layer)), rank)
             made = found_or_made(edits_file(directory, visit.layer), make)
             visit.leaving.enter_context(edited(visit.model, made))  # the layers after it see its errors
             visit.leaving.enter_context(masked(visit.model, Plan(keep)))
@@ -159,6 +158,10 @@ class ReCalKV(FisherLatentStrategy):
         norms = inner.diagonal().clamp(min=TINY).sqrt()
         groups = grouped(inner / (norms[:, None] * norms), len(by_head) // len(rows))
         return torch.tensor(list(chain(*groups)), device=rows.device)
+
+
+def _dense_file(directory: Path, layer: int) -> Path:
+    return directory / f"uncalibrated-{layer}.safetensors"
 
 
 def grouped(alike: Tensor, size: int) -> list[list[int]]:

@@ -38,7 +38,7 @@ def layerwise_bytes(
 
     | part | holds |
     |---|---|
-    | weights | one layer as it was and as it is pruned; on a CPU all layers in both forms |
+    | weights | one layer as it was and as it is pruned; on a CPU the model, and all that is pruned if states pass it |
     | states | the hidden states before and after a layer |
     | statistics | `signals.moments` of every input of a layer, and the copies that adding a batch makes |
     | work | the larger of a batch's pass through a layer and of `workspace` for one matrix |
@@ -69,8 +69,11 @@ def layerwise_bytes(
         for shape in shapes
     )
     per_layer = [sum(m.rows * m.columns for group in linears(config, n) for m in group) for n in layers]
+    pruned = (
+        sum(per_layer) if on_cpu and tokens else 2 * max(per_layer)
+    )  # files hold those that nothing reads
     parts = {
-        "weights": width * (size(config, shapes).params + sum(per_layer) if on_cpu else 2 * max(per_layer)),
+        "weights": width * (on_cpu * size(config, shapes).params + pruned),
         "states": 2 * tokens * hidden * width,
         "statistics": FLOAT64 * (statistics + 3 * widest**square + 3 * batch * widest) if tokens else 0,
         "work": max(batch * through, *(workspace(linear.rows, linear.columns) for linear in matrices)),

@@ -171,3 +171,16 @@ def test_refusals():
         Chain(first=first, second=second, ratio=HALF).check(tiny_config(), HALF)
     with pytest.raises(ValueError, match="choose ratio=sparsity"):
         Chain(first=first, second=second, ratio=CUT).check(tiny_config(), BUDGETS["channels"])
+
+
+def test_memory_counts_the_dense_model_beside_the_cut_one():
+    model, second = tiny_model("llama", "gqa"), Wanda()
+    chain = Chain(first=KVPruner(), second=second, ratio=Budget(value=0.5, of="sparsity"))
+    sizes = {"samples": 4, "batch_size": 2, "length": 16}
+    edits = sum(model.get_parameter(linear.weight).nbytes for linear in all_linears(model.config))
+    dense = sum(parameter.nbytes for parameter in model.parameters())
+    alone = second.peak_bytes(model.config, **sizes, on_cpu=True)
+    assert alone["weights"] == dense + edits  # states pass what is pruned
+    assert chain.peak_bytes(model.config, **sizes, on_cpu=True)["total"] == alone["total"] + dense + edits
+    alone = second.peak_bytes(model.config, **sizes, on_cpu=False)
+    assert chain.peak_bytes(model.config, **sizes, on_cpu=False)["total"] >= alone["total"]
