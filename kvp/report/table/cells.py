@@ -9,10 +9,10 @@ from typing import Literal
 
 from kvp.record import MODELS
 from kvp.report.records.facts import facts
-from kvp.report.records.keys import PRUNING, identity
+from kvp.report.records.keys import identity
 from kvp.report.records.runs import Run
 from kvp.report.table.compare import Comparison, Number, compare
-from kvp.report.table.lines import Line
+from kvp.report.table.lines import IDLE, Line
 from kvp.report.table.spec import UNITS, ColumnSpec, as_model, bound_of, read, stderr_of
 from kvp.report.table.table import Cell, Column
 from kvp.tables import plain
@@ -200,11 +200,10 @@ def at_chance(run: Run, metric: str) -> bool:
 def _with_delta(column: ColumnSpec, lines: Sequence[Line], cells: Sequence[Cell], i: int) -> Cell:
     """Return the cell with the distance to the unpruned model treated alike, where there is just one."""
     kind: Literal["dense", "control"] = "control" if column.model == "recovered" else "dense"
-    free = PRUNING if kind == "control" else (*PRUNING, "recovery")
     bases = [
         cell.value
         for line, cell in zip(lines, cells, strict=True)
-        if line.kind == kind and line.alike(lines[i], free) and cell.value is not None
+        if line.kind == kind and line.alike(lines[i], IDLE[kind]) and cell.value is not None
     ]
     value = cells[i].value
     if lines[i].kind != "run" or value is None or len(bases) != 1 or bases[0] is None:

@@ -212,6 +212,15 @@ def test_deltas_are_to_dense_and_for_recovered_to_the_dense_model_tuned_alike():
     assert any("no dense model tuned by the same recipe" in note for note in alone.notes)
 
 
+def test_deltas_of_packed_caches_are_to_the_dense_model_too():
+    """Its own cache is never packed, so the label of a cache sets no row apart from it."""
+    delta = ColumnSpec(title=PPL.title, metric=PPL.metric, decimals=1, delta=True)
+    cache = {"class": "Mustafar", "key_sparsity": 0.5, "window": 32}
+    rows = {"Removed": "ratio", "Strategy": "strategy", "Cache": "cache"}
+    made = table(make_record(ppl=40.0), make_record(ppl=50.0, config__cache=cache), of=spec(delta, rows=rows))
+    assert [r.cells[0].text for r in made.rows] == ["20.0", "40.0 (+20.0)", "50.0 (+30.0)"]
+
+
 def test_missing_is_a_dash_and_failed_its_reason():
     made = table(
         make_record(),
@@ -274,6 +283,7 @@ def test_an_accuracy_that_guessing_reaches_is_no_number():
             strategy,
             dense__evaluation__needles={"single_512": needles(dense), "variables_512": needles(0.26)},
             pruned__evaluation__needles={"single_512": needles(pruned), "variables_512": needles(0.6)},
+            config__cache=None,
             **options,
         )
 
