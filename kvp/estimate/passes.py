@@ -16,7 +16,8 @@ Parts = dict[str, int]  # bytes by what they hold; "total" is their sum
 
 
 def with_total(parts: Parts) -> Parts:
-    """Return parts with their "total"."""
+    """Return parts with their "total", in place of one that they have."""
+    parts = {part: taken for part, taken in parts.items() if part != "total"}
     return {**parts, "total": sum(parts.values())}
 
 

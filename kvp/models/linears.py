@@ -70,7 +70,7 @@ def linear_names(config: PretrainedConfig, model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if name != "lm_head" or not config.tie_word_embeddings)
 
 
-def named_linears(config: PretrainedConfig, *parts: Literal["q", "k", "v", "o"]) -> list[Linear]:
+def named_linears(config: PretrainedConfig, *parts: Literal["q", "k", "v", "q_latent", "o"]) -> list[Linear]:
     """Return the projections of these parts of all attentions, in order."""
     names = {getattr(family_of(config), part) for part in parts}
     return [linear for linear in all_linears(config) if linear.module.rpartition(".")[2] in names]

@@ -95,7 +95,7 @@ class Chain(Wrapper):
         first, second = super().peak_bytes(config, **sizes), self.second.peak_bytes(config, **sizes)
         width, edits = itemsize(config), sum(linear.rows * linear.columns for linear in all_linears(config))
         dense = sizes["on_cpu"] * (weights_bytes(config, width) + width * edits)
-        second = with_total({**second, "dense": dense, "total": 0})
+        second = with_total({**second, "dense": dense})
         return max(first, second, key=lambda parts: parts["total"])
 
     @override

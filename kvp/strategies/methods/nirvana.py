@@ -109,7 +109,7 @@ class NIRVANA(ScoreStrategy):
         width = itemsize(config)
         logits = config.vocab_size * max(2 * width * length, 4 * FLOAT32 * ROWS * (self.draws > 1))
         parts = super().peak_bytes(config, length=length, **sizes)
-        return with_total({**parts, "logits": parts.get("logits", 0) + logits, "total": 0})
+        return with_total({**parts, "logits": parts.get("logits", 0) + logits})
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:

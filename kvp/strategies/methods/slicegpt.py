@@ -99,7 +99,7 @@ class SliceGPT(Strategy):
         parts = super().peak_bytes(config, on_cpu=on_cpu, **sizes)
         bases = 2 * len(layer_shapes(config)) * config.hidden_size**2  # as wide as the stream at most
         width = max(itemsize(config), FLOAT32)
-        return with_total({**parts, "bases": on_cpu * width * bases, "total": 0})
+        return with_total({**parts, "bases": on_cpu * width * bases})
 
     def width(self, config: PretrainedConfig, budget: Budget) -> int:
         """Return the width D_s; `hidden_size`, if the dense model is the nearest to the budget.

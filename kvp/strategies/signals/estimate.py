@@ -69,9 +69,8 @@ def layerwise_bytes(
         for shape in shapes
     )
     per_layer = [sum(m.rows * m.columns for group in linears(config, n) for m in group) for n in layers]
-    pruned = (
-        sum(per_layer) if on_cpu and tokens else 2 * max(per_layer)
-    )  # files hold those that nothing reads
+    # what no state passes stays in its file
+    pruned = sum(per_layer) if on_cpu and tokens else 2 * max(per_layer)
     parts = {
         "weights": width * (on_cpu * size(config, shapes).params + pruned),
         "states": 2 * tokens * hidden * width,

@@ -21,7 +21,7 @@ from typing_extensions import override
 from kvp.estimate.passes import FLOAT32, with_total
 from kvp.models.family import family_of
 from kvp.models.latents import with_latents, with_latents_config
-from kvp.models.linears import Linear, linears
+from kvp.models.linears import Linear, linears, named_linears
 from kvp.models.shapes import dense_shapes, layer_shapes
 from kvp.options import options
 from kvp.strategies.allocation.allocate import Allocator
@@ -177,10 +177,9 @@ class FisherLatentStrategy(LatentStrategy):
 
     @override
     def peak_bytes(self, config: PretrainedConfig, **sizes: Any) -> dict[str, int]:
-        matrices = [linear for n in range(config.num_hidden_layers) for linear in linears(config, n)[0][1:3]]
-        squares = FLOAT32 * sum(linear.rows * linear.columns for linear in matrices)
+        squares = FLOAT32 * sum(linear.rows * linear.columns for linear in named_linears(config, "k", "v"))
         parts = super().peak_bytes(config, **sizes)
-        return with_total({**parts, "fisher": squares, "total": 0})
+        return with_total({**parts, "fisher": squares})
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:

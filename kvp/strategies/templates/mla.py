@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from kvp.models.family import family_of
 from kvp.models.joined import joined_config
-from kvp.models.linears import Linear, linears
+from kvp.models.linears import Linear, named_linears
 from kvp.models.shapes import CHANNELS_PER_PAIR, dense_shapes, layer_shapes
 from kvp.options import options
 from kvp.strategies.allocation.allocate import Uniform
@@ -89,13 +89,7 @@ class MLAStrategy(ScoreStrategy):
     @override
     def rewritten(self, config: PretrainedConfig) -> list[Linear]:
         """Return every matrix of the attentions."""
-        return [
-            linear
-            for layer, shape in enumerate(layer_shapes(config))
-            if shape.num_key_value_heads
-            for group in linears(config, layer)[:2]
-            for linear in group
-        ]
+        return named_linears(config, "q", "k", "v", "q_latent", "o")
 
     def widths(
         self, shape: LayerShape, turning: int, budget: Budget, turned: Iterable[int] | None = None

@@ -213,7 +213,7 @@ def test_deltas_are_to_dense_and_for_recovered_to_the_dense_model_tuned_alike():
 
 
 def test_deltas_of_packed_caches_are_to_the_dense_model_too():
-    """Its own cache is never packed, so the label of a cache sets no row apart from it."""
+    """A dense model's own cache is never packed, so it is the base of rows with any cache."""
     delta = ColumnSpec(title=PPL.title, metric=PPL.metric, decimals=1, delta=True)
     cache = {"class": "Mustafar", "key_sparsity": 0.5, "window": 32}
     rows = {"Removed": "ratio", "Strategy": "strategy", "Cache": "cache"}
