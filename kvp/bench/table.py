@@ -74,14 +74,16 @@ def _rows(record: Record) -> Block:
     rows: list[Cells] = []
     place: tuple[Any, ...] = ()
     for row in record["rows"]:
-        path, batch, prompt, new = here = tuple(
-            row[key] for key in ("path", "batch_size", "prompt_length", "new_tokens")
-        )
+        path, batch, prompt, new = here = _place(row)
         if here != place:
             rows.append([f"{path}, batch {batch}, {prompt} + {new}"])
             place = here
         rows.append([row["model"], *([row["failed"]] if row["failed"] else _measured(row))])
     return Block(title, ("model", *times, "cache MiB", "rest", "attention"), rows)
+
+
+def _place(row: Record) -> tuple[Any, ...]:
+    return tuple(row[key] for key in ("path", "batch_size", "prompt_length", "new_tokens"))
 
 
 def _measured(row: Record) -> list[str]:
@@ -126,4 +128,19 @@ def _notes(record: Record) -> list[str]:
         "which the models took turns; by bytes: what the bytes of a step predict.",
         f"Roofline: weights and cache that a step moves, over the copy rate of this device, "
         f"{record['copy_bytes_per_second'] / 1e9:,.1f} GB/s read and written.",
+        *_other_kernels(record["rows"]),
     ]
+
+
+def _other_kernels(rows: Sequence[Record]) -> list[str]:
+    """Return a warning for each model and path whose kernels are not those of the first model."""
+    found = {}
+    for row in rows:
+        first = next(one for one in rows if _place(one) == _place(row))
+        if not (row["failed"] or first["failed"]) and row["attention"] != first["attention"]:
+            kernels = " and ".join(", ".join(one["attention"]) for one in (row, first))
+            found[row["model"], row["path"]] = (
+                f"{row['model']} and {first['model']} ran by different kernels on path {row['path']} ({kernels}): the "
+                "ratio compares kernels as well as sizes."
+            )
+    return list(found.values())

@@ -12,6 +12,7 @@ import torch
 from kvp.bench import __main__ as command
 from kvp.bench.bench import Steps
 from kvp.bench.protocols import PROTOCOLS
+from kvp.bench.table import markdown
 from kvp.measurement.measure import Measure
 from kvp.models.load import resolve_dtype
 from kvp.models.sparse_attention import readable
@@ -221,6 +222,20 @@ def test_bad_options_are_refused_and_nothing_is_written(words, message, tmp_path
     with pytest.raises(ValueError, match=message):
         bench(*words, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_ratio_of_different_kernels_is_pointed_out(record):
+    warned = "by different kernels on path"
+    assert warned not in markdown(record)
+    changed = json.loads(json.dumps(record))
+    for row in changed["rows"]:
+        if row["model"] == record["models"][1]["name"]:
+            row["attention"] = ["all layers"]
+    lines = [line for line in markdown(changed).splitlines() if warned in line]
+    assert len(lines) == len(record["paths"])
+    names = [model["name"] for model in reversed(record["models"])]
+    for line in lines:
+        assert line.startswith(" and ".join(names)) and "(all layers and " in line
 
 
 def test_error_of_the_command_is_one_line(monkeypatch, capsys, tmp_path):
