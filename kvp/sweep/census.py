@@ -62,9 +62,12 @@ def census(experiments: Sequence[Experiment], chains: list[list[Foretold]]) -> I
     if memory:
         place = experiments[0].place
         free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+        many = f"{len(checkpoints)} checkpoint{'s' if len(checkpoints) > 1 else ''}"
+        added = (
+            f"at most {in_bytes(sum(checkpoints.values()))} for {many}" if checkpoints else "no checkpoint"
+        )
         yield (
-            f"memory: about {in_bytes(memory)} at the peak of a job. Disk: at most "
-            f"{in_bytes(sum(checkpoints.values()))} for {len(checkpoints)} checkpoints, {in_bytes(free)} are free"
+            f"memory: about {in_bytes(memory)} at the peak of a job. Disk: {added} to write, {in_bytes(free)} are free"
         )
     if left := time_left(stages.values(), experiments[0]):
         yield f"time: {left}"

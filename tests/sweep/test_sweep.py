@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from transformers import AutoModelForCausalLM
 
 from kvp.__main__ import CONF, main
+from kvp.hints import DRY_RUN
 from kvp.models.load import byte_tokenizer
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import foretell
@@ -115,6 +116,7 @@ def test_a_sweep_has_a_header_lines_a_table_and_an_exit_code(swept):
         "10 stages: 0 stand, 10 to compute (1 model, 1 score, 1 sensitivity, 2 plan, 2 prune, 3 perplexity)"
     )
     assert lines[4].startswith("memory: about ")  # the model is not written yet
+    assert re.search(r"Disk: at most [\d.]+ MiB for 3 checkpoints to write, [\d.]+ GiB are free", lines[4])
     assert lines[5] == "time: 10 stages of unknown time left"
     told = [line for line in lines if line.startswith("[")]
     assert [line.split()[:2] for line in told] == [
@@ -180,6 +182,9 @@ def test_force_computes_once_what_it_names_and_what_follows(swept, monkeypatch, 
     assert len(list(tmp_path.glob("store/score/.*.replaced-1"))) == 1
     code, stdout, _ = kvp_here(monkeypatch, capsys, *two)
     assert stdout.count("7 found, 0 computed") == 4
+    monkeypatch.setenv(DRY_RUN, "")  # so that the option's mark goes with this test
+    code, stdout, _ = kvp_here(monkeypatch, capsys, *two, "evaluation.perplexity.window=16", "--dry-run")
+    assert code == 0 and "Disk: no checkpoint to write, " in stdout
 
 
 @pytest.mark.parametrize(
