@@ -57,7 +57,8 @@ def experiment(
 def chosen(group: str, name: str, given: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Return an option of a group and what is given to it, as choices and as values.
 
-    A value whose name is a group of its own, such as strategy/allocator, may name an option of that group.
+    A value whose name is a group of its own, such as strategy/allocator, may name an option of that group. None is
+    null.
 
     Raises:
         ValueError: There is no such option; the message names the nearest.
@@ -65,6 +66,7 @@ def chosen(group: str, name: str, given: Mapping[str, Any]) -> tuple[list[str], 
     inner = {k: v for k, v in given.items() if isinstance(v, str) and choices(f"{group}/{k}")}
     picked = {group: name, **{f"{group}/{key}": value for key, value in inner.items()}}
     words = [f"{where}={check_choice(where, value)}" for where, value in picked.items()]
+    words += [f"{group}.{key}=null" for key, value in given.items() if value is None]
     return words, {f"{group}.{k}": v for k, v in given.items() if k not in inner and not is_dataclass(v)}
 
 

@@ -17,9 +17,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification, LlamaModel
 
 import kvp
+from kvp.api.chosen import chosen
 from kvp.api.memory import as_loaded, weights_digest
 from kvp.choices import choices
-from kvp.composing import target_of
+from kvp.composing import compose, target_of
 from kvp.hints import CONF
 from kvp.models.load import byte_tokenizer
 from kvp.models.shapes import layer_shapes
@@ -153,6 +154,33 @@ def test_an_object_is_the_named_strategy_with_its_options():
     for allocator in ("uniform", made.allocator):
         named = kvp.prune(model, strategy="kvpruner", grouping="coupled", allocator=allocator, **how)
         assert equal(named.model, found)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "key"),
+    [
+        ("strategy", "kvpruner_plus", "context"),
+        ("strategy", "kvpruner_plus_mla", "context"),
+        ("recovery", "lora_text", "max_steps"),
+        ("recovery", "lora_alpaca", "epochs"),
+    ],
+)
+def test_an_option_that_is_none_is_null(group, name, key):
+    assert compose([f"{group}={name}"])[group][key] is not None
+    words, values = chosen(group, name, {key: None})
+    assert compose(words, values)[group][key] is None
+
+
+def test_none_reaches_a_strategy_and_no_option_that_it_lacks():
+    model, how = tiny_model(head_dim=16), {"calibration": IDS, "ratio": 0.5}
+    folded, free = (
+        kvp.prune(model, strategy="kvpruner_plus", context=context, **how, **FINE).model
+        for context in (8, None)
+    )
+    made = kvp.KVPrunerPlus(context=None, allocator=kvp.Global(multiple_of=2))
+    assert equal(free, kvp.prune(model, strategy=made, **how).model) and not equal(free, folded)
+    with pytest.raises(ValueError, match="contxt"):
+        kvp.prune(model, strategy="kvpruner_plus", contxt=None, **how)
 
 
 def test_a_strategy_of_the_users_own_needs_no_configuration(model):
