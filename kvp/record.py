@@ -9,7 +9,6 @@ Every part is frozen, and a key that it does not know is an error. `kvp.results`
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from kvp.results import Bytes, Fraction, ModelRecord, Nats, Part, Seconds, Tokens
 from kvp.upgrade import SCHEMA, upgraded
+from kvp.whole import write_whole
 
 SCHEMAS = (1, 2, 3, SCHEMA)  # that `RunRecord.read` understands
 MODELS = ("dense", "pruned", "recovered")
@@ -248,13 +248,10 @@ class RunRecord(Part):
             OSError: The file cannot be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         text = json.dumps(self.data(), indent=2, allow_nan=False)
         try:
-            partial.write_text(text)
-            os.replace(partial, path)
+            write_whole(path, text)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             why = f"{error.strerror}: free space or get write access there, or choose another runs=DIR"
             raise OSError(error.errno, why, str(path)) from error
 

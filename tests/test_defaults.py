@@ -29,6 +29,7 @@ MEANT = {  # where a preset or a source differs from the class default on purpos
     ("evaluation.zero_shot.batch_size", "llm_pruner"),
     ("evaluation.zero_shot.batch_size", "packaged_full"),
     ("evaluation.zero_shot.limit", "packaged"),
+    *((f"evaluation.zero_shot.{field}", "longbench") for field in ("batch_size", "source")),
     ("evaluation.zero_shot.source", "llm_pruner"),
     ("recovery.epochs", "lora_alpaca"),
     ("recovery.max_steps", "lora_text"),

@@ -24,6 +24,7 @@ from kvp.serving.forms import FORMS, Engine
 from kvp.serving.made import made_by
 from kvp.serving.verify import has
 from kvp.serving.write import export
+from kvp.whole import write_whole
 
 ENGINES: tuple[Engine, ...] = ("transformers", "llama_cpp", "vllm")
 FACTS = {"form", "model", "engine", "version"}  # that name a record
@@ -118,7 +119,7 @@ def main() -> None:
             key = {name: record[name] for name in FACTS}
             found = [other for other in found if key != {name: other[name] for name in FACTS}] + [record]
             print(json.dumps(record), flush=True)
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+            write_whole(arguments.out, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

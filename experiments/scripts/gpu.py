@@ -31,6 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose mo
 from experiments.scripts.gpu_cells import OTHERS, PRUNED, Cell, Scale, measure
 from kvp import children
 from kvp.tables import markdown
+from kvp.whole import write_whole
 
 SCHEMA = 1
 SHAPES = ("llama_7b_shape", "llama3_8b_shape")
@@ -237,9 +238,7 @@ def _add(out: Path, record: Record, cell: Cell, result: Record) -> None:
 def _write(out: Path, record: Record) -> None:
     """Replace results.json as a whole."""
     out.mkdir(parents=True, exist_ok=True)
-    new = out / "results.json.new"
-    new.write_text(json.dumps(record, indent=1) + "\n")
-    new.replace(out / "results.json")
+    write_whole(out / "results.json", json.dumps(record, indent=1) + "\n")
 
 
 def table(record: Record) -> str:

@@ -31,6 +31,7 @@ from typing import Any
 
 from kvp.store import Store
 from kvp.tables import markdown
+from kvp.whole import write_whole
 
 METHODS: dict[str, list[str]] = {
     "magnitude": [],
@@ -155,7 +156,7 @@ def _others(path: Path, lines: Sequence[Line]) -> list[Line]:
 
 def write(lines: Sequence[Line], out: Path) -> None:
     """Write cost.jsonl, and a table per model as cost.md."""
-    (out / "cost.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    write_whole(out / "cost.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
     measured = [line for line in lines if not line["failed"]]
     parts = [table(title, list(group)) for title, group in groupby(sorted(measured, key=_title), key=_title)]
     failed = [f"- {line['strategy']} failed: {line['failed']}" for line in lines if line["failed"]]

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvp.tables import markdown
+from kvp.whole import write_whole
 
 if TYPE_CHECKING:
     from kvp.fit.check import Case
@@ -91,7 +92,7 @@ def main() -> None:
         print(name, file=sys.stderr, flush=True)
         for each in measure(name, [case for case in CASES if case[1] in asked]):
             lines.append(each)
-            file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            write_whole(file, "".join(f"{json.dumps(line)}\n" for line in lines))
     (args.out / "sizes.md").write_text(tables(lines, seen, args.unseen))
     print((args.out / "sizes.md").read_text())
 

@@ -36,6 +36,7 @@ from kvp.measurement.paths import DecodePath
 from kvp.measurement.roofline import copy_bandwidth
 from kvp.provenance import provenance
 from kvp.store import Store, fingerprint
+from kvp.whole import write_whole
 
 FILE, STEPS = "bench.json", "steps"  # the record, and the store of an unfinished benchmark
 SCHEMA = 1  # of bench.json; raised when a key changes its meaning
@@ -164,7 +165,7 @@ class Bench:
                 "processes": len(processes),
             },
         }
-        (out / FILE).write_text(json.dumps(record, indent=1))
+        write_whole(out / FILE, json.dumps(record, indent=1))
         shutil.rmtree(out / STEPS)
         return json.loads(json.dumps(record))
 

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from kvp.data.corpora import Corpus, Part, find
 from kvp.data.tokens import digest
 from kvp.evaluation.haystacks import Haystack, Sample, Task, make_riddle, sentences_of
+from kvp.models.caches import stated
 from kvp.options import options
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Needles:
                 "part": self.part,
                 "seed": self.seed,
             },
-            "cache": getattr(model.config, "kvp_cache", None),
+            "cache": stated(model.config),
             "data_hash": digest(torch.cat([sample.ids for sample in samples])),
         }
 

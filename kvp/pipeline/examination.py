@@ -14,6 +14,7 @@ from typing_extensions import override
 from kvp.data.corpora import find
 from kvp.evaluation.haystacks import Task
 from kvp.models.caches import bytes_per_token
+from kvp.models.directions import Directions
 from kvp.models.load import load_tokenizer
 from kvp.models.sparsity import count_zeros
 from kvp.pipeline.experiment import Experiment
@@ -177,6 +178,9 @@ class Needles(Examining):
             "task": self.task,
             "length": self.length,
             "corpus": find(x.corpora, x.needles.corpus).identity(x.needles.part),
+            **(
+                {"stated": True} if isinstance(x.cache, Directions) else {}
+            ),  # before, with the bits of every layer
         }
 
     @override

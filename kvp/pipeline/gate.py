@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GIB = 2**30
 COUNTS = (  # fields of a config that are whole numbers above 0
     "vocab_size",
     "hidden_size",
@@ -208,10 +207,11 @@ def _check_directions(x: Experiment, cache: Directions) -> None:
 
 def _check_decoding(x: Experiment, cache: CacheFormat) -> None:
     """Refuse numbers that a packed cache would have no part in."""
-    if x.zero_shot is not None:
+    if x.zero_shot is not None and not x.zero_shot.decodes:
         raise ValueError(
-            "zero-shot tasks are scored in one forward pass, which reads no cache: their accuracy would be "
-            "that of the dense cache. Choose evaluation.zero_shot=null, or cache=none"
+            f"zero-shot tasks such as {x.zero_shot.tasks[0]} are scored in one forward pass, which reads no cache: "
+            "their accuracy would be that of the dense cache. Choose evaluation.zero_shot=null, cache=none, or "
+            "evaluation=longbench, whose answers are decoded"
         )
     decoded = {"evaluation.perplexity.window": x.perplexity.window} if x.perplexity else {}
     if lengths := [length for length in x.needles.lengths if length != "longest"] if x.needles else []:

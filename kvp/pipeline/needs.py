@@ -105,7 +105,20 @@ def _examining(x: Experiment, config: PretrainedConfig) -> Iterator[Need]:
             memory=evaluation_bytes(config, tokens=read, width=width, logits=logits),
             macs=None if tokens is None else forward_macs(config, data.window) * tokens / data.window,
         )
-    if tasks := x.zero_shot:
+    if (tasks := x.zero_shot) and tasks.decodes:  # prompts as long as the model allows
+        longest = config.max_position_embeddings
+        yield Need(
+            phase="zero_shot",
+            size=f"prompts of up to {longest} tokens, {tasks.batch_size} at a time",
+            memory=measured_bytes(
+                config,
+                batch_size=tasks.batch_size,
+                prompt_length=longest - 1,
+                new_tokens=1,
+                width=width,
+            ),
+        )
+    elif tasks:
         read = tasks.batch_size * REQUEST
         # lm-eval holds all logits of the requests whose prompts are not shared
         logits = nll_bytes(config, tokens=read, width=width)

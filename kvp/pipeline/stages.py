@@ -192,6 +192,7 @@ class Recover(Stage):
     """Tune the pruned model by LoRA and merge; the dense one teaches if it is asked to."""
 
     name = "recover"
+    version = 2  # 1 tuned two of the seven projections of a dense model with fused matrices (Phi-3)
     resumable = True
     writes_model = True
 

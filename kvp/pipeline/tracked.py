@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -16,6 +15,7 @@ from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.runfile import RUN
 from kvp.record import RunRecord
 from kvp.tracking import Log, Null, RunInfo, Tracker
+from kvp.whole import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +77,7 @@ def _remember(x: Experiment, location: str) -> None:
     path = x.directory / TRACKED
     record = RunRecord.read(x.directory / RUN)
     known = _read(path) | {x.tracker.place: {"location": location, "shows": _results_hash(record)}}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(known, indent=2))
-    os.replace(partial, path)
+    write_whole(path, json.dumps(known, indent=2))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments, set_seed
 
+from kvp.models.unfused import unfused
 from kvp.recovery.batches import collate, lose_without_logits, mean_loss
 from kvp.recovery.distillation import PARTS
 from kvp.recovery.distiller import Distiller
@@ -94,7 +95,9 @@ def _parts(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _model(recipe: Lora, job: Job) -> PeftModel:
-    base = AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=recipe.dtype, trust_remote_code=False)
+    base = unfused(
+        AutoModelForCausalLM.from_pretrained(job.checkpoint, dtype=recipe.dtype, trust_remote_code=False)
+    )
     if recipe.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     set_seed(job.seed)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +16,7 @@ from kvp.recovery.batches import collate
 from kvp.recovery.examples import Example
 
 PROBE = (1, 32)  # sequences and tokens on which the merged model must agree with the adapter
+ADAPTER = "adapter_model.safetensors"
 MERGE_TOLERANCE = 1e-3  # of the norm of the logits
 
 
@@ -36,11 +38,16 @@ def merge(
 
     Raises:
         ArithmeticError: The two forms differ by more than rounding explains.
+        RuntimeError: The adapter belongs to other modules than those of the checkpoint.
     """
     stored = load_config(checkpoint).dtype
     base = load_model(checkpoint, dtype=torch.float32, device="cpu")
     zeros = {name: weight == 0 for name, weight in base.named_parameters()} if keep_zeros else {}
     updated = PeftModel.from_pretrained(base, adapter)
+    if odd := load_file(adapter / ADAPTER).keys() ^ get_peft_model_state_dict(updated).keys():
+        raise RuntimeError(
+            f"{adapter} and {checkpoint} do not belong together: {min(odd)} is in one of them alone"
+        )
     expected = _logits(updated, probe)
     merged = updated.merge_and_unload()
     difference = _logits(merged, probe) - expected

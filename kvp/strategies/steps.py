@@ -166,7 +166,7 @@ class Sensitivity(Step):
 
     @override
     def read(self, directory: Path, result: Mapping[str, Any], values: Values) -> Tensor:
-        return torch.tensor(result["nats_per_token"])
+        return torch.tensor(result["nats_per_token"], dtype=torch.float64)
 
 
 class FindPlan(Step):
@@ -223,6 +223,7 @@ class Refit(Step):
     """Rewrite the kept weights, so that they make up for those that go."""
 
     name = "refit"
+    version = 2  # 1 fitted down_proj before o_proj wherever `sequential` refitted both
     resumable = True
 
     @override

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 
 from kvp.data.corpora import FileCorpus
 from kvp.evaluation.needles import Needles, bound, chosen
+from kvp.models.directions import Directions
+from kvp.models.shapes import layer_shapes
+from kvp.results import NeedlesRecord
 from tests.conftest import tiny_model
 from tests.helpers.caches import naive, stepwise
 
@@ -73,6 +77,16 @@ def test_a_reader_answers_all_of_it_from_the_text(task, tokenizer, corpus):
     assert wrong["protocol"]["length"] == 900 and 840 < wrong["tokens"] <= 900
     assert wrong["accuracy"] == 9 / 12
     assert wrong["stderr"] == pytest.approx((9 / 12 * 3 / 12 / 11) ** 0.5)
+
+
+def test_the_result_states_a_cache_without_what_each_layer_has_of_its_own(tokenizer, corpus):
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=512)
+    digits = ["4" * (model.config.num_key_value_heads * layer_shapes(model.config)[0].qk_head_dim)] * 3
+    cache = Directions(bits=3.0, keys=tuple(digits), values=tuple(digits))
+    model.config.kvp_cache = asdict(cache)
+    result = needles(samples=5).evaluate(model, tokenizer, corpus, "single", 400)
+    stated = {"format": "directions", "bits": 3.0, "most": 4, "group": 32, "window": 32}
+    assert NeedlesRecord.model_validate({**result, "dtype": "float32"}).cache == stated
 
 
 def test_texts_hide_what_the_task_says(tokenizer, corpus):

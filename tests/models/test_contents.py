@@ -70,3 +70,21 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "blocked"))
     monkeypatch.setattr(module, "LARGE", 1)
     assert contents([file]) == contents([file])
+
+
+def test_others_cannot_write_where_compiled_code_lies(tmp_path, cache):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = os.umask(0o002)
+    try:
+        contents([tmp_path / "model.safetensors"])
+    finally:
+        os.umask(before)
+    assert cache.is_file() and not cache.parent.stat().st_mode & 0o022
+
+
+def test_a_vocabulary_in_text_is_part_of_the_model(tmp_path):
+    one = model(tmp_path / "one")
+    (tmp_path / "one" / "merges.txt").write_text("a b")
+    before = one.identity()
+    (tmp_path / "one" / "merges.txt").write_text("b a")
+    assert one.identity() != before

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from kvp.data.instructions import Instructions
@@ -24,6 +27,8 @@ from kvp.models.load import save
 from kvp.recovery import fit
 from kvp.recovery.batches import collate, mean_loss
 from kvp.recovery.journal import newest_checkpoint
+from kvp.recovery.lora import PROJECTIONS
+from kvp.recovery.merge import merge
 from tests.helpers.recovery import (
     adapter,
     make,
@@ -31,6 +36,8 @@ from tests.helpers.recovery import (
     save_checkpoint,
     train_until_killed,
 )
+
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -110,6 +117,29 @@ def test_queries_of_a_latent_learn_with_the_other_queries(checkpoint, corpora, t
     assert Adapter(rank=8, modules=recipe.modules).params(config) == 2 * 8 * (
         32 + 32
     )  # a dense model has no latent
+
+
+def test_a_dense_model_with_fused_matrices_learns_as_its_cut_ones_do(checkpoint, corpora, tmp_path):
+    """Phi-3: the control would have an update of o_proj and down_proj alone."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    dense = Phi3ForCausalLM(Phi3Config(**sizes, **heads, **dict.fromkeys(IDS, 0)))
+    save(dense, AutoTokenizer.from_pretrained(checkpoint), tmp_path / "dense")
+    recipe = make(max_steps=4)
+    result = recover(recipe, tmp_path / "dense", tmp_path / "recovered", corpora)
+    tuned = adapter(tmp_path / "recovered")
+    assert {name.split(".")[-3] for name in tuned} == set(PROJECTIONS)
+    counted = Adapter(rank=recipe.rank, modules=recipe.modules).params(dense.config)
+    assert result["trainable_params"] == counted == sum(each.numel() for each in tuned.values())
+
+
+def test_an_adapter_of_other_modules_is_not_merged(recovered, checkpoint, tmp_path):
+    shutil.copytree(recovered.path / "adapter", tmp_path / "adapter")
+    tuned = adapter(tmp_path)
+    tuned.pop(min(tuned))
+    save_file(tuned, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(RuntimeError, match=r"do not belong together: .*down_proj.* in one of them alone"):
+        merge(checkpoint, tmp_path / "adapter", torch.tensor([[1, 2, 3]]))
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])

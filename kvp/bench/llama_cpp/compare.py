@@ -61,7 +61,7 @@ def compare_perplexity(model: Model, threads: int | None, store: Store) -> dict[
     """Return transformers' value and the loss of every window in llama.cpp, per corpus of the record.
 
     Raises:
-        ValueError: A corpus has other tokens now than those of the record.
+        ValueError: A corpus has other tokens now than those of the record, or its windows overlap or begin with a BOS.
     """
     return {
         corpus: _perplexity(model, corpus, known, threads, store)
@@ -74,6 +74,12 @@ def _perplexity(
 ) -> dict[str, Any]:
     protocol = known.protocol
     window = protocol.window
+    if protocol.stride != window or protocol.bos != "none":
+        raise ValueError(
+            "llama.cpp reads windows that do not overlap, without a BOS; the record of "
+            f"{model.name} has window={window} stride={protocol.stride} bos={protocol.bos}: repeat the run with "
+            "evaluation.perplexity.stride=null evaluation.perplexity.bos=none"
+        )
     packaged = PackagedCorpus(source=corpus)  # type: ignore[arg-type] # which refuses other names
     documents = packaged.documents(protocol.part)  # type: ignore[arg-type]
     ids = encode(documents, load_tokenizer(model.checkpoint), join=protocol.join)

@@ -30,6 +30,7 @@ from kvp.bench.serve.server import Server
 from kvp.cost import device_name
 from kvp.provenance import provenance
 from kvp.store import Store
+from kvp.whole import write_whole
 
 SCHEMA = 1  # of results.json; raised when a key changes its meaning
 SLACK = 8  # positions beyond prompt and answer: a text of random words has a token more or less
@@ -121,7 +122,7 @@ class ServeBench:
                 "seconds": time.time() - begin + seconds,
             },
         }
-        (out / FILE).write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(out / FILE, json.dumps(record, indent=1) + "\n")
         return record
 
     @property

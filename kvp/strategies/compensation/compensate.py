@@ -30,6 +30,7 @@ from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
 
+from kvp.models.linears import all_linears
 from kvp.models.masks import edited, masks_of
 from kvp.options import options
 from kvp.strategies.signals.moments import TINY, Moments, input_moments
@@ -106,9 +107,11 @@ class OnDenseInputs(Compensation):
 
 
 def cut_inputs(model: PreTrainedModel, plan: Plan) -> dict[str, Tensor]:
-    """Return (in_features,) boolean per projection that loses inputs: True where they stay."""
+    """Return (in_features,) boolean per projection that loses inputs, in the order of the forward pass: True stays."""
+    place = {linear.module: number for number, linear in enumerate(all_linears(model.config))}
     keeps = {name: axes[1] for name, axes in masks_of(model.config, plan).items() if 1 in axes}
-    return {name: keep for name, keep in keeps.items() if not keep.all()}
+    ordered = sorted(keeps, key=lambda name: place.get(name, -1))  # what expands a latent comes before o_proj
+    return {name: keeps[name] for name in ordered if not keeps[name].all()}
 
 
 @options

@@ -99,11 +99,16 @@ class ReCalKV(FisherLatentStrategy):
         """Return the parameters of the layer visited, its heads in their new order."""
         heads, moved = Heads(visit), dict[str, Tensor]()
         order = self._order(visit, input_moments_of(visit))
-        for part, axis in (("q", 0), ("o", 1)):
-            for kind, value in visit.model.get_submodule(heads.name(part)).named_parameters():
-                if axis < value.dim():  # o_proj's bias has no heads
-                    split = value.detach().unflatten(axis, (heads.groups, -1)).index_select(axis, order)
-                    moved[f"{heads.name(part)}.{kind}"] = heads.stored(split.flatten(axis, axis + 1))
+        axes = {heads.name("q"): 0, heads.name("o"): 1}
+        if heads.family.joint_norm:
+            axes |= {f"{heads.prefix}.q_norm": 0, f"{heads.prefix}.k_norm": 0}
+        if heads.family.sinks:
+            axes[f"{heads.prefix}.sinks"] = 0
+        for name, value in visit.model.get_submodule(heads.prefix).named_parameters(prefix=heads.prefix):
+            axis = axes.get(name, axes.get(name.rpartition(".")[0]))
+            if axis is not None and axis < value.dim():  # o_proj's bias has no heads
+                split = value.detach().unflatten(axis, (heads.groups, -1)).index_select(axis, order)
+                moved[name] = heads.stored(split.flatten(axis, axis + 1))
         return {**super().edits(visit), **moved}
 
     @override

@@ -21,7 +21,7 @@ Interpreted: the authors have not released importance and search. Where this dif
 could read:
 
 * Rope channels are cut in pairs (i, i + head_dim / 2), KV groups with their query heads; the heads of a layer
-  keep equally many channels, each its own. Models whose queries and keys are normalised per head are refused.
+  keep equally many channels, each its own.
 * The paper discards subnets outside its parameter budget. Here random single steps of the widths bring each
   into it, so that the budget is met exactly; under kv_cache the MLP stays whole.
 * The paper draws a new mask of N units up to 1000 times until alpha N are common to old and new. A mask that

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import re
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kvp.bench.llama_cpp import compare
 from kvp.bench.llama_cpp.__main__ import find_models, run
-from kvp.bench.llama_cpp.compare import PROMPTS, Model, compare_speed
+from kvp.bench.llama_cpp.compare import PROMPTS, Model, _perplexity, compare_speed
 from kvp.bench.llama_cpp.table import table
 from kvp.data.corpora import PackagedCorpus
 from kvp.evaluation.perplexity import Perplexity
 from kvp.models.load import load_model, load_tokenizer
+from kvp.record import RunRecord
 from kvp.store import Store
 from tests.report.sample_records import make_failed, make_record
 from tests.report.sample_records import perplexity as perplexity_record
@@ -34,6 +36,14 @@ def test_a_run_that_cannot_be_compared_is_refused(record, message, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):
         find_models([tmp_path / "run.json"], tmp_path)
+
+
+@pytest.mark.parametrize("changed", [{"stride": 64}, {"bos": "window"}])
+def test_windows_that_llama_cpp_does_not_read_are_refused(changed, tmp_path):
+    known = RunRecord.model_validate(make_record()).models()["pruned"].evaluation.perplexity["squad"]
+    known = known.model_copy(update={"protocol": known.protocol.model_copy(update=changed)})
+    with pytest.raises(ValueError, match=r"windows that do not overlap.*stride=null"):
+        _perplexity(SimpleNamespace(name="mine"), "squad", known, None, Store(tmp_path))
 
 
 def test_the_table_has_medians_and_ratios_of_rounds():

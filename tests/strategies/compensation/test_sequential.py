@@ -11,6 +11,7 @@ from kvp.models.surgery import apply
 from kvp.strategies.compensation.compensate import LeastSquares
 from kvp.strategies.compensation.sequential import Products, Sequential
 from kvp.strategies.signals.walk import caught_inputs
+from kvp.types import Plan
 from tests.conftest import NETWORKS, random_plan, refitted, tiny_model
 from tests.helpers.masks import mask
 
@@ -57,7 +58,8 @@ def naive(model, plan, ridge):
 def test_it_is_the_naive_fit(family, heads):
     model = tiny_model(family, heads, dtype=torch.float64)
     plan = random_plan(model, ["vo", "ffn"])
-    found = refitted(Sequential(ridge=0.01), model, IDS.split(2), plan)
+    backwards = Plan(dict(reversed(plan.keep.items())))  # as a plan's file may list it
+    found = refitted(Sequential(ridge=0.01), model, IDS.split(2), backwards)
     expected = naive(model, ordered(model, plan), 0.01)
     for name, weight in expected.items():
         keep = masks_of(model.config, plan)[name][1]

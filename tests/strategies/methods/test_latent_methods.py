@@ -17,6 +17,7 @@ from kvp.strategies.methods.care import CARE
 from kvp.strategies.methods.palu import Palu
 from kvp.strategies.methods.recalkv import ReCalKV, grouped
 from kvp.strategies.methods.svd_llm_v2 import SVDLLMv2
+from kvp.strategies.signals.low_rank import input_moments_of
 from kvp.strategies.signals.walk import caught_inputs, walk
 from kvp.strategies.target import Target
 from kvp.types import Budget, Plan
@@ -133,6 +134,21 @@ def test_recalkv_groups_the_heads_whose_keys_are_most_alike():
     with torch.no_grad(), edited(model, edits):
         whole_again = model(IDS).logits
     torch.testing.assert_close(whole_again, model(IDS).logits, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "olmo2", "olmo3", "gpt_oss"])
+def test_heads_in_another_order_are_the_same_function(family):
+    """Norms over all heads, and the sinks of query heads, move with them."""
+    method = ReCalKV(key_heads=2)
+    model = method.recast(tiny_model(family, "mha", dtype=torch.float64))
+    edits, orders = {}, []
+    for visit in walk(model, IDS.split(3), "test"):
+        edits |= method.edits(visit)
+        orders.append(method._order(visit, input_moments_of(visit)).tolist())
+    assert any(order != sorted(order) for order in orders)
+    with torch.no_grad(), edited(model, edits):
+        moved = model(IDS).logits
+    torch.testing.assert_close(moved, model(IDS).logits, atol=1e-6, rtol=1e-6)
 
 
 def test_pairs_join_from_the_most_alike_down():
