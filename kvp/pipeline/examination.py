@@ -26,6 +26,8 @@ from kvp.store import Finished
 PACKED_VERSION = 2
 # of speed with a packed cache; 1 expanded Mustafar's in every step
 DECODED_VERSION = 2
+# of needles with a cache of directions; 1 had the bits of every layer in its result, which no record takes
+DIRECTIONS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,7 @@ class Needles(Examining):
             "task": self.task,
             "length": self.length,
             "corpus": find(x.corpora, x.needles.corpus).identity(x.needles.part),
-            **(
-                {"stated": True} if isinstance(x.cache, Directions) else {}
-            ),  # before, with the bits of every layer
+            **({"directions": DIRECTIONS_VERSION} if isinstance(x.cache, Directions) else {}),
         }
 
     @override
