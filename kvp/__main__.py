@@ -29,6 +29,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -53,6 +54,7 @@ USER_ERRORS = (
     MemoryError,
     HydraException,
     OmegaConfBaseException,
+    yaml.YAMLError,
 )
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import yaml
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -23,6 +24,7 @@ EXTRAS = {
     "submitit_local": "slurm",
     "submitit_slurm": "slurm",
 }  # of launchers
+NO_NAMES = ("null", "true", "false", "nan", "inf")  # words that Hydra reads as values
 DRY_RUN = "KVP_DRY_RUN"  # the environment variable that turns runs and sweeps into dry ones
 
 
@@ -41,10 +43,19 @@ def words(error: BaseException, command: Sequence[str] | None = None) -> str:
     if isinstance(error, MissingMandatoryValue) and (missing := re.search(r"full_key: ([\w.]+)", message)):
         return f"{missing[1]} is not set, and this configuration needs it: say {missing[1]}=VALUE"
     if re.search(
-        r"no viable alternative|token recognition error|extraneous input|mismatched input|missing EQUAL",
+        r"no viable alternative|LexerNoViableAlt|token recognition error|"
+        r"extraneous input|mismatched input|missing EQUAL",
         message,
     ):
         return _unparsed(command)
+    if several := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", message):
+        key, values = several.groups()
+        return (
+            f"{key}={values} are several values: `kvp sweep {key}={values}` runs each. To mean one list or text, write "
+            f'"{key}=[{values}]" or "{key}=\'{values}\'"'
+        )
+    if isinstance(error, yaml.YAMLError):
+        return f"a configuration file is no YAML: {' '.join(message.split())}"
     if message.startswith("Config group override must be"):
         return _no_choice_of_a_group(command)
     if inner := re.match(r"\w+ raised while resolving interpolation: (.*)", message):
@@ -100,7 +111,7 @@ def _no_choice_of_a_group(command: Sequence[str]) -> str:
     """Return which word gives a group a value that names no option."""
     for word in command:
         group, _, value = word.partition("=")
-        if (value == "null" or not re.search(r"[A-Za-z]", value)) and (known := choices(group)):
+        if (value.lower() in NO_NAMES or not re.search(r"[A-Za-z]", value)) and (known := choices(group)):
             return f"{group} must be one of {', '.join(known)}, got {value or 'nothing'}"
     return "an option of a group must be a name, see --help"
 

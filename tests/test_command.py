@@ -62,6 +62,7 @@ def project(tmp_path, monkeypatch):
         "gt_mine/own.py": OWN,
         "conf/strategy/mine.yaml": YAML,
         "conf/strategy/theirs.yaml": YAML.replace("gt_mine.own.Own", "pandas.DataFrame"),
+        "conf/strategy/torn.yaml": "a: [1\n",
         "conf/experiment/hostile.yaml": "# @package _global_\ntrusted: [pandas]\n",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +82,8 @@ def test_version_is_kvps(monkeypatch, capsys):
     ("words", "message"),
     [
         (["strategy=mien"], "there is no strategy=mien. Did you mean mine?"),
+        (["strategy=torn"], "a configuration file is no YAML: while parsing a flow sequence"),
+        (["ratio.value=0.25,0.5"], "several values: `kvp sweep ratio.value=0.25,0.5` runs each"),
         (["strategy=theirs"], "names code of pandas, which kvp does not trust"),
         (["experiment=hostile"], "a file may not trust itself"),
         (["strategy=mine", "strategy.powr=2"], "there is no option 'strategy.powr'. Did you mean"),

@@ -298,6 +298,14 @@ def test_gc_without_any_run_would_remove_all_and_is_refused(house):
     assert len(house.left()) == 1
 
 
+def test_gc_by_the_runs_of_another_store_is_refused(house):
+    house.stage("score")
+    house.run("other", house.store / "plan" / ("f" * 16))
+    with pytest.raises(SystemExit, match=r"none of the 1 runs found names a stage of .*--runs DIR"):
+        house("gc", "--yes")
+    assert len(house.left()) == 1
+
+
 def test_a_directory_that_looks_like_stages_is_no_store(tmp_path):
     """Sixteen hexadecimal digits name many directories of this world."""
     (tmp_path / "cache" / "0123456789abcdef").mkdir(parents=True)

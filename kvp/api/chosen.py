@@ -103,6 +103,9 @@ def described(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+TOKENIZER = "calibration text needs a tokenizer: give the model's, or token ids as calibration"
+
+
 def calibrated(
     calibration: Text,
     model: PreTrainedModel,
@@ -127,13 +130,14 @@ def calibrated(
         batch = given["batch_size"] or min(4, len(ids))
         made = GivenIds(ids=ids, num_samples=len(ids), length=ids.shape[1], batch_size=batch, seed=0)
         return ["calibration=drop"], {}, {"calibration": made}
-    if tokenizer is None:
-        raise ValueError("calibration text needs a tokenizer: give the model's, or token ids as calibration")
-    check_tokenizer(tokenizer)
-    if isinstance(calibration, str):
+    if tokenizer is not None:
+        check_tokenizer(tokenizer)
+    if isinstance(calibration, str):  # a method that reads no text needs no tokenizer
         if calibration in choices("calibration"):
             return [f"calibration={calibration}"], values, {}
         return ["calibration=drop"], {**values, "calibration.corpora": [calibration]}, {}
+    if tokenizer is None:
+        raise ValueError(TOKENIZER)
     texts = GivenTexts(texts=calibration)
     if given["num_samples"] is None:
         usual = experiment(model, ["calibration=drop"], {}).calibration

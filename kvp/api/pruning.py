@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvp.api.chosen import Text, calibrated, check_choice, chosen, experiment, with_strategy
+from kvp.api.chosen import TOKENIZER, Text, calibrated, check_choice, chosen, experiment, with_strategy
 from kvp.api.memory import as_loaded, check_in_memory, weights_digest, written
 from kvp.models.linears import all_linears
 from kvp.models.plans import write_plan
@@ -141,6 +141,8 @@ def _experiment(
     objects: dict[str, Any] = {name: value for name, value in options.items() if is_dataclass(value)}
     if not isinstance(strategy, str) or objects:
         x = with_strategy(x, replace(x.strategy, **objects) if isinstance(strategy, str) else strategy)
+    if tokenizer is None and "calibration" not in parts and x.reads_calibration:
+        raise ValueError(TOKENIZER)
     corpora = {**x.corpora, **parts.pop("corpora", {})}
     return replace(x, corpora=corpora, **parts)
 

@@ -141,6 +141,12 @@ def _gc(arguments: argparse.Namespace, found: list[Entry], runs: list[Run]) -> N
             "there is no run.json in outputs/runs, so no stage would be needed: name the runs by --runs DIR, or "
             "give --keep-unreferenced"
         )
+    needed, stages = users(runs), [entry for entry in found if entry.in_place]
+    if stages and not arguments.keep_unreferenced and not any(entry.key in needed for entry in stages):
+        raise ValueError(
+            f"none of the {len(runs)} runs found names a stage of {arguments.store}, so all of it would go: name the "
+            "runs of this store by --runs DIR, or give --keep-unreferenced"
+        )
     with on_disk(arguments.store), alone(arguments.store) as unused:
         judged = verdicts(
             found,

@@ -265,6 +265,11 @@ def test_a_recipe_that_is_none_is_refused(model, recipe):
         kvp.recover(model, byte_tokenizer(), recipe)
 
 
+def test_a_method_that_reads_no_text_needs_no_tokenizer(model):
+    method = kvp.prune(model, strategy="magnitude", allocator={"multiple_of": 2}, ratio=0.25)
+    assert method.achieved["kv_cache"] == 0.25
+
+
 BAD = {  # arguments of prune, and the beginning of their error
     "strategy": ({"strategy": "kvprunr"}, "there is no strategy 'kvprunr'. Did you mean kvpruner?"),
     "no strategy": ({"strategy": 3}, "strategy must be a name or an object such as kvp.FLAP"),

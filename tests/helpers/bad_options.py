@@ -99,6 +99,8 @@ TYPES = [
     (["+model.config.rope_theta=inf"], "model.config.rope_theta must be a finite number, got inf"),
     (["model=local"], "model.path is not set, and this configuration needs it: say model.path=VALUE"),
     (["model.name=a(b"], "quote a value with special characters"),
+    (["store=/tmp/ü"], "store=/tmp/ü cannot be read: quote a value with special characters"),
+    (["recovery=false"], "recovery must be one of lora_alpaca, lora_text, none, got false"),
     (["report"], "report comes first: kvp report ..., see kvp report --help"),
     (["ratio"], "'ratio' is no option: options have the form option=value"),
     (["strategy=minee"], "there is no strategy=minee."),
