@@ -117,13 +117,7 @@ class ZeroShot:
     @property
     def decodes(self) -> bool:
         """Whether the model writes its answers token by token in every task; only then it reads its cache."""
-        if self.source == "packaged":
-            return False
-        definitions = [_task_manager(self.source).task_index[task].cfg or {} for task in self.tasks]
-        return all(
-            "class" not in definition and definition.get("output_type", "generate_until") == "generate_until"
-            for definition in definitions
-        )
+        return self.source != "packaged" and all(map(_decodes, self.tasks))
 
     def evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str
@@ -226,6 +220,13 @@ def _task_manager(source: str) -> TaskManager:
     return lm_eval.tasks.TaskManager(
         include_path=[root / folder for folder in FOLDERS], include_defaults=False
     )
+
+
+def _decodes(task: str) -> bool:
+    """Return whether lm-eval lets the model write; not known of tasks in Python, or that do not exist."""
+    entry = _task_manager("hub").task_index.get(task)
+    definition = (entry and entry.cfg) or {"class": None}
+    return "class" not in definition and definition.get("output_type", "generate_until") == "generate_until"
 
 
 def _check_packages(task: str) -> None:

@@ -161,6 +161,7 @@ def test_only_tasks_that_write_read_a_cache():
     assert not ZeroShot(tasks=["piqa"], source="hub").decodes
     assert not ZeroShot(tasks=["piqa", "longbench_qasper"], source="hub").decodes
     assert ZeroShot(tasks=["longbench_qasper", "longbench_lcc"], source="hub").decodes
+    assert not ZeroShot(tasks=["nope"], source="hub").decodes  # a dry run asks before it refuses
 
 
 WRITTEN = """
