@@ -73,8 +73,19 @@ def compose(overrides: Sequence[str], values: Mapping[str, Any] | None = None) -
         OmegaConf.set_struct(config, False)
         for key, value in (values or {}).items():
             if value is not None:
-                OmegaConf.update(config, key, value, force_add=True)
+                OmegaConf.update(config, key, _plain(value), force_add=True)
     return config
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as a configuration holds it: numbers of numpy and torch as Python's, a dtype as its name."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def words(error: BaseException, command: Sequence[str] | None = None) -> str:
     if inner := re.match(r"\w+ raised while resolving interpolation: (.*)", message):
         return inner[1]
     if missing := re.search(r"Could not find '([\w/]+)/([^']*)'", message):
-        return _no_such_choice(*missing.groups())
+        return _no_such_choice(*_given(command, *missing.groups()))
     if launcher := re.search(r"Key '(\w+)' not in '\w*Conf'\s+full_key: (hydra\.launcher\.\w+)", message):
         return f"there is no option {launcher[2]!r} of this launcher: choose one with it, such as launcher=joblib"
     misspelt = re.search(r"Could not override '([^']+)'|Key '([\w.]+)' is not in struct", message)
@@ -160,6 +160,14 @@ def overshadowed() -> list[str]:
     ]
 
 
+def _given(command: Sequence[str], group: str, name: str) -> tuple[str, str]:
+    """Return the group and the choice that a command has: Hydra joins them, and a path has slashes of its own."""
+    pairs = (word.partition("=") for word in command)
+    return next(
+        ((key, value) for key, _, value in pairs if f"{key}/{value}" == f"{group}/{name}"), (group, name)
+    )
+
+
 def _no_such_choice(group: str, name: str) -> str:
     if group == "hydra/launcher":
         return f"launcher={name} needs another package: pip install 'kvp[{EXTRAS.get(name, '...')}]'"
@@ -170,15 +178,22 @@ def _no_such_choice(group: str, name: str) -> str:
         return f"there is no group {group!r}. See --help for all groups."
     if not name:
         return f"{group} must be one of {', '.join(known)}, got nothing"
+    if group == "model" and "/" in name:
+        return f"model must be a name of --help, got {name}: a path or owner/name is model=local model.path={name}"
     return f"there is no {group}={name}.{did_you_mean(name, known)} There are: {', '.join(known)}"
 
 
 def _nearest(name: str, command: Sequence[str]) -> str:
     """Return where a misspelt option may be meant, or which choice of a group has it."""
     known = [key for key in _known(command) if key != name]
+    group, slash, part = name.partition("/")
+    if slash and choices(name):
+        chosen = next((word for word in command if word.startswith(f"{group}=")), f"this {group}")
+        return f" {chosen} has no {part} to choose."
     group, _, rest = name.partition(".")
     if having := [choice for choice in choices(group) if rest in _keys(_read(group, choice), "")]:
-        return f" It is one of {group}={having[0]}: choose that first."
+        choice = "local" if "local" in having else having[0]
+        return f" It is one of {group}={choice}: choose that first."
     same_leaf = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
     if near := did_you_mean(name, known, most=3):
         return near

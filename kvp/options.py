@@ -68,7 +68,7 @@ def worded(cls: Any, error: Mapping[str, Any]) -> str:
         return str(error["ctx"]["error"])
     fields: dict[str, FieldInfo] = cls.__pydantic_fields__
     name, *inner = error["loc"] or ("",)
-    option = ".".join(map(str, (cls.node, name, *inner)))
+    option = ".".join(map(str, (cls.node, name, *(at for at in inner if isinstance(at, int)))))
     if error["type"] == "unexpected_keyword_argument":
         return f"{cls.node} has no option {name!r}; {cls.__name__} has {', '.join(fields) or 'none'}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):

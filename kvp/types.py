@@ -18,6 +18,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Kind = Literal["block", "attention", "mlp", "kv_group", "qk", "vo", "k_latent", "v_latent", "ffn"]
 Denominator = Literal["kv_cache", "params", "block_params", "blocks", "sparsity"]
 
+DEVICES = ("auto", "cpu", "cuda")
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 DENOMINATORS: tuple[Denominator, ...] = get_args(Denominator)

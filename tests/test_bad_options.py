@@ -61,7 +61,7 @@ BAD = [  # words of a command, what the error says of the last
     ([*NEEDLES, "evaluation.needles.lengths=[long]"], "evaluation.needles.lengths.0"),
     ([*NEEDLES, "evaluation.needles.tasks=[dual]"], "must be one of single, multikey, variables, got 'dual'"),
     ([*NEEDLES, "evaluation.needles.choices=10"], "evaluation.needles.choices must be in [2, 9], got 10"),
-    ([*NEEDLES, "evaluation.needles.samples=1"], "evaluation.needles.samples must be >= 5, got 1"),
+    ([*NEEDLES, "evaluation.needles.samples=1"], "evaluation.needles.samples must be in [5, 10000], got 1"),
     (["recovery.rank=0"], "recovery.rank must be > 0, got 0: it is the width of the update"),
     (["recovery.rank=abc"], "recovery.rank must be a whole number, got 'abc'"),
     (["recovery.alpha=-1"], "recovery.alpha must be > 0, got -1"),

@@ -18,6 +18,7 @@ from kvp.composing import compose, in_words
 from kvp.identity import TARGET, named, targets
 from kvp.nearest import did_you_mean
 from kvp.pipeline.experiment import Experiment
+from kvp.pipeline.room import shortage
 from kvp.strategies.base import Strategy
 
 Text = str | Sequence[str] | Tensor  # the name of an option or a corpus, texts, or token ids
@@ -82,6 +83,27 @@ def check_choice(group: str, name: str) -> str:
     raise ValueError(f"there is no {group} {name!r}.{near} There are: {', '.join(known)}")
 
 
+def check_given(**numbers: Any) -> None:
+    """Refuse None where a number has no option of its own to fall back on.
+
+    Raises:
+        ValueError: The message names the argument.
+    """
+    for name, value in numbers.items():
+        if value is None:
+            raise ValueError(f"{name} must be a number, got None")
+
+
+def check_memory(x: Experiment, model: PreTrainedModel) -> None:
+    """Refuse work that is estimated to take more memory than is free.
+
+    Raises:
+        ValueError: It names both sizes, and what would fit.
+    """
+    if lines := shortage(x, model.config):
+        raise ValueError(lines)
+
+
 def with_strategy(x: Experiment, strategy: Strategy) -> Experiment:
     """Return the experiment with a strategy that was made in Python."""
     node = described(strategy)
@@ -127,7 +149,7 @@ def calibrated(
                 "num_samples and length choose windows of text; token ids have theirs: slice the ids"
             )
         ids = check_ids(calibration, model.config.vocab_size)
-        batch = given["batch_size"] or min(4, len(ids))
+        batch = min(4, len(ids)) if given["batch_size"] is None else given["batch_size"]
         made = GivenIds(ids=ids, num_samples=len(ids), length=ids.shape[1], batch_size=batch, seed=0)
         return ["calibration=drop"], {}, {"calibration": made}
     if tokenizer is not None:

@@ -11,12 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvp.api.chosen import check_choice, chosen, experiment
+from kvp.api.chosen import check_choice, check_memory, chosen, experiment
 from kvp.api.given import GivenTexts
 from kvp.api.memory import as_loaded, check_in_memory, check_tokenizer
 from kvp.evaluation.zeroshot import average
 from kvp.models.load import save
 from kvp.pipeline.gate import check_model, check_sources
+from kvp.pipeline.texts import check_texts
 from kvp.results import MeasureRecord
 
 
@@ -80,7 +81,7 @@ def evaluate(
         batch_size: Windows and requests per pass.
 
     Raises:
-        ValueError: An option, a corpus or a task is unknown; nothing was computed.
+        ValueError: An option, a corpus or a task is unknown, or the protocol has no use for it; nothing was computed.
         FileNotFoundError: Data are missing; the message names the ways out.
         FloatingPointError: A loss is not finite.
     """
@@ -90,36 +91,47 @@ def evaluate(
         raise ValueError("protocol must be an option that evaluates, such as packaged; got 'none'")
     perplexity = [perplexity] if isinstance(perplexity, str) else perplexity
     tasks = [tasks] if isinstance(tasks, str) else tasks
-    for name, given in (("perplexity", perplexity), ("tasks", tasks)):
+    lengths = [lengths] if isinstance(lengths, int | str) else lengths
+    for name, given in (("perplexity", perplexity), ("tasks", tasks), ("lengths", lengths)):
         if not (given is None or isinstance(given, Mapping | Sequence)):
-            raise ValueError(f"{name} must be names, got {given!r}: an empty list asks for none")
+            raise ValueError(f"{name} must be a list, got {given!r}: an empty list asks for none")
     own = perplexity if isinstance(perplexity, Mapping) else {}
-    values = {
-        "evaluation.perplexity.corpora": perplexity and [*perplexity],
-        "evaluation.perplexity.window": window,
-        "evaluation.perplexity.max_tokens": max_tokens,
-        "evaluation.perplexity.batch_size": batch_size,
-        "evaluation.zero_shot.tasks": tasks and [*tasks],
-        "evaluation.zero_shot.limit": None if protocol == "needles" else limit,
-        "evaluation.zero_shot.batch_size": batch_size,
-        "evaluation.needles.lengths": lengths and [*lengths],
-        "evaluation.needles.samples": limit if protocol == "needles" else None,
+    settings: dict[str, dict[str, Any]] = {
+        "perplexity": {"perplexity.corpora": [*perplexity] if perplexity else None},
+        "tasks": {"zero_shot.tasks": [*tasks] if tasks else None},
+        "lengths": {"needles.lengths": [*lengths] if lengths else None},
+        "limit": {"zero_shot.limit": limit, "needles.samples": limit},
+        "window": {"perplexity.window": window},
+        "max_tokens": {"perplexity.max_tokens": max_tokens},
+        "batch_size": {"perplexity.batch_size": batch_size, "zero_shot.batch_size": batch_size},
     }
-    off = {
-        "needles": protocol != "needles" and lengths is None,
-        "perplexity": perplexity is not None and not perplexity,
-        "zero_shot": tasks is not None and not tasks,
-    }
-    kept = {key: value for key, value in values.items() if not off[key.split(".")[1]]}
-    x = experiment(model, [f"evaluation={check_choice('evaluation', protocol)}", "strategy=none"], kept)
+    words = [f"evaluation={check_choice('evaluation', protocol)}", "strategy=none"]
+    usual = experiment(model, words, {})
+    asked = {"perplexity": perplexity, "zero_shot": tasks, "needles": lengths}
+    parts = [part for part in asked if getattr(usual, part) and (asked[part] is None or asked[part])]
+    if not parts:
+        raise ValueError(f"nothing is left to evaluate of protocol={protocol!r}: an empty list asks for none")
+    values: dict[str, Any] = {}
+    for argument, keys in settings.items():
+        given = {f"evaluation.{key}": value for key, value in keys.items() if value is not None}
+        taken = {key: value for key, value in given.items() if key.split(".")[1] in parts}
+        if given and not taken:
+            other = "needles" if argument == "lengths" else "packaged"
+            raise ValueError(
+                f"{argument} has no part in an evaluation of {' and '.join(parts)}: leave it out"
+                f"{f', or choose protocol={other!r}' if other != protocol else ''}"
+            )
+        values |= taken
+    off: dict[str, Any] = {part: None for part in asked if part not in parts}
+    x = experiment(model, words, values)
     x = replace(
         x,
-        perplexity=None if off["perplexity"] else x.perplexity,
-        zero_shot=None if off["zero_shot"] else x.zero_shot,
+        **off,
         corpora={**x.corpora, **{name: GivenTexts(texts=texts) for name, texts in own.items()}},
     )
     check_sources(x)
     check_model(x, model.config)
+    check_texts(x, lambda: tokenizer, model.config.max_position_embeddings)
     losses, scores, found = {}, {}, {}
     with as_loaded(model):
         if x.perplexity is not None:
@@ -165,6 +177,7 @@ def measure(model: PreTrainedModel, protocol: str = "cpu_quick", **options: Any)
     if x.protocol is None:
         raise ValueError("protocol must be an option that measures, such as cpu_quick; got 'none'")
     check_model(x, model.config)
+    check_memory(x, model)
     with tempfile.TemporaryDirectory(prefix="kvp-measure-") as directory:
         save(model, None, Path(directory))
         dtype = str(model.dtype).removeprefix("torch.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -86,7 +87,8 @@ def check_ids(ids: Tensor, vocab_size: int) -> Tensor:
     Raises:
         ValueError: They are no whole numbers of shape (num_samples, length), or outside the vocabulary.
     """
-    if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex() or not ids.numel() or ids.shape[1] < 2:
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not whole or ids.dim() != 2 or not ids.numel() or ids.shape[1] < 2:
         raise ValueError(
             "calibration must be token ids of shape (num_samples, length), whole numbers and length >= 2; got "
             f"{str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvp.api.chosen import TOKENIZER, Text, calibrated, check_choice, chosen, experiment, with_strategy
+from kvp.api.chosen import TOKENIZER, Text, calibrated, check_given, chosen, experiment, with_strategy
 from kvp.api.memory import as_loaded, check_in_memory, weights_digest, written
 from kvp.models.linears import all_linears
 from kvp.models.plans import write_plan
@@ -26,7 +26,7 @@ from kvp.store import fingerprint
 from kvp.strategies.base import Strategy
 from kvp.strategies.steps import Job, Step, Values, find_plan, in_folders
 from kvp.strategies.target import Target
-from kvp.types import Plan
+from kvp.types import DENOMINATORS, Plan
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,9 @@ def prune(
         FileNotFoundError: Data are missing; the message names the ways out.
     """
     check_in_memory(model)
+    if of not in DENOMINATORS:
+        raise ValueError(f"of must be one of {', '.join(DENOMINATORS)}, got {of!r}")
+    check_given(ratio=ratio, seed=seed)
     model = unfused(model)
     text = {"num_samples": num_samples, "length": length, "batch_size": batch_size}
     x = _experiment(model, tokenizer, strategy, options, calibration, text, of, ratio, seed, store)
@@ -137,7 +140,7 @@ def _experiment(
         raise ValueError(
             f"{', '.join(options)}: an object has its options already: kvp.{type(strategy).__name__}(...)"
         )
-    x = experiment(model, [*words, f"ratio={check_choice('ratio', of)}"], values, store=store)
+    x = experiment(model, [*words, f"ratio={of}"], values, store=store)
     objects: dict[str, Any] = {name: value for name, value in options.items() if is_dataclass(value)}
     if not isinstance(strategy, str) or objects:
         x = with_strategy(x, replace(x.strategy, **objects) if isinstance(strategy, str) else strategy)

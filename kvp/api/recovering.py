@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from kvp.api.chosen import chosen, experiment
+from kvp.api.chosen import check_given, check_memory, chosen, experiment
 from kvp.api.given import GIVEN, GivenTexts
 from kvp.api.memory import check_in_memory, check_tokenizer, weights_digest, written
 from kvp.code import edits
@@ -87,6 +87,7 @@ def recover(
     """
     check_in_memory(model)
     check_tokenizer(tokenizer)
+    check_given(seed=seed)
     if teacher is not None:
         check_in_memory(teacher, "teacher")
     words, values = chosen("recovery", recipe, options)
@@ -104,6 +105,7 @@ def recover(
     check_sources(x)
     check_lengths(x, model.config)
     check_modules(x, linear_names(model.config, model))
+    check_memory(x, model)
     with tempfile.TemporaryDirectory(prefix="kvp-recover-") as place:
         work = partial(_trained, x, {"given": model, "teacher": teacher}, tokenizer, Path(place))
         if store is None:

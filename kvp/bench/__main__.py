@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvp.bars import only_on_terminals
 from kvp.commands import called
+from kvp.types import DEVICES
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
 
@@ -115,7 +116,7 @@ def compose(options: argparse.Namespace) -> Bench:
     if device.type == "cpu":
         cache = QUICK if options.protocol == "quick" else ON_CPU
         default = min(available, cache + max(subject.weights_bytes(dtype) for subject in subjects))
-    limit = default if options.memory is None else int(options.memory * GIB)
+    limit = default if options.memory is None else options.memory * GIB
     if not 0 < limit <= available:
         raise ValueError(
             f"--memory must be above 0 and at most {available / GIB:.2f} GiB, what is free on {device}, got "
@@ -136,7 +137,7 @@ def compose(options: argparse.Namespace) -> Bench:
         paths=options.path,
         device=device,
         dtype=dtype,
-        limit=limit,
+        limit=int(limit),
     )
 
 
@@ -179,7 +180,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="GIB",
         help="memory for a model and its cache (default: free)",
     )
-    add("--device", default="auto", help="cpu or cuda (default: cuda if there is one)")
+    add(
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="auto (default): cuda if there is one",
+    )
     add(
         "--dtype",
         default="auto",

@@ -136,7 +136,7 @@ class Haystack:
         Raises:
             ValueError: What is hidden alone takes more, or the tokenizer begins two numbers alike.
         """
-        bare = len(self._ids(self._text(riddle, list(riddle.needles))))
+        bare = self.bare(riddle, length)
         start, around = draw.randrange(len(self.sentences)), list[str]()
         for step in range(length):  # no sentence takes less than a token
             place = (start + step) % len(self.sentences)
@@ -152,12 +152,22 @@ class Haystack:
             text = self._text(riddle, parts)
             if len(self._ids(text)) <= length:
                 return self._split(text, riddle)
-            if not around:
-                raise ValueError(
-                    f"evaluation.needles.lengths must be >= {len(self._ids(text))} for what this model's tokenizer "
-                    f"makes of the needles and the question alone, got {length}: lower choices or hops"
-                )
             around.pop()
+
+    def bare(self, riddle: Riddle, length: int) -> int:
+        """Return how many tokens the needles and the question take alone.
+
+        Raises:
+            ValueError: They are more than `length`, or the tokenizer begins two numbers alike.
+        """
+        text = self._text(riddle, riddle.needles)
+        if (tokens := len(self._ids(text))) > length:
+            raise ValueError(
+                f"evaluation.needles.lengths must be >= {tokens} for what this model's tokenizer makes of the needles "
+                f"and the question alone, got {length}: lower choices or hops"
+            )
+        self._split(text, riddle)
+        return tokens
 
     def _text(self, riddle: Riddle, parts: Sequence[str]) -> str:
         return f"{riddle.opening}\n\n{' '.join(parts)}\n\n{riddle.question}"

@@ -14,7 +14,8 @@ Below the bound an accuracy says nothing: tables have "at chance" there, and whe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, product
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05  # the probability at which guessing is ruled out
 SHORTEST = 64  # tokens
+DRAWS_CHECKED = 20  # texts per task and length, before anything is computed
 
 
 @options
@@ -51,9 +53,9 @@ class Needles:
     lengths: Sequence[int | Literal["longest"]] = Field(
         min_length=1, description='tokens of a text with its question; "longest": all positions of the model'
     )
-    samples: int = Field(default=50, ge=5, description="texts per task and length")
+    samples: int = Field(default=50, ge=5, le=10_000, description="texts per task and length")
     choices: int = Field(default=4, ge=2, le=9, description="numbers to choose from")
-    hops: int = Field(default=2, ge=1, description="variables that hand a number on")
+    hops: int = Field(default=2, ge=1, le=64, description="variables that hand a number on")
     corpus: str = Field(default="squad", description="the corpus whose sentences stand around the needles")
     part: Part = Field(default="test", description="which of its documents")
     seed: int = Field(default=0, ge=0, description="of the draw of texts")
@@ -68,6 +70,18 @@ class Needles:
     def check(self, corpora: Mapping[str, Corpus]) -> None:
         """Raise at once if the corpus is unknown or out of reach."""
         find(corpora, self.corpus).check(self.part)
+
+    def check_lengths(self, tokenizer: PreTrainedTokenizerBase, positions: int) -> None:
+        """Raise at once if what is hidden takes more tokens than a text has; `positions` are those of the model.
+
+        Raises:
+            ValueError: So it does, or the tokenizer begins two numbers alike.
+        """
+        haystack = Haystack([], tokenizer)
+        for task, length in product(self.tasks, self.lengths):
+            tokens = positions if length == "longest" else length
+            for draw in islice(self._draws(task, tokens), DRAWS_CHECKED):
+                haystack.bare(make_riddle(task, self.choices, self.hops, draw), tokens)
 
     def evaluate(
         self,
@@ -116,10 +130,13 @@ class Needles:
     ) -> list[Sample]:
         """Return the texts of a task, the same for the same seed."""
         haystack = Haystack(sentences_of(corpus.documents(self.part)), tokenizer)
-        draws = (Random(f"{self.seed} {task} {tokens} {number}") for number in range(self.samples))
         return [
-            haystack.sample(make_riddle(task, self.choices, self.hops, draw), tokens, draw) for draw in draws
+            haystack.sample(make_riddle(task, self.choices, self.hops, draw), tokens, draw)
+            for draw in self._draws(task, tokens)
         ]
+
+    def _draws(self, task: Task, tokens: int) -> Iterator[Random]:
+        return (Random(f"{self.seed} {task} {tokens} {number}") for number in range(self.samples))
 
 
 def bound(n: int, chance: float) -> float:

@@ -85,6 +85,8 @@ def _without_presets(config: DictConfig) -> DictConfig:
     OmegaConf.set_struct(chosen, False)
     for name in OPTIONAL:
         node = OmegaConf.select(chosen, name)
+        if node == "none":  # as where a group is chosen
+            node = None
         if not (node is None or OmegaConf.is_dict(node)):
             raise ValueError(f"{name} must be an option of its group or none, got {node!r}: see --help")
         if "_target_" not in (node or {}):

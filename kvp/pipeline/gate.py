@@ -24,6 +24,7 @@ from kvp.models.checkpoint.fields import check_fields
 from kvp.models.directions import Directions, stored_bits
 from kvp.models.family import family_of
 from kvp.models.linears import linear_names
+from kvp.models.load import load_tokenizer
 from kvp.models.shapes import require_whole_stream
 from kvp.models.sources import ModelSource, RandomModel
 from kvp.pipeline.experiment import Experiment
@@ -83,7 +84,8 @@ def check_inputs(x: Experiment, *, here: bool = True) -> None:
         check_weights(x, config)
     check_model(x, config)
     check_modules(x, checked.linears if checked else _linears(config))
-    check_texts(x, dense, config.max_position_embeddings)
+    tokenizing = partial(load_tokenizer, dense) if dense else x.source.expected_tokenizer
+    check_texts(x, tokenizing, config.max_position_embeddings)
     if here:
         check_room(x, config, foretold)
 

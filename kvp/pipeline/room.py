@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -76,18 +76,22 @@ def check_room(x: Experiment, config: PretrainedConfig, foretold: Sequence[Foret
         ValueError: It names the phase, both sizes, and the options under which it would fit.
     """
     done = {stage.kind for stage in foretold} - {stage.kind for stage in foretold if not stage.stands}
+    lines = shortage(x, config, done)
+    if lines and x.short_of_memory == "refuse":
+        raise ValueError(f"{lines}. short_of_memory=warn runs it all the same")
+    if lines:
+        log.warning(lines)
+
+
+def shortage(x: Experiment, config: PretrainedConfig, done: Collection[str] = ()) -> str:
+    """Return which phases are estimated to take more than is free, both sizes, and what would fit; empty: none."""
     free = _free(x)
-    short = [need for need in needs(x, config) if need.phase not in done and need.memory["total"] > free]
-    if not short:
-        return
-    lines = "; ".join(
+    return "; ".join(
         f"{need.phase} is estimated to take {need.memory['total'] / GIB:.2f} GiB ({need.size}), and "
         f"{free / GIB:.2f} GiB are free on {x.device}: {way_out(x, config, need.phase, free)}"
-        for need in short
+        for need in needs(x, config)
+        if need.phase not in done and need.memory["total"] > free
     )
-    if x.short_of_memory == "refuse":
-        raise ValueError(f"{lines}. short_of_memory=warn runs it all the same")
-    log.warning(lines)
 
 
 def way_out(x: Experiment, config: PretrainedConfig, phase: str, free: int) -> str:

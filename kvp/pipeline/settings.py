@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kvp.types import DTYPES
+from kvp.types import DEVICES, DTYPES
 
 # Where results go and when they are made, not what they are.
 NOT_INPUTS = ("store", "runs", "tracker", "hydra", "rows", "force", "since", "trusted", "short_of_memory")
@@ -31,7 +31,6 @@ OPTIONAL = ("cache", "recovery", "measure", *(f"evaluation.{part}" for part in E
 PLAIN = ("seed", "device", "dtype", "store", "runs", "rows", "force", "since", "trusted", "short_of_memory")
 KEYS = (*NODES, *OPTIONAL[:3], *PLAIN, "hydra")
 
-DEVICES = ("auto", "cpu", "cuda")
 SHORT_OF_MEMORY = ("refuse", "warn")
 NAME = re.compile(r"[\w+-][\w.+-]*")  # of a directory, whatever the system
 LONGEST_NAME, LONGEST_PART = 255, 100  # bytes of a directory's name, characters of what a user adds to it
@@ -90,6 +89,11 @@ def check_settings(config: Mapping[str, Any]) -> None:
 
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
+    for key, value in config["widths"].items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(
+                f"widths.{key} must be a whole number >= 1, got {value!r}: widths are multiples of it"
+            )
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key} must be a finite number, got {value}")

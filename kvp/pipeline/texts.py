@@ -8,15 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 from typing import TYPE_CHECKING
 
 from kvp.data.corpora import Part, find
 from kvp.data.instructions import Instructions
 from kvp.data.text import PackedText
 from kvp.data.tokens import encode
-from kvp.models.load import load_tokenizer
 from kvp.pipeline.experiment import Experiment
 
 if TYPE_CHECKING:
@@ -42,21 +40,23 @@ class Need:
     options: str
 
 
-def check_texts(x: Experiment, dense: Path | None, positions: int) -> None:
+def check_texts(x: Experiment, tokenizing: Tokenizing, positions: int) -> None:
     """Refuse a run whose corpora are too short for it, or whose tokenizer lacks a special token.
 
     Args:
         x: The run.
-        dense: The dense model's directory; None: not written yet.
+        tokenizing: Returns the model's tokenizer; called once, where the run depends on it.
         positions: Tokens that the model reads at most at a time.
 
     Raises:
         ValueError: The message names the corpus, what it has and what is wanted.
     """
-    tokenizer = cache(partial(load_tokenizer, dense) if dense else x.source.expected_tokenizer)
+    tokenizer = cache(tokenizing)
     _check_special(x, tokenizer)
     for need in _needs(x, positions):
         _check_need(x, need, tokenizer)
+    if x.needles:
+        x.needles.check_lengths(tokenizer(), positions)
 
 
 def _needs(x: Experiment, positions: int) -> Iterator[Need]:

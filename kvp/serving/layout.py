@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 WAY_OUT = {
     "num_key_value_heads": "keep equally many groups per layer: strategy/allocator=uniform",
-    "qk_head_dim": "one width per layer: strategy/allocator=uniform strategy.allocator.multiple_of=8",
-    "v_head_dim": "one width per layer: strategy/allocator=uniform strategy.allocator.multiple_of=8",
+    "qk_head_dim": "strategy=kvpruner_stock keeps one width, and one set of rope pairs",
+    "v_head_dim": "strategy=kvpruner_stock keeps one width, and one set of rope pairs",
     "intermediate_size": "one width per layer: strategy/allocator=uniform",
 }
 

@@ -130,7 +130,16 @@ def _ls(arguments: argparse.Namespace, found: list[Entry], runs: list[Run]) -> N
     lines = []
     for run in runs:
         own, shared, missing = sizes(run, runs, present)
-        lines.append((run.name, run.fault or run.status, _mib(own), _mib(shared), str(missing or "")))
+        died = run.status == "running" and not run.is_running  # as `kvp status` has it
+        lines.append(
+            (
+                run.name,
+                run.fault or ("died" if died else run.status),
+                _mib(own),
+                _mib(shared),
+                str(missing or ""),
+            )
+        )
     heads = ("run", "status", "own MiB", "shared MiB", "stages missing")
     print_table(console_table(heads, lines, title=f"{len(runs)} runs", labels=2))
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose as hydra_compose
@@ -281,7 +282,7 @@ BAD = {  # arguments of prune, and the beginning of their error
     "ratio in words": ({"ratio": "half"}, "ratio.value must be a number, got 'half'"),
     "ratio that is none": ({"ratio": float("nan")}, "ratio.value must be a finite number, got nan"),
     "ratio out of reach": ({"ratio": 0.97}, "ratio.value=0.97 of kv_cache cannot be reached"),
-    "denominator": ({"of": "kv"}, "there is no ratio 'kv'"),
+    "denominator": ({"of": "kv"}, "of must be one of kv_cache, .* got 'kv'"),
     "option": ({"gruping": "vo"}, "strategy has no option 'gruping'; KVPruner has "),
     "value of an option": ({"grouping": "foo"}, "strategy.grouping must be one of coupled, "),
     "type of an option": ({"grouping": 3}, "strategy.grouping must be one of coupled, "),
@@ -422,6 +423,83 @@ def test_needles_are_evaluated_in_memory():
         kvp.evaluate(model, tokenizer, "needles", lengths=[901])
 
 
+@pytest.mark.parametrize(
+    ("protocol", "arguments", "message"),
+    [
+        ("packaged", {"lengths": [512]}, "lengths has no part in .* or choose protocol='needles'"),
+        ("needles", {"tasks": ["piqa"]}, "tasks has no part in an evaluation of needles"),
+        ("needles", {"perplexity": ["squad"]}, "perplexity has no part in an evaluation of needles"),
+        ("needles", {"window": 64}, "window has no part in an evaluation of needles"),
+        ("needles", {"batch_size": 2}, "batch_size has no part in an evaluation of needles"),
+        (
+            "packaged",
+            {"tasks": [], "limit": 5},
+            "limit has no part in an evaluation of perplexity: leave it out",
+        ),
+        ("packaged", {"tasks": [], "perplexity": []}, "nothing is left to evaluate of protocol='packaged'"),
+        (
+            "needles",
+            {"lengths": 100},
+            "evaluation.needles.lengths must be >= .* and the question alone, got 100",
+        ),
+        ("needles", {"lengths": 3.5}, "lengths must be a list, got 3.5"),
+        ("needles", {"limit": 10**9}, r"evaluation.needles.samples must be in \[5, 10000\]"),
+        ("packaged", {"tasks": [], "window": 0}, "evaluation.perplexity.window must be >= 2, got 0"),
+        (
+            "packaged",
+            {"tasks": [], "perplexity": {"long": ["word " * 999], "short": ["word"]}},
+            "test part of short has",
+        ),
+    ],
+)
+def test_an_evaluation_refuses_what_it_has_no_use_for(model, monkeypatch, protocol, arguments, message):
+    monkeypatch.setattr(model, "forward", None)  # nothing may be computed
+    with pytest.raises(ValueError, match=message):
+        kvp.evaluate(model, byte_tokenizer(), protocol, **arguments)
+
+
+def test_numbers_of_numpy_and_dtypes_of_torch_are_options(model):
+    pruned = kvp.prune(
+        model, None, "magnitude", np.float32(0.5), seed=np.int64(3), allocator={"multiple_of": np.int64(1)}
+    )
+    assert pruned.achieved["kv_cache"] == 0.5
+    config = compose([], {"recovery.dtype": torch.bfloat16, "corpora.own": {"part": np.array([1, 2])}})
+    assert config.recovery.dtype == "bfloat16" and config.corpora.own.part == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda model: kvp.prune(model, None, "magnitude", None), "ratio must be a number, got None"),
+        (lambda model: kvp.prune(model, None, "magnitude", seed=None), "seed must be a number, got None"),
+        (lambda model: kvp.recover(model, byte_tokenizer(), seed=None), "seed must be a number, got None"),
+        (
+            lambda model: kvp.prune(model, None, "magnitude", of="memory"),
+            "of must be one of kv_cache, params",
+        ),
+        (
+            lambda model: kvp.measure(model, batch_size=10**9, prompt_length=8, new_tokens=4),
+            r"measure is estimated .*batch_size=1 would fit$",
+        ),
+        (
+            lambda model: kvp.recover(model, byte_tokenizer(), batch_size=10**7, micro_batch_size=10**7),
+            r"recover is estimated .*recovery.micro_batch_size=1 would fit$",
+        ),
+        (
+            lambda model: kvp.prune(model, None, "flap", calibration=torch.ones(2, 8, dtype=torch.bool)),
+            "got bool of shape",
+        ),
+        (
+            lambda model: kvp.prune(model, None, "flap", calibration=torch.ones(2, 8).long(), batch_size=0),
+            "calibration.batch_size must be >= 1, got 0",
+        ),
+    ],
+)
+def test_a_call_refuses_numbers_that_mean_nothing_or_do_not_fit(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)
+
+
 def test_every_function_says_what_it_was_not_given(model):
     tokenizer = byte_tokenizer()
     for call in (
@@ -433,7 +511,7 @@ def test_every_function_says_what_it_was_not_given(model):
             call()
     with pytest.raises(ValueError, match="protocol must be an option that evaluates"):
         kvp.evaluate(model, tokenizer, "none", perplexity=["squad"])
-    with pytest.raises(ValueError, match="perplexity must be names, got 3"):
+    with pytest.raises(ValueError, match="perplexity must be a list, got 3"):
         kvp.evaluate(model, tokenizer, perplexity=3)
     with pytest.raises(ValueError, match="teacher must be a transformers PreTrainedModel, got str"):
         kvp.recover(model, tokenizer, teacher="tiny", distillation="logits")

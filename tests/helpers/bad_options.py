@@ -104,6 +104,17 @@ TYPES = [
     (["report"], "report comes first: kvp report ..., see kvp report --help"),
     (["ratio"], "'ratio' is no option: options have the form option=value"),
     (["strategy=minee"], "there is no strategy=minee."),
+    (["strategy=shortgpt", "strategy/allocator=uniform"], "strategy=shortgpt has no allocator to choose"),
+    (["widths.free=abc"], "widths.free must be a whole number >= 1, got 'abc'"),
+    (["widths.multiple_of=0"], "widths.multiple_of must be a whole number >= 1, got 0"),
+    (["model=/a/path"], "a path or owner/name is model=local model.path=/a/path"),
+    (["model=owner/name"], "a path or owner/name is model=local model.path=owner/name"),
+    (["model=smollm2_135m", "model.path=/a/path"], "It is one of model=local: choose that first"),
+    (["evaluation=needles", "evaluation.needles.lengths=[300]"], "and the question alone, got 300"),
+    (
+        ["evaluation=needles", "evaluation.needles.hops=100"],
+        "evaluation.needles.hops must be in [1, 64], got 100",
+    ),
     (["hydra.launcher.n_jobs=3"], "there is no option 'hydra.launcher.n_jobs' of this launcher"),
 ]
 MODELS = [

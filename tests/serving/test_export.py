@@ -114,7 +114,7 @@ def test_groups_that_do_not_divide_the_hidden_size_become_mistral(tokens):
 @pytest.mark.parametrize(
     ("kinds", "message"),
     [
-        (["qk"], "different qk_head_dim.*uniform"),
+        (["qk"], "different qk_head_dim.*kvpruner_stock"),
         (["vo"], "different v_head_dim"),
         (["attention"], "sublayer is missing"),
         (["ffn"], "different intermediate_size"),

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from typing_extensions import override
@@ -22,6 +21,8 @@ from kvp.types import Budget, Plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+LEAST_WEIGHT = 1e-30  # of the largest
 
 
 @options
@@ -219,11 +220,16 @@ class Sensitivity(Allocator):
             )
 
     def weights(self, profile: Tensor) -> list[float]:
-        """Return (layers,) weights from sensitivities S_n = NLL without block n - NLL, in nats per token."""
+        """Return (layers,) weights from sensitivities S_n = NLL without block n - NLL, in nats per token.
+
+        The largest is 1, and none is 0: where the others are full, the rest of a budget has a place to go.
+        """
         sensitivity = profile.double().clamp(min=0)
         if self.rule == "softmax":
-            return torch.softmax(-sensitivity / self.temperature, dim=0).tolist()
-        return ((sensitivity + self.epsilon) ** -self.temperature).tolist()
+            logs = -sensitivity / self.temperature
+        else:
+            logs = -self.temperature * (sensitivity + self.epsilon).log()
+        return (logs - logs.max()).exp().clamp(min=LEAST_WEIGHT).tolist()
 
     @override
     def targets(

@@ -99,6 +99,17 @@ def test_temperature_zero_is_uniform():
     assert all(torch.equal(keep, plans[1].keep[space]) for space, keep in plans[0].keep.items())
 
 
+@pytest.mark.parametrize(("rule", "temperature"), [("inverse", 300.0), ("inverse", 1e6), ("softmax", 1e-6)])
+def test_an_extreme_temperature_still_meets_the_budget(rule, temperature):
+    config = tiny_config("llama", "mha", head_dim=32, num_hidden_layers=4)
+    strategy = Random(allocator=Sensitivity(rule=rule, temperature=temperature, multiple_of=1))
+    profile, budget = torch.tensor([2.0, 0.0, 0.1, 9.0]), Budget(value=0.4, of="kv_cache")
+    plan = strategy.plan(config, scores_for(config, strategy), budget, profile)
+    assert achieved(config, plan, "kv_cache") == pytest.approx(0.4, abs=0.02)
+    kept = {s.layer: keep.shape[-1] for s, keep in plan.keep.items() if s.kind == "vo"}
+    assert kept[1] == 8 and min(kept.values()) == 8  # the cheapest layer is full, the others take the rest
+
+
 def test_global_removes_the_lowest_scores_of_all():
     space = find_spaces(tiny_config("llama", num_hidden_layers=2), ["ffn"])
     parts = [Part(s, torch.arange(40.0)[None] + 100 * s.layer) for s in space]
