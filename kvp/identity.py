@@ -6,6 +6,7 @@ A fingerprint and a run's hash are made of these, never of module paths.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 TARGET, CLASS = "_target_", "class"
@@ -22,6 +23,14 @@ def named(config: Any) -> Any:
             for key, value in config.items()
         }
     return [named(value) for value in config] if isinstance(config, list) else config
+
+
+def described(value: Any) -> Any:
+    """Return an object of options as the configuration that makes it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        made = {each.name: described(getattr(value, each.name)) for each in fields(value)}
+        return {TARGET: f"{type(value).__module__}.{type(value).__qualname__}", **made}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def class_name(target: str) -> str:

@@ -7,15 +7,26 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from typing import Any
 
 import torch
 
+from kvp.assets import DATA
 from kvp.code import commit
 from kvp.cost import device_kind, device_name
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "lm-eval", "safetensors", "wandb")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "lm-eval",
+    "safetensors",
+    "wandb",
+    DATA,
+)
 
 
 def provenance(device: str, overrides: Sequence[str] | None = None) -> dict[str, Any]:
@@ -43,7 +54,8 @@ def provenance(device: str, overrides: Sequence[str] | None = None) -> dict[str,
 @cache
 def _versions() -> dict[str, str]:
     """Return the versions of packages; each is read from its metadata, and every stage asks."""
-    return {name: version(name) for name in PACKAGES}
+    installed = {each.name for each in distributions()}
+    return {name: version(name) for name in PACKAGES if name in installed}
 
 
 def command(overrides: Sequence[str] | None) -> str:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from kvp.store import Store, __main__, housekeeping
 from kvp.store.contents import entries, runs_in
 from kvp.store.housekeeping import discard, sizes
+from kvp.store.locks import alone
 
 ROOT = Path(__file__).parents[1]
 DAY = 86400
@@ -312,6 +314,34 @@ def test_a_directory_that_looks_like_stages_is_no_store(tmp_path):
     with pytest.raises(SystemExit, match="is no store"):
         __main__.main(["gc", "--yes", "--store", str(tmp_path), "--runs", str(tmp_path)])
     assert (tmp_path / "cache" / "0123456789abcdef").exists()
+
+
+@pytest.mark.parametrize("command", [("gc", "--yes"), ("rm", "old", "--yes")])
+def test_what_a_process_wrote_before_it_ended_is_seen(house, monkeypatch, command):
+    """It writes its record after the store was listed, and ends before the store is locked."""
+    shared, own = house.stage("score"), house.stage("recover", 1)
+    house.run("old", shared)
+
+    @contextmanager
+    def locked(store):
+        house.run("new", shared, own)
+        with alone(store) as unused:
+            yield unused
+
+    monkeypatch.setattr(__main__, "alone", locked)
+    house(*command)
+    assert own.exists() and shared.exists()
+
+
+def test_a_run_that_is_a_link_needs_its_stages(house, tmp_path):
+    needed = house.stage("score")
+    house.run("here", house.stage("score", 1))
+    house.run("moved", needed)
+    (house.runs / "moved").rename(tmp_path / "elsewhere")
+    (house.runs / "moved").symlink_to(tmp_path / "elsewhere")
+    (house.runs / "round").symlink_to(house.runs)
+    house("gc", "--yes")
+    assert needed.exists()
 
 
 def test_a_link_goes_and_not_where_it_leads(house, tmp_path):

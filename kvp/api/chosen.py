@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from kvp.api.given import GIVEN, GivenIds, GivenTexts, check_ids, windows_in
 from kvp.api.memory import check_tokenizer
 from kvp.choices import choices
 from kvp.composing import compose, in_words
-from kvp.identity import TARGET, named, targets
+from kvp.identity import described, named, targets
 from kvp.nearest import did_you_mean
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.room import shortage
@@ -115,14 +115,6 @@ def with_strategy(x: Experiment, strategy: Strategy) -> Experiment:
         choices={at: option for at, option in x.choices.items() if at.partition(".")[0] != "strategy"},
         targets={**others, **targets(node, "strategy")},
     )
-
-
-def described(value: Any) -> Any:
-    """Return an object of options as the configuration that makes it."""
-    if is_dataclass(value) and not isinstance(value, type):
-        made = {each.name: described(getattr(value, each.name)) for each in fields(value)}
-        return {TARGET: f"{type(value).__module__}.{type(value).__qualname__}", **made}
-    return list(value) if isinstance(value, tuple) else value
 
 
 TOKENIZER = "calibration text needs a tokenizer: give the model's, or token ids as calibration"

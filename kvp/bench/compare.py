@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the ratios of both records, those that moved first; return how many got worse.
+    """Print the ratios of both records, those that moved first; return how many got worse, or are gone.
 
     Raises:
         ValueError: A file holds no ratios, the two have none in common, or the tolerance is below 0.
@@ -62,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
     counts = [sum(each == kind for each in found.values()) for kind in ORDER]
     print(", ".join(f"{count} {kind}" for count, kind in zip(counts, ORDER, strict=True)))
     if old != new:
-        print(f"The devices differ, and ratios with them: {old} before, {new} after.")
-    return counts[0]
+        print(f"Devices, dtypes or threads differ, and ratios with them: {old} before, {new} after.")
+    return sum(found[name] == "worse" or name not in after for name in before)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -84,7 +84,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="T",
         help="smaller changes do not count (default: %(default)g, of the ratio)",
     )
-    made.add_argument("--fail-if-worse", action="store_true", help="exit code 1 if a ratio got worse")
+    made.add_argument(
+        "--fail-if-worse", action="store_true", help="exit code 1 if a ratio got worse or is gone"
+    )
     return made
 
 

@@ -43,7 +43,7 @@ def of_rows(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def read_ratios(path: Path) -> tuple[dict[str, Ratio], str | None]:
-    """Return the ratios of a record by name, and the device that it names.
+    """Return the ratios of a record by name, and the device, dtype and threads that it names.
 
     Args:
         path: A JSON record, or JSON lines whose first is one.
@@ -63,7 +63,9 @@ def read_ratios(path: Path) -> tuple[dict[str, Ratio], str | None]:
         )
     made = record.get("provenance")
     device = record.get("device") or (made.get("device_name") if isinstance(made, dict) else None)
-    return {name: _ratio(path, name, given) for name, given in record[KEY].items()}, device
+    threads = f"{record['threads']} threads" if "threads" in record else None
+    told = ", ".join(str(word) for word in (device, record.get("dtype"), threads) if word)
+    return {name: _ratio(path, name, given) for name, given in record[KEY].items()}, told or None
 
 
 def _first(text: str) -> Any:

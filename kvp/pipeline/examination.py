@@ -137,6 +137,7 @@ class ZeroShot(Examining):
             "dtype": str(x.dtype),
             "protocol": without(asdict(x.zero_shot), "tasks"),
             "task": self.task,
+            **x.zero_shot.versions(),
         }
 
     @override

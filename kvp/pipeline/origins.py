@@ -23,7 +23,7 @@ def differences(origins: Iterable[Origin], now: Origin) -> str:
         if origin.get("code") != now["code"]:
             said[f"kvp {_version(origin)}, now {_version(now)}"] = None
         for name, version in now["versions"].items():
-            before = origin.get("versions", {}).get(name)
+            before = origin.get("versions", {}).get(name, version)  # an old record does not name all packages
             if before != version:
                 said[f"{name} {before}, now {version}"] = None
         if origin.get("device") != now["device"]:

@@ -38,11 +38,15 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the command; exit code 1 and one clear error for whatever a user can mend."""
     arguments = _parser().parse_args(words)
     try:
-        found = _found(arguments.store, whole=getattr(arguments, "whole", False))
-        runs = runs_in(_directories(arguments.runs))
-        arguments.command(arguments, found, runs)
+        arguments.command(arguments, *_read(arguments))
     except (OSError, ValueError) as error:
         sys.exit(f"kvp.store: error: {error}")
+
+
+def _read(arguments: argparse.Namespace) -> tuple[list[Entry], list[Run]]:
+    """Return the stages of the store and the runs."""
+    found = _found(arguments.store, whole=getattr(arguments, "whole", False))
+    return found, runs_in(_directories(arguments.runs))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -157,6 +161,7 @@ def _gc(arguments: argparse.Namespace, found: list[Entry], runs: list[Run]) -> N
             "runs of this store by --runs DIR, or give --keep-unreferenced"
         )
     with on_disk(arguments.store), alone(arguments.store) as unused:
+        found, runs = _read(arguments)  # again: a process may have written its last stage meanwhile
         judged = verdicts(
             found,
             runs,
@@ -172,6 +177,7 @@ def _gc(arguments: argparse.Namespace, found: list[Entry], runs: list[Run]) -> N
 
 def _rm(arguments: argparse.Namespace, found: list[Entry], runs: list[Run]) -> None:
     with on_disk(arguments.store), alone(arguments.store) as unused:
+        found, runs = _read(arguments)  # again: a process may have written its last stage meanwhile
         chosen = select(arguments.targets, found, runs, force=arguments.force)
         if not unused and any(entry.in_place for entry in chosen.entries):
             raise ValueError(

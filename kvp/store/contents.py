@@ -114,16 +114,25 @@ def runs_in(directories: Iterable[Path]) -> list[Run]:
     files = {
         file.resolve(): file
         for directory in directories
-        for file in below(directory)
+        for file in below(directory, links=True)
         if file.name == "run.json"
         and not any(part.startswith(".") for part in file.relative_to(directory).parts)
     }
     return sorted(map(_run, files.values()), key=lambda run: run.name)
 
 
-def below(directory: Path) -> Iterator[Path]:
-    """Yield the files and directories below one; what goes while it is walked is left out, links are not followed."""
-    for folder, directories, files in os.walk(directory):
+def below(directory: Path, *, links: bool = False) -> Iterator[Path]:
+    """Yield the files and directories below one; what goes while it is walked is left out.
+
+    With `links`, directories that are links are walked too, each directory once.
+    """
+    seen: set[str] = set()
+    for folder, directories, files in os.walk(directory, followlinks=links):
+        if links and (place := os.path.realpath(folder)) in seen:
+            directories.clear()
+            continue
+        elif links:
+            seen.add(place)
         yield from (Path(folder, name) for name in (*directories, *files))
 
 

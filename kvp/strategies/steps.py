@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from kvp.identity import described, named
 from kvp.models.cache_formats import CacheFormat
 from kvp.models.plans import read_edits, read_plan, read_scores, write_plan, write_scores
 from kvp.models.shapes import layer_shapes
@@ -51,9 +52,18 @@ class Asked:
     dtype: str
     seed: int
 
-    def strategy(self, *late: str) -> Inputs:
-        """Return the strategy's options without `late` and without nulls: a new option changes no old fingerprint."""
-        return {name: value for name, value in self.options.items() if name not in late and value is not None}
+    def strategy(self, strategy: Strategy, *late: str) -> Inputs:
+        """Return the options of a strategy without `late`, and without the nulls that go without saying.
+
+        So a new option changes no old fingerprint. Where the class has another default, null is a choice.
+        """
+        fields: Mapping[str, Any] = getattr(type(strategy), "__pydantic_fields__", {})
+        chosen = {name for name, field in fields.items() if field.default is not None}
+        return {
+            name: value
+            for name, value in self.options.items()
+            if name not in late and (value is not None or name in chosen)
+        }
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ class Score(Step):
     @override
     def inputs(self, strategy: Strategy, asked: Asked) -> Inputs:
         return {
-            "strategy": asked.strategy(*strategy.late),
+            "strategy": asked.strategy(strategy, *strategy.late),
             "calibration": asked.calibration,
             "dtype": asked.dtype,
             "seed": asked.seed,
@@ -181,7 +191,7 @@ class FindPlan(Step):
 
     @override
     def inputs(self, strategy: Strategy, asked: Asked) -> Inputs:
-        decided: Inputs = {"strategy": asked.strategy("compensation"), "budget": asked.ratio}
+        decided: Inputs = {"strategy": asked.strategy(strategy, "compensation"), "budget": asked.ratio}
         if strategy.searches:
             decided |= {"calibration": asked.calibration, "dtype": asked.dtype, "seed": asked.seed}
         return decided
@@ -237,7 +247,7 @@ class Refit(Step):
     @override
     def inputs(self, strategy: Strategy, asked: Asked) -> Inputs:
         return {
-            "compensation": asked.options["compensation"],
+            "compensation": asked.options.get("compensation", named(described(strategy.compensation))),
             "calibration": asked.calibration,
             "dtype": asked.dtype,
         }

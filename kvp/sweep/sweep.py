@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,15 +42,18 @@ class Outcome:
     why: str = ""
 
     @classmethod
-    def of(cls, x: Experiment, returned: JobReturn | None) -> Outcome:
-        """Return the outcome from what the launcher returned; where it returned nothing, from run.json."""
+    def of(cls, x: Experiment, returned: JobReturn | None, began: float) -> Outcome:
+        """Return the outcome from what the launcher returned; where it returned nothing, from run.json.
+
+        A record from before the sweep `began` (seconds since 1970) says nothing of it then.
+        """
         directory = x.directory
         if returned and returned.status == JobStatus.FAILED:
             return cls(directory.name, "failed", read(directory), str(returned._return_value))
         if returned:
             directory = Path(returned.return_value)  # named by the device of the process that ran it
         record = read(directory)
-        if record is None:
+        if record is None or (returned is None and _started(record) < began):
             return cls(directory.name, "not run", None)
         why = reason(record.error.type, record.error.message) if record.error else ""
         return cls(directory.name, record.status, record, why)
@@ -89,7 +93,7 @@ def sweep(
     for n in fine:
         job, x = jobs[n], experiments[n]
         if isinstance(x.tracker, Wandb) and x.tracker.group is None and x.group != group:
-            job.append(f"tracker.group={group}")
+            job.append(f"tracker.group='{group}'")
         if x.force and not any(word.startswith("since=") for word in job):
             job.append(f"since={began}")  # what one job has made again, the others find
     chains: list[list[Foretold]] = []
@@ -101,12 +105,14 @@ def sweep(
     }
     try:
         with listed(chains), queued(experiments[0].runs, [experiments[n].name for n in fine]):
-            returns = _launched([jobs[n] for n in fine], [experiments[n] for n in fine], launch)
+            returns = _launched([jobs[n] for n in fine], [experiments[n] for n in fine], launch, began)
     except BaseException:
         returns = [None] * len(fine)
         raise
     finally:
-        outcomes |= {n: Outcome.of(experiments[n], each) for n, each in zip(fine, returns, strict=True)}
+        outcomes |= {
+            n: Outcome.of(experiments[n], each, began) for n, each in zip(fine, returns, strict=True)
+        }
         shown = [outcomes[n] for n in range(len(jobs))]
         _print(shown, time.time() - began)
     if failed := sum(outcome.status != "finished" for outcome in shown):
@@ -118,7 +124,7 @@ def sweep(
 
 
 def _launched(
-    jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: Launch
+    jobs: Sequence[list[str]], experiments: Sequence[Experiment], launch: Launch, began: float
 ) -> Sequence[JobReturn | None]:
     """Launch the jobs; where a worker is killed, launch once more what its end took with it.
 
@@ -127,7 +133,7 @@ def _launched(
     try:
         return launch(jobs, initial_job_idx=0)
     except BrokenProcessPool as error:
-        left = [n for n, x in enumerate(experiments) if Outcome.of(x, None).status != "finished"]
+        left = [n for n, x in enumerate(experiments) if Outcome.of(x, None, began).status != "finished"]
         print(
             f"a worker was killed, as when memory runs out ({_short(error)}); {len(left)} jobs go on",
             flush=True,
@@ -144,6 +150,14 @@ def _launched(
     for n, each in zip(left, again, strict=True):
         returns[n] = each
     return returns
+
+
+def _started(record: RunRecord) -> float:
+    """Return when a run started, in seconds since 1970, rounded up to those that its record holds."""
+    try:
+        return datetime.fromisoformat(record.provenance.started).timestamp() + 1
+    except ValueError:
+        return 0.0
 
 
 def _short(error: BaseException) -> str:

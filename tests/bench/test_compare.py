@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -63,10 +64,17 @@ def test_the_exit_code_is_1_only_if_asked_and_worse(write, compare):
     worse = next(line for line in out.splitlines() if "half / dense" in line)
     assert "1.500 (1.450-1.550)" in worse and "1.200 (1.150-1.250)" in worse and "worse" in worse
     assert compare(before, after, "--fail-if-worse")[0] == 1
-    assert compare(before, after, "--fail-if-worse", "--tolerance", "0.5")[0] == 0
+    assert compare(before, after, "--fail-if-worse", "--tolerance", "0.5")[0] == 1  # "old" is gone
+    kept = write("f.json", json.loads(Path(after).read_text())["ratios"] | {"old": ratio(1)})
+    assert compare(before, kept, "--fail-if-worse", "--tolerance", "0.5")[0] == 0
     assert compare(before, before, "--fail-if-worse")[0] == 0
+    more = write("d.json", {**json.loads(Path(before).read_text())["ratios"], "new": ratio(1)})
+    assert compare(before, more, "--fail-if-worse")[0] == 0
+    assert compare(more, before, "--fail-if-worse")[0] == 1  # one is gone, as after a failure
     other = write("c.json", {"half / dense": ratio(1.5)}, device="a GPU")
-    assert "devices differ, and ratios with them: a CPU before, a GPU after" in compare(before, other)[1]
+    assert "differ, and ratios with them: a CPU before, a GPU after" in compare(before, other)[1]
+    half = write("e.json", {"half / dense": ratio(1.5)}, dtype="bfloat16", threads=4)
+    assert "a CPU before, a CPU, bfloat16, 4 threads after" in compare(before, half)[1]
 
 
 def test_the_first_of_json_lines_is_a_record(write, tmp_path):

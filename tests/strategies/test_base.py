@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,29 @@ import pytest
 import yaml
 
 from kvp.strategies.allocation.allocate import Uniform
+from kvp.strategies.methods.flap import FLAP
+from kvp.strategies.methods.kvpruner_plus import KVPrunerPlus
+from kvp.strategies.steps import Asked, Refit
 from kvp.types import Budget, Space
 from tests.conftest import tiny_model
 from tests.strategies.cases import CASES, make_plan, strategy
 
 PAGE = Path(__file__).parents[2] / "docs" / "extend" / "method.md"
+
+
+def test_null_is_a_choice_where_the_class_has_another_default():
+    """Whoever leaves the option out gets that default, so both cannot share a fingerprint."""
+    asked = Asked(
+        {"class": "KVPrunerPlus", "context": None, "num_key_value_heads": None}, {}, None, "torch.float32", 0
+    )
+    assert asked.strategy(KVPrunerPlus()) == {"class": "KVPrunerPlus", "context": None}
+    older = replace(asked, options={"class": "KVPrunerPlus"})
+    assert older.strategy(KVPrunerPlus()) == {"class": "KVPrunerPlus"}
+
+
+def test_a_compensation_that_only_the_class_names_decides_a_refit():
+    asked = Asked({"class": "FLAP"}, {}, None, "torch.float32", 0)
+    assert Refit().inputs(FLAP(allocator=Uniform()), asked)["compensation"] == {"class": "Bias"}
 
 
 def test_the_worked_example_prunes():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from kvp.pipeline.foretell import foretell
 from kvp.pipeline.runfile import finished_before
 from kvp.sweep.jobs import expand
 from kvp.sweep.status import look
-from kvp.sweep.sweep import SweepFailed, sweep
+from kvp.sweep.sweep import Outcome, SweepFailed, sweep
 from kvp.sweep.words import read
 from kvp.sweep.worker import gpu_of
 from tests.process import start_kvp
@@ -71,6 +72,26 @@ def perplexities(tmp_path):
         }
         for record in records(tmp_path)
     }
+
+
+def test_a_record_from_before_a_sweep_says_nothing_of_it(swept):
+    x = composed(*(word.replace("0.25,0.9,0.5", "0.25") for word in swept[1][1:]))
+    record = read(x.directory)
+    began = datetime.fromisoformat(record.provenance.started).timestamp()
+    assert Outcome.of(x, None, began).status == "finished"
+    assert Outcome.of(x, None, began + 60).status == "not run"
+
+
+def test_a_name_beyond_ascii_is_a_group_of_a_tracker(tmp_path):
+    words = [*places(tmp_path), "tracker=wandb", "model.name='modèle'"]
+    launched = []
+    with pytest.raises(SweepFailed):
+        sweep(
+            [[*words, "strategy=random"], [*words, "strategy=none"]],
+            [composed(*words, "strategy=random"), composed(*words, "strategy=none")],
+            lambda jobs, initial_job_idx: launched.extend(jobs) or [None, None],
+        )
+    assert [composed(*job).group for job in launched] == ["modèle-none+random"] * 2
 
 
 @pytest.mark.parametrize(

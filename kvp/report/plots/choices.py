@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from kvp.record import Denominator
 from kvp.report.plots.means import Read, means
-from kvp.report.plots.offscale import COLLAPSED
+from kvp.report.plots.offscale import ceiling
 from kvp.report.plots.panels import titles
 from kvp.report.plots.points import Point
 from kvp.report.plots.style import INK, Look, deviations, legend, looks, make_panels, set_scale
@@ -40,7 +40,7 @@ def at_one_ratio(points: Sequence[Point], of: Denominator, read: Read, label: st
     figure, axes = make_panels(len(panels), height=0.8 + ROW * len(names), share_y="row", labels=names)
     for ax, (panel, title) in zip(axes, titles(panels).items(), strict=True):
         group = panels[panel]
-        top = COLLAPSED * min(mean.value for mean in group)
+        top = ceiling([mean.value for mean in group])
         inside = [mean.value for mean in group if mean.value <= top]
         set_scale(ax, inside, "x")
         for mean in group:

@@ -14,7 +14,7 @@ Read = Callable[[Point], Mapping[Panel, float]]  # a number of a model, by panel
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """Mean and standard deviation (0 for one seed) over points that differ in the seed only."""
+    """Mean and standard deviation (0 for one draw) over points that differ in seeds only."""
 
     points: Sequence[Point]
     value: float
@@ -35,16 +35,15 @@ def means(
 ) -> dict[Panel, list[Mean]]:
     """Return, per panel, one mean per group (and value of `apart`), in the order of the points.
 
-    A seed counts once, however many runs share its model; the dense model has none.
+    A draw counts once, however many runs share its model; the dense model has none.
     """
-    values: dict[Panel, dict[Hashable, dict[int, tuple[Point, float]]]] = {}
+    values: dict[Panel, dict[Hashable, dict[tuple[int, ...], tuple[Point, float]]]] = {}
     for point in points:
-        seed = 0 if point.state == "dense" else point.seed
         for panel, value in read(point).items():
             groups = values.setdefault(panel.under(("model", point.base)), {})
-            groups.setdefault((point.group, apart(point)), {}).setdefault(seed, (point, value))
+            groups.setdefault((point.group, apart(point)), {}).setdefault(point.seeds, (point, value))
     return {
-        panel: [_mean(list(seeds.values())) for seeds in groups.values()] for panel, groups in values.items()
+        panel: [_mean(list(draws.values())) for draws in groups.values()] for panel, groups in values.items()
     }
 
 

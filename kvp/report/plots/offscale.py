@@ -21,9 +21,14 @@ class Spot(NamedTuple):
     marks: Mapping[str, Any]
 
 
+def ceiling(values: Sequence[float]) -> float:
+    """Return the largest value that has a place on the axis; a percentage always has one."""
+    return max(COLLAPSED * min(values), 100)
+
+
 def set_range(ax: Axes, spots: Sequence[Spot], title: str) -> bool:
     """Scale the y axis to what has not collapsed, mark the rest above it, and return whether there is any."""
-    top = COLLAPSED * min(spot.value for spot in spots)
+    top = ceiling([spot.value for spot in spots])
     set_scale(ax, [min(spot.value, top) for spot in spots])
     left, right = ax.get_xlim()
     placed: list[float] = []

@@ -46,6 +46,8 @@ WORDS = {
     "method": "memory by {}",
     "kv_bytes": "{} bytes per value",
 }
+# of a corpus: what decides which text is read, and what goes without saying
+TEXT = {"repo": None, "file": None, "column": "text", "half": None, "max_documents": None, "read": None}
 WITHOUT = {"max_tokens": "all tokens", "limit": "all documents", "add_bos_token": "BOS by the tokenizer"}
 
 
@@ -158,8 +160,11 @@ def _of_measure(result: MeasureRecord) -> Facts:
 
 
 def _corpus(identity: Mapping[str, Any]) -> str:
-    version = identity.get("distribution") or (identity.get("revision") or identity.get("sha256") or "")[:8]
-    return plain(f"{identity['name']} ({version})" if version else identity["name"])
+    """Return a corpus in words: its version, and what else decides which text it is."""
+    version = identity.get("distribution") or (identity.get("commit") or identity.get("sha256") or "")[:8]
+    others = [f"{key} {identity[key]}" for key in TEXT if identity.get(key) not in (None, TEXT[key])]
+    told = ", ".join(filter(None, [version, *others]))
+    return plain(f"{identity['name']} ({told})" if told else identity["name"])
 
 
 def _dtype(name: str) -> str:

@@ -138,6 +138,11 @@ def identity(run: Run, model: str) -> dict[str, Any]:
     return {key: value for key, value in _leaves(config) if decides(key)}
 
 
+def seeds(run: Run, model: str) -> tuple[int, ...]:
+    """Return the seeds that decide the numbers of one of a run's models."""
+    return tuple(value for key, value in identity(run, model).items() if key.rpartition(".")[2] == "seed")
+
+
 def varying(settings: Sequence[Mapping[str, Any]]) -> dict[str, Counter[str]]:
     """Return the keys, seeds left out, that have several values, and how often each value stands there.
 

@@ -112,7 +112,11 @@ def _files(path: Path) -> list[Path]:
     way_out = f"name a run.json, a directory of runs, a results.jsonl, or an experiment ({studies})"
     if directory is None:
         raise ValueError(f"{path} is neither a path nor an experiment: {way_out}")
-    files = sorted(directory.rglob("run.json")) or sorted(directory.glob("results.jsonl"))
+    found = directory.rglob("run.json")  # hidden directories are being removed
+    files = sorted(
+        file for file in found if not any(part.startswith(".") for part in file.relative_to(directory).parts)
+    )
+    files = files or sorted(directory.glob("results.jsonl"))
     if not files:
         raise ValueError(f"no run.json below {directory}: run `python -m kvp` first, or {way_out}")
     return files

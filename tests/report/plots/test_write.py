@@ -16,6 +16,7 @@ from matplotlib.text import Text
 from kvp.record import Denominator
 from kvp.report.plots import choices, layers, losses, panels, quality, speed
 from kvp.report.plots.means import means
+from kvp.report.plots.offscale import ceiling
 from kvp.report.plots.points import find_points
 from kvp.report.plots.style import INK, looks, style
 from kvp.report.plots.write import figures, write_plots
@@ -41,6 +42,32 @@ def full_record(strategy: str = "kvpruner", ratio: float = 0.25, seed: int = 0, 
         ]
     record["sensitivity"] = [2.0, 0.5, 0.01, 0.1] if strategy == "kvpruner" else None
     return record
+
+
+def test_runs_that_differ_in_what_no_label_names_are_no_repeats():
+    """Two models under one name, two columns of one corpus."""
+    deep = make_record("kvpruner", config__model__num_hidden_layers=4, ppl=50.0)
+    flat = make_record(
+        "kvpruner", config__model__num_hidden_layers=2, config__corpora__drop__column="question", ppl=40.0
+    )
+    other = make_record(
+        "kvpruner", config__model__num_hidden_layers=2, config__corpora__drop__column="answer", ppl=30.0
+    )
+    points = [point for point in find_points(as_runs(deep, flat, other)) if point.state == "pruned"]
+    assert len({point.group for point in points}) == 3
+    assert {point.base for point in points} == {f"smollm2_135m num_hidden_layers={n}" for n in (2, 4)}
+    assert "kvpruner column=answer" in {point.strategy for point in points}
+
+
+def test_every_seed_of_a_model_is_a_draw():
+    records = [make_record("kvpruner", config__calibration__seed=n, ppl=40.0 + n) for n in range(3)]
+    found = means(find_points(as_runs(*records)), panels.perplexity)
+    drawn = next(each for group in found.values() for each in group if each.point.state == "pruned")
+    assert (drawn.value, drawn.std) == (41.0, 1.0)
+
+
+def test_a_percentage_is_never_off_scale():
+    assert ceiling([0.0, 50.0]) >= 100 and ceiling([20.0, 1e6]) == 600
 
 
 def study() -> list[dict]:

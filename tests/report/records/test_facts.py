@@ -16,7 +16,31 @@ from kvp.report.table.spec import ColumnSpec, Spec
 from tests.report.sample_records import as_runs, make_record
 
 SQUAD, TASKS, TIMED = "evaluation__perplexity__squad", "evaluation__zero_shot", "measure"
+METRIC = "pruned.evaluation.perplexity.squad.value"
 DEVICE = {"provenance__origins__0__device": "NVIDIA H200"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"column": "text"}, {"column": "answer"}),
+        ({"half": "train"}, {"half": "test"}),
+        ({"commit": "a" * 40}, {"commit": "b" * 40}),
+        ({"file": "valid.txt"}, {"file": "test.txt"}),
+        ({"repo": "one/ptb"}, {"repo": "other/ptb"}),
+        ({"max_documents": None}, {"max_documents": 10}),
+        ({"read": "rows without text are left out"}, {}),
+    ],
+)
+def test_another_text_is_another_corpus(one, other):
+    at = f"pruned__{SQUAD}__protocol__corpus"
+    told = [
+        facts(as_runs(make_record(**{at: {"name": "mine", "sha256": "c" * 64, **more}}))[0].record, METRIC)[
+            "corpus"
+        ]
+        for more in (one, other)
+    ]
+    assert told[0] != told[1] and all(each.startswith("mine (") for each in told)
 
 
 def of_tasks(name, value):
