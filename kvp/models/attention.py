@@ -13,7 +13,7 @@ layers take as much memory as the keys of the sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -154,7 +154,7 @@ class PrunedAttention:
             starts = [self.projected * (group * heads + head) for group in remain for head in range(heads)]
             both = zip(starts, channels, strict=True)
             flat = [start + channel for start, row in both for channel in row]
-            index = self._channel_index[groups * heads] = torch.tensor(flat, device=states.device)
+            index = self._channel_index[groups * heads] = constant(flat, states.device)
         return states.flatten(2).index_select(-1, index).unflatten(-1, (-1, heads, self.qk_head_dim))
 
     def _tables(self, cos: Tensor, sin: Tensor, *gathered: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,8 @@ class PrunedAttention:
         if self.rope_pairs is None:
             return cos[:, :, None, None], sin[:, :, None, None]
         if self._pair_index is None or self._pair_index.device != cos.device:
-            self._pair_index = torch.tensor(_rows(self.rope_pairs), device=cos.device).repeat(1, 2)
+            rows = [(*row, *row) for row in _rows(self.rope_pairs)]
+            self._pair_index = constant(rows, cos.device)
         return cos[..., self._pair_index].unsqueeze(-2), sin[..., self._pair_index].unsqueeze(-2)
 
 
@@ -211,10 +212,16 @@ class PrunedRotary:
         """Return the columns of a table per distinct set of pairs, each (batch, 1, groups or 1, 1, width)."""
         if self._index is None or self._index.device != table.device:
             flat = [pair for rows in self.sets for row in rows for pair in (*row, *row)]
-            self._index = torch.tensor(flat, device=table.device)
+            self._index = constant(flat, table.device)
         sizes = [len(rows) * width for rows, width in zip(self.sets, self.widths, strict=True)]
         parts = zip(table[..., self._index].split(sizes, dim=-1), self.widths, strict=True)
         return [part.unflatten(-1, (-1, 1, width)) for part, width in parts]
+
+
+def constant(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """Return a tensor to keep, which gradients may need later, also if it is made in `torch.inference_mode()`."""
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
 
 
 def _rows(pairs: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:

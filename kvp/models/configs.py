@@ -33,6 +33,7 @@ def config_twin(family: Family) -> type[PretrainedConfig]:
 PRUNED_CONFIGS = {name: config_twin(family) for name, family in FAMILIES.items()}
 for config_class in PRUNED_CONFIGS.values():
     AutoConfig.register(config_class.model_type, config_class)
+    globals()[config_class.__name__] = config_class  # where pickle looks for it
 
 
 def pruned_config(

@@ -13,7 +13,7 @@ the sum over tokens and B commute. A prompt expands its values first, which is l
 | values, after it     | query heads * head_dim * value latent's width                 |
 
 All latents of a layer are cached as the channels of one head, because a static cache has as many heads of keys as of
-values. The position of a cached token follows from the position of the last query: positions in a cache are contiguous.
+values. The position of a cached token follows from the mask and the position of the last query.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Expansion(nn.Module):
         super().__init__()
         self.latents = latents
         self.weight = nn.Parameter(torch.empty(rows, latents * width, device=like.device, dtype=like.dtype))
+        nn.init.normal_(self.weight, std=(latents * width) ** -0.5)
 
     def forward(self, states: Tensor) -> Tensor:
         """Return B c of each latent, (..., latents * rows), of latents (..., latents * width)."""
@@ -103,7 +104,9 @@ class LatentAttention(PrunedAttention):
         latents = self.k_proj(hidden_states)[:, None], self.v_proj(hidden_states)[:, None]  # of one head
         key_tables = tables
         if past_key_values is not None:
-            key_tables = self._tables_of_cache(past_key_values, tables, shape[1], kwargs.get("position_ids"))
+            key_tables = self._tables_of_cache(
+                past_key_values, tables, shape[1], kwargs.get("position_ids"), attention_mask
+            )
             latents = past_key_values.update(*latents, self.layer_idx)
         query, key = self._by_group(self.q_proj(hidden_states), self.k_up_proj(latents[0][:, 0]))
         if self.use_rope:
@@ -135,20 +138,35 @@ class LatentAttention(PrunedAttention):
         return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
 
     def _tables_of_cache(
-        self, cache: Cache, tables: tuple[Tensor, Tensor], tokens: int, positions: Tensor | None
+        self,
+        cache: Cache,
+        tables: tuple[Tensor, Tensor],
+        tokens: int,
+        positions: Tensor | None,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return cos and sin for the keys that the cache gives back with `tokens` more in it."""
+        """Return cos and sin for the keys that the cache gives back with `tokens` more in it.
+
+        A padded sequence has positions that are not its slots: then as many tokens lie between a key and the last
+        query as the mask shows. No key lies behind that query, for an empty slot of a static cache would pass for a
+        longer text.
+        """
         length, first = cache.get_mask_sizes(tokens, self.layer_idx)
         if length == tokens:  # nothing is cached yet
             return tables
         device = tables[0].device
         slots = torch.arange(length, device=device) + first
         last = cache.get_seq_length(self.layer_idx) + tokens - 1  # the slot of the last query
-        at = last if positions is None else positions[:, -1:]
+        at = torch.full((1, 1), last, device=device) if positions is None else positions[:, -1:]
+        places = slots.expand(len(at), -1)
+        if mask is not None and mask.dim() == 4:
+            seen = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] >= 0
+            places = torch.where(at == last, places, at - (seen.sum(-1, keepdim=True) - seen.cumsum(-1)))
+        elif positions is not None:
+            places = places - last + at
+        places = torch.minimum(places, at)
         several = () if self.layer_type is None or not self._ropes_differ else (self.layer_type,)
-        turned: tuple[Tensor, Tensor] = self.rotary(
-            tables[0], (slots - last + at).view(-1, length), *several
-        )[:2]
+        turned: tuple[Tensor, Tensor] = self.rotary(tables[0], places, *several)[:2]
         return turned
 
     @property

@@ -90,6 +90,9 @@ def model_twin(family: Family, Config: type[PretrainedConfig]) -> type[PreTraine
     }
     for cls, suffix in suffixes.items():
         cls.__name__ = cls.__qualname__ = f"Kvp{family.prefix}{suffix}"
+        globals()[cls.__name__] = cls  # where pickle looks for it
+    for model in (Decoder, Model):  # a sliced layer lies on one device, too
+        model._no_split_modules = [*model._no_split_modules, Layer.__name__]
     Decoder.config = Model.config = Config
     return Model
 
@@ -117,6 +120,7 @@ PRUNED_CLASSES = {
 for name, model_class in PRUNED_CLASSES.items():
     AutoModelForCausalLM.register(PRUNED_CONFIGS[name], model_class)
     AutoModel.register(PRUNED_CONFIGS[name], model_class.decoder_class)  # type: ignore[attr-defined]
+    globals()[model_class.__name__] = model_class
 
 
 def pruned_class(config: PretrainedConfig) -> type[PreTrainedModel]:

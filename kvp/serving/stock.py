@@ -72,7 +72,7 @@ def to_stock(model: PreTrainedModel, form: Form) -> PreTrainedModel:
 def add_old_keys(path: Path) -> None:
     """Add to a config.json the fields that transformers 5 no longer writes, and transformers 4 and most engines read.
 
-    These are `rope_theta`, `rope_scaling` and `torch_dtype`.
+    These are `rope_theta`, `rope_scaling`, `partial_rotary_factor`, `torch_dtype` and the number of experts.
     """
     config = json.loads(path.read_text())
     rope = config["rope_parameters"]
@@ -84,6 +84,20 @@ def add_old_keys(path: Path) -> None:
     config["rope_scaling"] = None
     if rope.get("rope_type", "default") != "default":
         config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if "partial_rotary_factor" in rope:
+        config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if config["model_type"] == "phi3" and config["rope_scaling"]:  # whose class takes three fields, no more
+        kind = config["rope_scaling"]["rope_type"]
+        config["rope_scaling"] = {
+            "type": kind,
+            **{name: rope[name] for name in ("short_factor", "long_factor")},
+        }
+    if (
+        "num_local_experts" in config
+        and "num_experts_per_tok" in config
+        and config["model_type"] == "qwen3_moe"
+    ):
+        config["num_experts"] = config["num_local_experts"]
     if "original_max_position_embeddings" in rope:
         config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     path.write_text(json.dumps(config, indent=2))
@@ -108,7 +122,7 @@ def _scale_queries(state: dict[str, Tensor], config: PretrainedConfig, family: F
 def servable(config: PretrainedConfig, layout: Layout) -> Family:
     """Return the family whose classes hold a layout; no weights are read.
 
-    Llama refuses a hidden size that its heads do not divide. Mistral is the same model and does not.
+    Llama and Gemma 3 refuse a hidden size that their heads do not divide. Mistral is Llama's model and does not.
 
     Raises:
         ValueError: There is none; the message names the way out.
@@ -116,8 +130,17 @@ def servable(config: PretrainedConfig, layout: Layout) -> Family:
     family = family_of(config)
     if family.fused:
         return _unfused(family, config, layout)
-    if family.name != "llama" or config.hidden_size % layout.layer.num_attention_heads == 0:
+    if (
+        family.name not in ("llama", "gemma3_text")
+        or config.hidden_size % layout.layer.num_attention_heads == 0
+    ):
         return family
+    if family.name != "llama":
+        raise ValueError(
+            f"{layout.layer.num_attention_heads} heads do not divide hidden_size={config.hidden_size}, which "
+            f"{family.name} classes demand: keep a number of groups that divides it, or --to padded, remote_code or "
+            "custom"
+        )
     if any(family.has_bias(option, config) for option in family.bias_options):
         raise ValueError(
             f"{layout.layer.num_attention_heads} heads do not divide hidden_size={config.hidden_size}, which "

@@ -122,6 +122,57 @@ def test_a_static_cache_gives_the_same(family, tokens):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "original_max_position_embeddings": 48,
+            "short_factor": [1.0] * 4,
+            "long_factor": [1.0, 3.0, 5.0, 9.0],
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_empty_slots_of_a_static_cache_are_no_longer_text(rope, tokens):
+    """Their positions would switch the keys to the frequencies of long texts, and leave the queries."""
+    model = cut_model(rope_parameters=rope | {"rope_theta": 1e4})
+    text = torch.cat([tokens[:1]] * 3, 1)[:, :40]
+    made = [StaticCache(config=model.config, max_cache_len=100), DynamicCache()]
+    steps = [[model(one, past_key_values=cache).logits for one in text.split(1, dim=1)] for cache in made]
+    torch.testing.assert_close(torch.cat(steps[0], 1), torch.cat(steps[1], 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_sequence_goes_on_as_alone(side, tokens):
+    model = cut_model()
+    short, one = slice(None, 5), tokens[:, 16:17]
+    row = torch.cat([tokens[:1, short], torch.zeros(1, 4, dtype=torch.long)], 1)
+    seen = torch.tensor([[1] * 5 + [0] * 4, [1] * 9])
+    if side == "left":
+        row, seen = row.roll(4, 1), torch.tensor([[0] * 4 + [1] * 5, [1] * 9])
+    cache, alone = DynamicCache(), DynamicCache()
+    at = (seen.cumsum(1) - 1).clamp(min=0)
+    text = torch.cat([row, tokens[1:2, :9]])
+    model(text, attention_mask=seen, position_ids=at, past_key_values=cache)
+    seen = torch.cat([seen, torch.ones(2, 1, dtype=torch.long)], 1)
+    both = model(
+        one, attention_mask=seen, position_ids=torch.tensor([[5], [9]]), past_key_values=cache
+    ).logits
+    model(tokens[:1, short], past_key_values=alone)
+    torch.testing.assert_close(both[:1], model(one[:1], past_key_values=alone).logits)
+
+
+def test_a_model_from_a_config_alone_has_ordinary_weights():
+    config = with_latents_config(tiny_config("llama", "gqa"), 2, None)
+    made = AutoModelForCausalLM.from_config(config)
+    assert all(0 < weight.abs().max() < 10 for name, weight in made.named_parameters() if "_up_proj" in name)
+
+
+@torch.no_grad()
 def test_the_cache_of_a_speed_test_gives_the_same(tokens):
     model = cut_model()
     cache, cursor = fixed_cache(

@@ -21,6 +21,14 @@ from kvp.types import Plan
 from tests.conftest import NETWORKS, exact_norms, random_plan, tiny_config, tiny_model
 from tests.helpers.masks import mask
 
+
+def test_no_layer_is_split_between_devices():
+    model = tiny_model("llama")
+    assert {"KvpLlamaDecoderLayer", "LlamaDecoderLayer"} <= {
+        *apply(model, random_plan(model, ["ffn"]))._no_split_modules
+    }
+
+
 WIDTHS = (40, 32, 36, 24, 44, 28)  # of the six places of three layers
 WHOLE = (48,) * 6
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kvp.models.family import FAMILIES
 from kvp.models.masks import masked, without
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.spaces import available_kinds, find_spaces
@@ -13,6 +16,30 @@ from kvp.models.surgery import apply
 from kvp.types import Plan, Space
 from tests.conftest import random_plan, tiny_model
 from tests.helpers.masks import mask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_can_be_pickled(family, tokens):
+    model = tiny_model(family)
+    pruned = apply(model, random_plan(model, ["vo"]))
+    copy = pickle.loads(pickle.dumps(pruned))
+    with torch.no_grad():
+        assert torch.equal(copy(tokens).logits, pruned(tokens).logits)
+    assert pickle.loads(pickle.dumps(pruned.config)).to_dict() == pruned.config.to_dict()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_was_evaluated_can_be_trained(family, tokens):
+    """What it keeps from a pass in inference mode must not be of that mode."""
+    model = tiny_model(family)
+    kinds = [kind for kind in ("qk", "vo") if kind in available_kinds(model.config)]
+    pruned = apply(model, random_plan(model, kinds)).train()
+    with torch.inference_mode():
+        pruned(tokens)
+        pruned(tokens[:, :1])
+    pruned(tokens, labels=tokens).loss.backward()
+    pruned(tokens[:, :1]).logits.sum().backward()
+
 
 ALL = ["block", "attention", "mlp", "kv_group", "qk", "vo", "ffn"]
 WIDTHS = ["kv_group", "qk", "vo", "ffn"]

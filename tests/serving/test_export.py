@@ -19,7 +19,7 @@ from kvp.models.load import byte_tokenizer, save
 from kvp.models.spaces import available_kinds, find_spaces
 from kvp.models.surgery import apply
 from kvp.serving.layout import stock_layout
-from kvp.serving.stock import to_stock
+from kvp.serving.stock import add_old_keys, servable, to_stock
 from kvp.serving.write import export
 from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.methods.kvpruner import KVPruner
@@ -99,6 +99,38 @@ def test_depth_and_uniform_ffn_are_stock(kinds, tokens):
     stock = to_stock(pruned, "stock")
     with torch.no_grad():
         assert torch.equal(stock(tokens).logits, pruned(tokens).logits)
+
+
+def test_gemma_refuses_groups_that_do_not_divide_its_hidden_size():
+    model = tiny_model("gemma3_text", "mha", hidden_size=40)
+    pruned = apply(model, Plan({space: torch.arange(3) for space in random_plan(model, ["kv_group"]).keep}))
+    with pytest.raises(
+        ValueError, match="3 heads do not divide hidden_size=40, which gemma3_text classes demand"
+    ):
+        servable(pruned.config, stock_layout(pruned.config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "old"),
+    [
+        ({"model_type": "phi3"}, {"partial_rotary_factor": 0.5, "rope_scaling": None}),
+        (
+            {"model_type": "phi3", "rope_type": "longrope"},
+            {
+                "partial_rotary_factor": 0.5,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
+            },
+        ),
+        ({"model_type": "qwen3_moe", "num_local_experts": 6, "num_experts_per_tok": 2}, {"num_experts": 6}),
+    ],
+)
+def test_older_classes_find_their_fields(fields, old, tmp_path):
+    rope = {"rope_theta": 1e4, "rope_type": fields.pop("rope_type", "default")}
+    if fields["model_type"] == "phi3":
+        rope |= {"partial_rotary_factor": 0.5, "short_factor": [1.0], "long_factor": [2.0], "factor": 4.0}
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "rope_parameters": rope}))
+    add_old_keys(tmp_path / "config.json")
+    assert json.loads((tmp_path / "config.json").read_text()).items() >= old.items()
 
 
 def test_groups_that_do_not_divide_the_hidden_size_become_mistral(tokens):
