@@ -183,8 +183,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--device",
         choices=DEVICES,
+        metavar="NAME",
         default="auto",
-        help="auto (default): cuda if there is one",
+        help="cpu or cuda (default: cuda if there is one)",
     )
     add(
         "--dtype",
