@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import yaml
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -54,7 +53,7 @@ def words(error: BaseException, command: Sequence[str] | None = None) -> str:
             f"{key}={values} are several values: `kvp sweep {key}={values}` runs each. To mean one list or text, write "
             f'"{key}=[{values}]" or "{key}=\'{values}\'"'
         )
-    if isinstance(error, yaml.YAMLError):
+    if isinstance(error, YAMLError):
         return f"a configuration file is no YAML: {' '.join(message.split())}"
     if message.startswith("Config group override must be"):
         return _no_choice_of_a_group(command)

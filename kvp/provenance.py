@@ -6,8 +6,9 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -54,8 +55,11 @@ def provenance(device: str, overrides: Sequence[str] | None = None) -> dict[str,
 @cache
 def _versions() -> dict[str, str]:
     """Return the versions of packages; each is read from its metadata, and every stage asks."""
-    installed = {each.name for each in distributions()}
-    return {name: version(name) for name in PACKAGES if name in installed}
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # the packaged data can be left out
+            found[name] = version(name)
+    return found
 
 
 def command(overrides: Sequence[str] | None) -> str:

@@ -86,17 +86,12 @@ def add_old_keys(path: Path) -> None:
         config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     if "partial_rotary_factor" in rope:
         config["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    if config["model_type"] == "phi3" and config["rope_scaling"]:  # whose class takes three fields, no more
-        kind = config["rope_scaling"]["rope_type"]
-        config["rope_scaling"] = {
-            "type": kind,
-            **{name: rope[name] for name in ("short_factor", "long_factor")},
-        }
     if (
-        "num_local_experts" in config
-        and "num_experts_per_tok" in config
-        and config["model_type"] == "qwen3_moe"
-    ):
+        config["model_type"] == "phi3" and rope.get("rope_type") == "longrope"
+    ):  # its class takes three fields, no more
+        factors = {name: rope[name] for name in ("short_factor", "long_factor")}
+        config["rope_scaling"] = {"type": "longrope", **factors}
+    if config["model_type"] == "qwen3_moe":
         config["num_experts"] = config["num_local_experts"]
     if "original_max_position_embeddings" in rope:
         config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]

@@ -30,7 +30,7 @@ def test_a_pruned_model_can_be_pickled(family, tokens):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_that_was_evaluated_can_be_trained(family, tokens):
-    """What it keeps from a pass in inference mode must not be of that mode."""
+    """Check that gradients pass through tables that a pass in inference mode made."""
     model = tiny_model(family)
     kinds = [kind for kind in ("qk", "vo") if kind in available_kinds(model.config)]
     pruned = apply(model, random_plan(model, kinds)).train()

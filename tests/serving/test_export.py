@@ -121,13 +121,19 @@ def test_gemma_refuses_groups_that_do_not_divide_its_hidden_size():
                 "rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]},
             },
         ),
-        ({"model_type": "qwen3_moe", "num_local_experts": 6, "num_experts_per_tok": 2}, {"num_experts": 6}),
+        (
+            {"model_type": "phi3", "rope_type": "linear"},
+            {"rope_scaling": {"rope_type": "linear", "partial_rotary_factor": 0.5, "factor": 4.0}},
+        ),
+        ({"model_type": "qwen3_moe", "num_local_experts": 6}, {"num_experts": 6}),
     ],
 )
 def test_older_classes_find_their_fields(fields, old, tmp_path):
     rope = {"rope_theta": 1e4, "rope_type": fields.pop("rope_type", "default")}
     if fields["model_type"] == "phi3":
-        rope |= {"partial_rotary_factor": 0.5, "short_factor": [1.0], "long_factor": [2.0], "factor": 4.0}
+        rope |= {"partial_rotary_factor": 0.5, "factor": 4.0}
+    if rope["rope_type"] == "longrope":
+        rope |= {"short_factor": [1.0], "long_factor": [2.0]}
     (tmp_path / "config.json").write_text(json.dumps({**fields, "rope_parameters": rope}))
     add_old_keys(tmp_path / "config.json")
     assert json.loads((tmp_path / "config.json").read_text()).items() >= old.items()
