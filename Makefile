@@ -1,6 +1,3 @@
-# threads that spin lose most of a shared CPU
-export OMP_WAIT_POLICY ?= PASSIVE
-
 VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python

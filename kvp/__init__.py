@@ -9,10 +9,13 @@ Importing it registers the pruned model classes, so that `AutoModelForCausalLM.f
 that kvp writes. `__all__` is the API; everything else may change.
 """
 
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from kvp.threads import briefly
 
 if TYPE_CHECKING:
     from kvp.api import *
@@ -97,5 +100,7 @@ def _is_command() -> bool:
     return bool(sys.argv) and Path(sys.argv[0]).name in ("kvp", "kvp.exe")
 
 
-if not _is_command():
+if _is_command():
+    os.environ.update(briefly(os.environ))  # before torch is imported
+else:
     from kvp.models import pruned as _pruned  # noqa: F401  (registers the classes)

@@ -26,7 +26,6 @@ def _end(kind: type[BaseException], error: BaseException, trace: TracebackType |
 sys.excepthook = _end
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to `worded`
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
 
 import hydra
 import yaml

@@ -26,7 +26,7 @@ from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch is imported: see kvp/threads.py
 
 from experiments.scripts.gpu_cells import OTHERS, PRUNED, Cell, Scale, measure
 from kvp import children

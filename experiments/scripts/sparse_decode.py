@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch is imported: see kvp/threads.py
 
 import torch
 from transformers import PreTrainedModel

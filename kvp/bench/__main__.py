@@ -25,8 +25,6 @@ from kvp.bars import only_on_terminals
 from kvp.commands import called
 from kvp.types import DEVICES
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
-
 if TYPE_CHECKING:
     from kvp.bench.bench import Bench
 

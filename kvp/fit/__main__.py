@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 from kvp.commands import called
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
-
 HELP = """
 
 Does a model fit? From its config alone: bytes, batches, contexts, and what

@@ -17,12 +17,10 @@ from torch import Tensor
 
 from kvp import children
 from kvp.options import options
+from kvp.threads import briefly
 from kvp.types import DTYPES
 
 STDERR_LINES = 20
-# Threads that spin at every barrier make a decode step several times slower as soon as another process
-# wants their core; sleeping threads do not. The user's own setting wins.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @options
@@ -78,7 +76,7 @@ class Measure:
         spec = {"checkpoint": str(checkpoint), "device": device, "dtype": dtype, "protocol": asdict(self)}
         command = [sys.executable, "-m", "kvp.measurement.child", json.dumps(spec)]
         child = children.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENVIRONMENT | os.environ
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=briefly(os.environ)
         )
         if child.returncode:
             raise RuntimeError(f"measuring {checkpoint} with {self} on {device} {_failure(child)}")

@@ -35,7 +35,6 @@ def main() -> None:
         if getattr(options, name) is None:
             setattr(options, name, value)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are ended
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin lose most of a shared CPU
     try:
         run(options)
     except KeyboardInterrupt:
