@@ -20,6 +20,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -138,7 +139,7 @@ class ZeroShot:
         lm = SharedContext(
             pretrained=model,
             backend="causal",
-            tokenizer=tokenizer,
+            tokenizer=deepcopy(tokenizer),  # lm-eval gives it a token for padding
             batch_size=self.batch_size,
             softmax_dtype="float32",  # bfloat16 would round log-likelihoods to two or three digits
             add_bos_token=self.add_bos_token,

@@ -125,6 +125,7 @@ class Score(Step):
     """Score every unit; neither budget nor allocator is known."""
 
     name = "score"
+    version = 2  # 1 weighed the samples of a short last batch more, and checkpointed with dropout
 
     @override
     def inputs(self, strategy: Strategy, asked: Asked) -> Inputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from copy import deepcopy
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -206,3 +207,12 @@ def test_checking_packaged_tasks_does_not_import_lm_eval():
         "ZeroShot(tasks=['piqa']).check(); sys.exit('lm_eval' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_tokenizer_stays_as_it_was(tokenizer):
+    bare = deepcopy(tokenizer)
+    bare.pad_token = None
+    before = len(bare)
+    ZeroShot(tasks=["piqa"], limit=1).evaluate(long_model(tokenizer), bare, "piqa")
+    assert bare.pad_token is None
+    assert len(bare) == before

@@ -8,10 +8,12 @@ import torch
 from kvp.models.masks import masked, without
 from kvp.models.spaces import available_kinds, find_spaces
 from kvp.models.surgery import apply
+from kvp.strategies.methods.kvpruner import KVPruner
 from kvp.strategies.signals.losses import losses_without
 from kvp.strategies.signals.walk import window
-from kvp.types import Plan, Space
-from tests.conftest import random_plan, tiny_model
+from kvp.strategies.target import Target
+from kvp.types import Budget, Plan, Space
+from tests.conftest import random_plan, tiny_config, tiny_model
 from tests.helpers.masks import mask
 
 
@@ -78,3 +80,23 @@ def test_window_restores_the_model_even_after_an_error():
     with pytest.raises(IndexError), window(model, 2, 3):
         model.model.layers[1]
     assert model.model.layers is layers
+
+
+def test_where_neurons_are_cut_it_is_the_mlp_that_is_left_out(batches):
+    model = tiny_model(dtype=torch.float64)
+    target = Target(model, torch.cat(batches), batch_size=2, seed=0)
+    removals = [(n, lambda n=n: without(model, n, "mlp")) for n in range(3)]
+    base, losses = losses_without(model, batches, removals)
+    neurons = KVPruner(grouping="ffn")
+    assert neurons.sensitivity(target, {}).tolist() == pytest.approx((losses - base).tolist())
+    assert neurons.probe_inputs()["probe"] == "mlp"
+    assert KVPruner().probe_inputs()["probe"] == "attention"
+    assert KVPruner().probes
+    assert not KVPruner(grouping="block", importance="l2").probes  # blocks compete by their scores alone
+
+
+@pytest.mark.parametrize(("grouping", "importance"), [("block", "taylor_gate"), ("kv_group", "activation")])
+def test_an_importance_without_a_meaning_is_refused_before_the_model_is_read(grouping, importance):
+    budget = Budget(value=0.3, of="kv_cache", tolerance=0.4)
+    with pytest.raises(ValueError, match=f"importance={importance} is defined for"):
+        KVPruner(grouping=grouping, importance=importance).check(tiny_config(), budget)

@@ -46,7 +46,7 @@ from typing_extensions import override
 from kvp.options import options
 from kvp.strategies.allocation.allocate import Allocator, Global
 from kvp.strategies.compensation.compensate import Compensation, LeastSquares
-from kvp.strategies.signals.moments import Moments
+from kvp.strategies.signals.moments import TINY, Moments
 from kvp.strategies.templates.projections import ProjectionStrategy
 from kvp.types import Kind
 
@@ -67,7 +67,7 @@ class Numerical(ProjectionStrategy):
         """Return (in,) (z - 1) / rho, whose mean is -1."""
         curvature = (weight.T @ weight) * (inputs.gram / inputs.count)
         diagonal = curvature.diagonal()
-        damping = DAMPING * (diagonal + diagonal.mean())
+        damping = DAMPING * (diagonal + diagonal.mean()).clamp(min=TINY)  # of a layer that writes nothing
         ones = torch.ones_like(diagonal)[:, None]
         needless = torch.cholesky_solve(ones, torch.linalg.cholesky(curvature + damping.diag()))[:, 0]
         return -needless / needless.mean()

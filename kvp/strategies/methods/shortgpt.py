@@ -35,6 +35,7 @@ from typing_extensions import override
 
 from kvp.models.masks import without
 from kvp.options import options
+from kvp.strategies.signals.gradients import require_finite
 from kvp.strategies.signals.walk import Visit, walk
 from kvp.strategies.target import Target
 from kvp.strategies.templates.blocks import DepthStrategy
@@ -62,6 +63,7 @@ class ShortGPT(DepthStrategy):
             pairs = zip(*self._around(visit), strict=True)
             tokens = torch.cat([self._distances(before, after).flatten() for before, after in pairs])
             influence[visit.layer] = tokens.double().mean()
+        require_finite(influence.sum(), "the block influence")
         return {space: influence}
 
     def _around(self, visit: Visit) -> tuple[list[Tensor], list[Tensor]]:

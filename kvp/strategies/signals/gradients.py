@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from kvp.models.nll import next_token_nll
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
 
 Reduce = Callable[[Tensor, Tensor], Tensor]
 Objective = Callable[["PreTrainedModel", Tensor], Tensor]
+
+CHECKPOINTS = {  # what transformers' layers ask before they checkpoint
+    "training": True,
+    "gradient_checkpointing": True,
+    "_gradient_checkpointing_func": partial(checkpoint, use_reentrant=False),
+}
 
 
 def mean_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -42,7 +50,7 @@ def gradient_sums(
     """Return the sums of `reduce(weight, gradient)` per row (axis 0) or column (axis 1) of each member.
 
     The gradient is that of `objective(model, ids)` for one batch, by default of the mean loss (nats per
-    token); results are averaged over the batches. Each gradient is reduced in float32 as soon as it is
+    token); results are averaged over the samples. Each gradient is reduced in float32 as soon as it is
     ready and freed, so that memory is weights + activations + one gradient.
 
     Raises:
@@ -52,13 +60,15 @@ def gradient_sums(
     for member in members:
         axes.setdefault(member.name, set()).add(member.axis)
     sums: dict[tuple[str, int], Tensor] = {}
+    samples = sum(map(len, batches))
+    batch = 0  # samples of the batch at hand
 
     def collect(name: str) -> Callable[[nn.Parameter], None]:
         def hook(weight: nn.Parameter) -> None:
             with torch.no_grad():
                 values = reduce(weight.float(), weight.grad.float())  # type: ignore[union-attr]
                 for axis in axes[name]:
-                    row = axis_sums(values, axis).cpu() / len(batches)
+                    row = axis_sums(values, axis).cpu() / (samples / batch)
                     sums[name, axis] = sums[name, axis] + row if (name, axis) in sums else row
             weight.grad = None
 
@@ -66,7 +76,7 @@ def gradient_sums(
 
     with _only_gradients_of(model, axes, collect), _checkpointing(model, gradient_checkpointing):
         for number, ids in enumerate(tqdm(batches, desc="gradients", unit="batch")):
-            ids = ids.to(model.device)
+            ids, batch = ids.to(model.device), len(ids)
             with torch.enable_grad():
                 loss = objective(model, ids)
                 require_finite(loss, f"the calibration loss of batch {number}")
@@ -170,16 +180,24 @@ def _only_gradients_of(
 
 @contextmanager
 def _checkpointing(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
-    if not enabled:
-        yield
-        return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()  # Hugging Face checkpoints in training mode only
+    """Recompute the activations inside layers; leave the model as its user had it.
+
+    transformers' own switch leaves hooks on the embeddings. A layer checkpoints in training mode only, but what is in
+    it stays as it is, without dropout.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if enabled and isinstance(m, GradientCheckpointingLayer)]
+    before = [{name: vars(layer)[name] for name in CHECKPOINTS if name in vars(layer)} for layer in layers]
+    for layer in layers:
+        vars(layer).update(CHECKPOINTS)
     try:
         yield
     finally:
-        model.eval()
-        model.gradient_checkpointing_disable()
+        for layer, values in zip(layers, before, strict=True):
+            for name in CHECKPOINTS:
+                vars(layer).pop(name, None)
+            vars(layer).update(values)
 
 
 def require_finite(value: Tensor, what: str) -> None:

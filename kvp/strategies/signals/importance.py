@@ -18,6 +18,9 @@ mean calibration loss of a batch, in nats per token.
 * `activation`: per rope pair sum over its query heads of |q_i| |k_i|, per value channel |v_j| times
   the norm of its o_proj columns; |.| is the L2 norm over calibration tokens.
 
+Scores that read weights (all but `taylor_gate` and `activation`) leave out biases and the norms of queries and keys:
+where a model has them, prefer `taylor_gate`.
+
 Absolute values of elements (`taylor_element`, `mixed`) are taken per batch: with one batch they are
 LLM-Pruner's; with several, they need no second copy of the gradients.
 """
@@ -39,6 +42,7 @@ from kvp.strategies.signals.gradients import (
     gate_derivatives,
     gradient_sums,
     output_square_sums,
+    require_finite,
 )
 from kvp.strategies.target import Target
 from kvp.types import Kind, Space
@@ -72,6 +76,10 @@ FISHER: dict[str, FisherReduce] = {
     "mixed": lambda w, g, f: (w * g - w.pow(2) * f / 2).abs(),
 }
 GATES: dict[Kind, int] = {"qk": 1, "vo": 0, "kv_group": 2, "ffn": 2}  # which member carries the gate
+DEFINED: dict[str, Collection[Kind]] = {
+    "taylor_gate": GATES,
+    "activation": ("qk", "vo"),
+}  # the others: everywhere
 
 
 def score_spaces(
@@ -146,7 +154,7 @@ def _weight_sums(target: Target, member: Member, power: int) -> Tensor:
 def _gate_scores(
     target: Target, spaces: Sequence[Space], gradient_checkpointing: bool
 ) -> dict[Space, Tensor]:
-    _require_kinds("taylor_gate", spaces, GATES)
+    require_defined("taylor_gate", [space.kind for space in spaces])
     announce_memory(target, "taylor_gate", gradient_checkpointing)
     of = {space: members(target.config, space)[GATES[space.kind]] for space in spaces}
     gates = gate_derivatives(
@@ -158,19 +166,22 @@ def _gate_scores(
     }
 
 
-def _require_kinds(importance: str, spaces: Sequence[Space], kinds: Collection[Kind]) -> None:
-    unknown = {space.kind for space in spaces} - set(kinds)
-    if unknown:
+def require_defined(importance: Importance, kinds: Collection[Kind]) -> None:
+    """Raise ValueError unless an importance scores spaces of these kinds."""
+    known = DEFINED.get(importance, kinds)
+    if unknown := set(kinds) - set(known):
         raise ValueError(
-            f"importance={importance} is defined for {', '.join(kinds)}, not for {', '.join(sorted(unknown))}; "
+            f"importance={importance} is defined for {', '.join(known)}, not for {', '.join(sorted(unknown))}; "
             "choose another strategy.importance or strategy.grouping"
         )
 
 
 def _activation_scores(target: Target, spaces: Sequence[Space]) -> dict[Space, Tensor]:
-    _require_kinds("activation", spaces, ("qk", "vo"))
+    require_defined("activation", [space.kind for space in spaces])
     outputs = [m.output for space in spaces for m in members(target.config, space) if m.axis == 0]
     squares = output_square_sums(target.model, outputs, target.batches)
+    for name, total in squares.items():
+        require_finite(total.sum(), f"the activation of {name}")
     return {space: _activation_score(target, space, squares) for space in spaces}
 
 

@@ -54,3 +54,5 @@ def observed_attention(
         yield
     finally:
         del ALL_ATTENTION_FUNCTIONS[name]
+        if ALL_ATTENTION_FUNCTIONS.get(name, plain) is not attend:  # an entry of the user's own
+            ALL_ATTENTION_FUNCTIONS[name] = attend

@@ -19,6 +19,7 @@ from kvp.strategies.signals.walk import Visit, walk
 from kvp.strategies.target import Target
 from kvp.types import Plan, Space
 
+NEGLIGIBLE = 1e-6  # of a space's energy
 RIDGE = 0.1  # of the refit that measures worth: the default of compensation=sequential
 
 
@@ -66,6 +67,8 @@ def lost_per_energy(
 ) -> dict[Space, float]:
     """Return what the attention's output loses per energy, without the lower half of a space.
 
+    It is 1 where that half holds no energy, as the ratio of two roundings has no meaning and may be negative.
+
     Args:
         visit: The layer.
         turned: Its heads in their new basis.
@@ -80,7 +83,11 @@ def lost_per_energy(
         plans.append(Plan(keep, turned.edits, folded=folded))
         gone.append(energy.gather(1, order[:, half:]).sum().item())
     lost = refit_errors(visit, plans)
-    return {space: lost[n] / gone[n] if gone[n] else 0.0 for n, space in enumerate(energies)}
+    least = [NEGLIGIBLE * energy.sum().item() for energy in energies.values()]
+    return {
+        space: lost[n] / gone[n] if lost[n] > 0 and gone[n] > least[n] else 1.0
+        for n, space in enumerate(energies)
+    }
 
 
 def refit_errors(visit: Visit, plans: Sequence[Plan]) -> list[float]:

@@ -98,7 +98,24 @@ class DepthStrategy(PlannedStrategy):
                 "cache could not tell the layers apart; use grouping=block"
             )
         space = self.space(config)
-        self.plan(config, {space: torch.zeros(space.shape)}, budget, torch.zeros(space.shape))
+        if not self._within_reach(config, budget):
+            self.plan(config, {space: torch.zeros(space.shape)}, budget, torch.zeros(space.shape))
+
+    def _within_reach(self, config: PretrainedConfig, budget: Budget) -> bool:
+        """Return whether some choice of blocks may meet the budget; which ones fall, only scores will say."""
+        shapes, space = layer_shapes(config), self.space(config)
+        dense = size(config, shapes).count(budget.of)
+        others = [sorted({*range(space.shape[0])} - {n}) for n in self.candidates(config)]
+        parts = [
+            1 - size(config, cut(shapes, Plan({space: torch.tensor(kept)}))).count(budget.of) / dense
+            for kept in others
+        ]
+        slack = budget.tolerance + 1e-9
+        for count in range(self.most(config) + 1):
+            least, most = (sum(sorted(parts, reverse=most)[:count]) for most in (False, True))
+            if least - slack <= budget.value <= most + slack:
+                return True
+        return False
 
     @override
     def plan(self, config: PretrainedConfig, scores: Scores, budget: Budget, profile: Tensor) -> Plan:

@@ -14,7 +14,7 @@ from kvp.models.spaces import find_spaces, members
 from kvp.options import options
 from kvp.strategies.allocation.pools import Part, Pool
 from kvp.strategies.signals.estimate import SUBLAYERS
-from kvp.strategies.signals.importance import Importance, score_spaces
+from kvp.strategies.signals.importance import Importance, require_defined, score_spaces
 from kvp.strategies.target import Scores, Target
 from kvp.strategies.templates.scored import ScoreStrategy
 from kvp.types import Budget, Kind, Space
@@ -127,6 +127,7 @@ class ImportanceStrategy(ChannelStrategy):
         if self.grouping in ("block", "mlp") and self.criterion != "random":
             for space in self.spaces(config):
                 members(config, space)  # which experts have none of
+        require_defined(self.criterion, self.kinds())
         super().check(config, budget)
 
     @override

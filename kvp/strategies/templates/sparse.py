@@ -133,13 +133,18 @@ class SparseStrategy(Strategy):
                         f"strategy.pattern={self.pattern} needs inputs in multiples of {groups.of}; "
                         f"{linear.module} has {linear.columns}: choose another pattern"
                     )
-        zeros = sum(self.count(linear.rows, linear.columns, budget.value) for linear in matrices)
-        reached = zeros / sum(linear.rows * linear.columns for linear in matrices)
+        reached = self._reached(config, {linear.module: budget.value for linear in matrices})
         if abs(reached - budget.value) > budget.tolerance:
             raise ValueError(
                 f"a sparsity of {budget.value:g} cannot be reached in matrices this small; the nearest is "
                 f"{reached:g}: set ratio.value to it, or raise ratio.tolerance"
             )
+
+    def _reached(self, config: PretrainedConfig, ratios: Mapping[str, float]) -> float:
+        """Return the sparsity of all matrices together, counted in whole weights."""
+        matrices = all_linears(config)
+        zeros = sum(self.count(each.rows, each.columns, ratios[each.module]) for each in matrices)
+        return zeros / sum(each.rows * each.columns for each in matrices)
 
     @override
     def score(self, target: Target) -> dict[Space, Tensor]:
@@ -152,6 +157,12 @@ class SparseStrategy(Strategy):
         batches = target.batches if self.needs_calibration else ()
         self._tell(target, batches)
         ratios = self.ratios(target, budget.value, directory)
+        reached = self._reached(target.config, ratios)
+        if abs(reached - budget.value) > budget.tolerance:
+            raise ValueError(
+                f"a sparsity of {budget.value:g} would be {reached:g}, as the part of each row is rounded down: set "
+                "strategy.compare=block, or raise ratio.tolerance or strategy.block_size"
+            )
         edits: dict[str, Tensor] = {}
         for visit in walk(target.model, batches, type(self).__name__, offload=True):
             file = edits_file(directory, visit.layer)

@@ -248,3 +248,20 @@ def test_a_pass_of_the_whole_layer_is_not_repeated():
     assert [ran.count(layer.mlp) for layer in model.model.layers] == [3, 3, 3]  # three batches
     assert [set(inputs) for inputs in caught] == [{entry}] * 3
     assert caught[0][entry].shape == (2 * IDS.shape[1], model.config.hidden_size)
+
+
+@pytest.mark.parametrize("grouping", ["apart", "vo"])
+def test_directions_without_energy_go_first(grouping):
+    """Half of every head's value directions carry nothing: the ratio of two roundings must not rank the others."""
+    model = tiny_model("mistral", head_dim=16)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            heads = layer.self_attn.v_proj.weight.view(-1, 16, 48)
+            u, s, v = torch.linalg.svd(heads, full_matrices=False)
+            s[:, 8:] = 0
+            heads.copy_(u @ torch.diag_embed(s) @ v)
+    scores = KVPrunerPlus(allocator=Global(), grouping=grouping, **FOLDING).score(target(model))
+    for space, score in scores.items():
+        if space.kind == "vo":
+            assert score.min() > -1e-6 * score.max()
+            assert (score > 1e-4 * score.max()).sum(1).tolist() == [8] * len(score)

@@ -113,3 +113,9 @@ def test_options_out_of_range():
         replace(METHOD, pattern="2:4")
     with pytest.raises(ValueError, match="spread must be >= 0, got -1"):
         replace(METHOD, spread=-1)
+
+
+def test_a_sparsity_that_rounding_misses_is_refused(tmp_path):
+    method = replace(METHOD, compare="row", block_size=8)
+    with pytest.raises(ValueError, match=r"would be 0\.\d+, as the part of each row is rounded down"):
+        sparse_plan(method, tiny_model(), 0.5, tmp_path)

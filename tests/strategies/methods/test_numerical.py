@@ -55,3 +55,12 @@ def test_a_dead_neuron_goes_first():
     for space, score in scores.items():
         if (space.kind, space.layer) == ("ffn", 1):
             assert score.argmin() == 7
+
+
+def test_a_layer_that_writes_nothing_is_scored():
+    model = tiny_model(dtype=torch.float64)
+    with torch.no_grad():
+        for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
+            linear.weight.zero_()
+    scores = STRATEGY.score(Target(model, torch.cat(batches()), 3, seed=0))
+    assert all(score.isfinite().all() for score in scores.values())

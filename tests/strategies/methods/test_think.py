@@ -147,3 +147,19 @@ def test_a_broken_model_is_named():
     model.model.layers[1].self_attn.q_proj.weight.data[3] = torch.nan
     with pytest.raises(FloatingPointError, match="a query-key product of layer 1 is not finite"):
         STRATEGY.score(target_of(model))
+
+
+def test_an_attention_of_the_users_own_is_there_again(monkeypatch):
+    calls, plain = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def mine(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", mine)
+    model = tiny_model()
+    STRATEGY.score(target_of(model))
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is mine
+    before = len(calls)
+    model(torch.tensor([[3, 4]]))
+    assert len(calls) > before

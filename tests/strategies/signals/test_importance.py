@@ -200,3 +200,44 @@ def test_scores_permute_with_the_kv_groups(importance):
     for space in spaces:
         expected = before[space][order] if space.layer == 1 else before[space]
         assert torch.allclose(after[space], expected, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("importance", ["taylor_group", "taylor_vector", "taylor_gate", "second_order"])
+def test_a_short_last_batch_changes_nothing(importance):
+    model = tiny_model(dtype=torch.float64)
+    ids = torch.randint(3, 96, (6, 12), generator=torch.Generator().manual_seed(2))
+    spaces = find_spaces(model.config, ["qk", "vo"])
+    whole, parted = (
+        score_spaces(Target(model, ids, batch_size=n, seed=0), spaces, importance) for n in (6, 4)
+    )
+    for space in spaces:
+        torch.testing.assert_close(parted[space], whole[space], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("importance", ["taylor_gate", "taylor_group"])
+def test_checkpointing_changes_no_score_and_leaves_the_model_as_it_was(importance):
+    model = tiny_model(attention_dropout=0.5)
+    ids = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(2))
+    spaces, target = find_spaces(model.config, ["qk", "vo"]), Target(model, ids, batch_size=2, seed=0)
+    model.activation_checkpointing_enable()
+    hooks = len(model.get_input_embeddings()._forward_hooks)
+    plain = score_spaces(target, spaces, importance)
+    sparing = score_spaces(target, spaces, importance, True)
+    for space in spaces:
+        torch.testing.assert_close(sparing[space], plain[space])
+    assert model.is_activation_checkpointing
+    assert not any(module.training for module in model.modules())
+    assert len(model.get_input_embeddings()._forward_hooks) == hooks
+    model.activation_checkpointing_disable()
+    score_spaces(target, spaces, importance, True)
+    assert not model.is_activation_checkpointing
+
+
+def test_an_overflow_is_said():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight.fill_(float("inf"))
+    ids = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(2))
+    spaces = find_spaces(model.config, ["qk", "vo"])
+    with pytest.raises(FloatingPointError, match="is not finite"):
+        score_spaces(Target(model, ids, batch_size=2, seed=0), spaces, "activation")

@@ -7,7 +7,9 @@ import torch
 
 from kvp.models.shapes import cut, layer_shapes, size
 from kvp.models.surgery import apply
+from kvp.strategies.allocation.allocate import Uniform
 from kvp.strategies.compensation.compensate import Bias
+from kvp.strategies.methods.random import Random
 from kvp.strategies.methods.shortened_llm import ShortenedLLM
 from kvp.strategies.methods.shortgpt import ShortGPT
 from kvp.strategies.methods.sleb import SLEB
@@ -179,3 +181,55 @@ def test_a_pruned_model_can_be_pruned_again():
         budget = Budget(value=0.25, of="blocks")
         plan = strategy.plan(once.config, strategy.score(target_of(once)), budget, torch.zeros(4))
         assert apply(once, plan).config.num_hidden_layers == 3
+
+
+def mixed():
+    """A Qwen3-MoE whose first block has one MLP, and the others experts."""
+    return tiny_config("qwen3_moe", mlp_only_layers=[0])
+
+
+def test_blocks_that_differ_are_refused_only_where_no_choice_is_near():
+    config = mixed()
+    sizes = [
+        1
+        - size(
+            config, cut(layer_shapes(config), Plan({Space("block", None, (3,)): torch.tensor(kept)}))
+        ).params
+        / size(config, layer_shapes(config)).params
+        for kept in ([1, 2], [0, 2], [0, 1])
+    ]
+    assert sizes[0] != pytest.approx(sizes[1], abs=0.02)
+    strategy = ShortGPT()
+    for value in sizes:
+        strategy.check(config, Budget(value=value, of="params", tolerance=0.001))
+    between = (sizes[0] + sizes[1]) / 2
+    with pytest.raises(ValueError, match="cannot be reached by whole blocks"):
+        strategy.check(config, Budget(value=between, of="params", tolerance=0.001))
+
+
+def test_blocks_that_differ_never_miss_a_budget_without_a_word():
+    config, strategy = mixed(), Random(grouping="block", allocator=Uniform(multiple_of=1))
+    shapes = layer_shapes(config)
+    missed = 0
+    for seed in range(6):
+        scores = {
+            space: torch.rand(space.shape, generator=torch.Generator().manual_seed(seed))
+            for space in strategy.spaces(config)
+        }
+        budget = Budget(value=0.3, of="params", tolerance=0.03)
+        try:
+            plan = strategy.plan(config, scores, budget, torch.zeros(3))
+        except ValueError as error:
+            missed += "differ in size" in str(error)
+        else:
+            gone = 1 - size(config, cut(shapes, plan)).params / size(config, shapes).params
+            assert gone == pytest.approx(0.3, abs=0.03)
+    assert missed
+
+
+def test_an_overflow_is_said():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="is not finite"):
+        ShortGPT().score(target_of(model))
