@@ -1,7 +1,8 @@
 """A benchmark from its models to its record; refuses whatever it can before it makes a weight.
 
 Every step (the limits of a model, a round of all models) is a stage of a `kvp.store.Store` in the output directory.
-A benchmark that was killed goes on after its last step; a finished one removes the steps and is measured anew.
+Each benchmark has a store of its own there. One that was killed goes on after its last step; a finished one removes
+its steps and is measured anew.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import count
@@ -38,7 +40,7 @@ from kvp.provenance import provenance
 from kvp.store import Store, fingerprint
 from kvp.whole import write_whole
 
-FILE, STEPS = "bench.json", "steps"  # the record, and the store of an unfinished benchmark
+FILE, STEPS = "bench.json", "steps"  # the record, and the stores of unfinished benchmarks
 SCHEMA = 1  # of bench.json; raised when a key changes its meaning
 
 log = logging.getLogger(__name__)
@@ -51,8 +53,9 @@ class Steps:
         seconds: Time that earlier processes spent on the steps found so far.
     """
 
-    def __init__(self, store: Store, bench: Mapping[str, Any]) -> None:
-        self.store, self.bench, self.seconds = store, fingerprint("bench", SCHEMA, bench), 0.0
+    def __init__(self, root: Path, bench: Mapping[str, Any]) -> None:
+        self.bench, self.seconds = fingerprint("bench", SCHEMA, bench), 0.0
+        self.store = Store(root / self.bench[:16])
 
     def once(
         self, step: str, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]]
@@ -71,6 +74,12 @@ class Steps:
             if not done.found:
                 break
         return begun
+
+    def remove(self) -> None:
+        """Remove the steps of this benchmark; those of others, and files of users beside them, stay."""
+        shutil.rmtree(self.store.root)
+        with suppress(OSError):  # not empty
+            self.store.root.parent.rmdir()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +145,7 @@ class Bench:
         gc.collect()
         gc.freeze()  # a million objects of imported modules, which every later collection would visit
         header = self._header()
-        steps = Steps(Store(out / STEPS), header)
+        steps = Steps(out / STEPS, header)
         own = {
             "memory_limit_bytes": self.limit,
             "copy_bytes_per_second": copy_bandwidth(self.device),
@@ -166,7 +175,7 @@ class Bench:
             },
         }
         write_whole(out / FILE, json.dumps(record, indent=1))
-        shutil.rmtree(out / STEPS)
+        steps.remove()
         return json.loads(json.dumps(record))
 
     def _header(self) -> dict[str, Any]:

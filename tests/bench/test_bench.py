@@ -17,7 +17,6 @@ from kvp.measurement.measure import Measure
 from kvp.models.load import resolve_dtype
 from kvp.models.sparse_attention import readable
 from kvp.models.surgery import apply
-from kvp.store import Store
 from kvp.types import Plan
 from tests.conftest import tiny_model
 from tests.process import start
@@ -123,7 +122,7 @@ def test_rows_cover_the_grid_and_carry_their_limit(record):
 
 def finished(out, step):
     """Results of the finished steps of a kind, oldest first."""
-    found = sorted(out.glob(f"steps/{step}/[!.]*/result.json"), key=lambda path: path.stat().st_mtime_ns)
+    found = sorted(out.glob(f"steps/*/{step}/[!.]*/result.json"), key=lambda path: path.stat().st_mtime_ns)
     return [json.loads(path.read_bytes()) for path in found]
 
 
@@ -155,7 +154,7 @@ def test_a_killed_benchmark_goes_on_after_its_last_round(tmp_path, monkeypatch):
 def test_another_benchmark_begins_anew(tmp_path):
     def steps(*words):
         made = command.compose(command.parser().parse_args([*WORDS, "--device", "cpu", *words]))
-        return Steps(Store(tmp_path), made._header())
+        return Steps(tmp_path, made._header())
 
     def once(steps):
         return steps.once("round", {"number": 0}, lambda: {"worked": True, "again": calls.append(steps)})
@@ -175,6 +174,21 @@ def test_another_benchmark_begins_anew(tmp_path):
     assert again["provenance"]["processes"] == 1
     assert once_more["provenance"]["processes"] == 1, "a finished one is measured again"
     assert once_more["rows"][0]["decode"] != again["rows"][0]["decode"]
+
+
+def test_a_finished_benchmark_removes_its_own_steps_alone(tmp_path):
+    other, own, note = (
+        Steps(tmp_path / "steps", {"n": 1}),
+        Steps(tmp_path / "steps", {"n": 2}),
+        "steps/note.txt",
+    )
+    other.once("round", {}, lambda: {"seconds": 1})
+    (tmp_path / note).write_text("mine")
+    own.remove()
+    assert Steps(tmp_path / "steps", {"n": 1}).once("round", {}, lambda: 1 / 0) == {"seconds": 1}
+    (tmp_path / note).unlink()
+    other.remove()
+    assert not (tmp_path / "steps").exists()
 
 
 def test_limits_are_found_and_predicted(record):
