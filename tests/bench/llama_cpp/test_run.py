@@ -13,6 +13,7 @@ import torch
 from kvp.bench.llama_cpp import compare
 from kvp.bench.llama_cpp.__main__ import find_models, run
 from kvp.bench.llama_cpp.compare import PROMPTS, Model, _perplexity, compare_speed
+from kvp.bench.llama_cpp.engine import time_once
 from kvp.bench.llama_cpp.table import table
 from kvp.data.corpora import PackagedCorpus
 from kvp.evaluation.perplexity import Perplexity
@@ -67,6 +68,13 @@ def test_the_table_has_medians_and_ratios_of_rounds():
     assert "| dense | 1.0 | 7.389 / 7.400 | 0.0050 |" in said
     assert "| pruned | 100 | 8.0 [8.0, 12.0] | 2.00 | 4.0 [4.0, 6.0] | 2.00 |" in said
     assert "**pruned**, 1 of 2 tokens as in transformers: One *two three*" in said
+
+
+def test_as_many_steps_are_timed_as_were_asked_for():
+    read = []
+    engine = SimpleNamespace(reset=lambda: None, eval=lambda ids: read.append(list(ids)))
+    assert time_once(engine, [4, 5], 5, lambda: float(len(read))) == (1.0, 5.0)
+    assert read == [[4, 5], [4], [5], [4], [5], [4]]
 
 
 def test_a_stopped_comparison_goes_on_after_its_last_round(tmp_path, monkeypatch):
