@@ -136,6 +136,7 @@ def compose(options: argparse.Namespace) -> Bench:
         device=device,
         dtype=dtype,
         limit=int(limit),
+        limit_asked=options.memory is not None,
     )
 
 

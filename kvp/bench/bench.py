@@ -41,6 +41,8 @@ from kvp.store import Store, fingerprint
 from kvp.whole import write_whole
 
 FILE, STEPS = "bench.json", "steps"  # the record, and the stores of unfinished benchmarks
+CODE = ("kvp", "commit", "dirty_sha256")  # of provenance; rounds of different code are not mixed
+LIBRARIES = ("torch", "transformers")  # whose version decides what a round takes
 SCHEMA = 1  # of bench.json; raised when a key changes its meaning
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,7 @@ class Bench:
         device: Device of all models.
         dtype: Dtype of weights and cache.
         limit: Bytes that a model and its cache may take.
+        limit_asked: Whether the limit was asked for; else it is what happens to be free.
     """
 
     subjects: Sequence[Subject]
@@ -105,6 +108,7 @@ class Bench:
     device: torch.device
     dtype: torch.dtype
     limit: int
+    limit_asked: bool = False
 
     def check(self) -> None:
         """Refuse what cannot be run, from shapes alone.
@@ -145,7 +149,7 @@ class Bench:
         gc.collect()
         gc.freeze()  # a million objects of imported modules, which every later collection would visit
         header = self._header()
-        steps = Steps(out / STEPS, header)
+        steps = Steps(out / STEPS, self.same())
         own = {
             "memory_limit_bytes": self.limit,
             "copy_bytes_per_second": copy_bandwidth(self.device),
@@ -178,8 +182,21 @@ class Bench:
         steps.remove()
         return json.loads(json.dumps(record))
 
+    def same(self) -> dict[str, Any]:
+        """Return what makes two benchmarks the same: the question, the code, and the memory if it was asked for.
+
+        The memory that happens to be free does not count.
+        """
+        made = provenance(str(self.device))
+        return {
+            **self._header(),
+            "memory": self.limit if self.limit_asked else None,
+            **{key: made[key] for key in CODE},
+            "versions": {name: made["versions"].get(name) for name in LIBRARIES},
+        }
+
     def _header(self) -> dict[str, Any]:
-        """Return what makes two benchmarks the same; the memory that happens to be free does not."""
+        """Return what the record says of the question."""
         return {
             "protocol": {"name": self.name, **asdict(self.protocol)},
             "paths": list(self.paths),

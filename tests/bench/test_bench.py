@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kvp.bench import __main__ as command
 from kvp.bench.bench import Steps
+from kvp.bench.plots import write_plots
 from kvp.bench.protocols import PROTOCOLS
 from kvp.bench.table import markdown
 from kvp.measurement.measure import Measure
 from kvp.models.load import resolve_dtype
 from kvp.models.sparse_attention import readable
 from kvp.models.surgery import apply
+from kvp.provenance import provenance
 from kvp.types import Plan
 from tests.conftest import tiny_model
 from tests.process import start
@@ -151,10 +154,10 @@ def test_a_killed_benchmark_goes_on_after_its_last_round(tmp_path, monkeypatch):
     assert not (tmp_path / "steps").exists()
 
 
-def test_another_benchmark_begins_anew(tmp_path):
-    def steps(*words):
+def test_another_benchmark_begins_anew(tmp_path, monkeypatch):
+    def steps(*words, **changes):
         made = command.compose(command.parser().parse_args([*WORDS, "--device", "cpu", *words]))
-        return Steps(tmp_path, made._header())
+        return Steps(tmp_path, replace(made, **changes).same())
 
     def once(steps):
         return steps.once("round", {"number": 0}, lambda: {"worked": True, "again": calls.append(steps)})
@@ -168,7 +171,15 @@ def test_another_benchmark_begins_anew(tmp_path):
         ["--dtype", "float16"],
     ):
         once(steps(*words))
-    assert len(calls) == 4, "free memory does not make another benchmark"
+    assert len(calls) == 5, "a memory that was asked for makes another benchmark"
+    once(steps(limit=2**20))
+    assert len(calls) == 5, "free memory does not make another benchmark"
+    made = provenance("cpu")
+    for changed in ({"commit": "another"}, {"versions": made["versions"] | {"torch": "another"}}):
+        monkeypatch.setattr("kvp.bench.bench.provenance", lambda device, changed=changed: made | changed)
+        once(steps())
+    assert len(calls) == 7, "rounds of other code are not mixed with these"
+    monkeypatch.undo()
     words = [*WORDS, "--memory", "0.05", "--path", "eager"]
     again, once_more = (measure(tmp_path, *words) for _ in range(2))
     assert again["provenance"]["processes"] == 1
@@ -212,6 +223,14 @@ def test_tables_and_plots_are_written(record, directory):
         for suffix in ("png", "svg"):
             assert (directory / f"{name}.{suffix}").stat().st_size > 1000
     assert not (directory / "steps").exists()
+
+
+def test_where_the_first_model_does_not_fit_there_is_no_decode_plot(record, tmp_path):
+    rows = [row | {"against_first": None} for row in record["rows"] if row["batch_size"] == 3]
+    first = record["models"][0]["name"]
+    alone = [row | ({"failed": "does not fit the memory"} if row["model"] == first else {}) for row in rows]
+    names = {path.name for path in write_plots(record | {"rows": alone}, tmp_path)}
+    assert names == {"memory.png", "memory.svg"}
 
 
 @pytest.mark.parametrize(
