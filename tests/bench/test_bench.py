@@ -257,6 +257,12 @@ def test_bad_options_are_refused_and_nothing_is_written(words, message, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device must be cpu or auto here, got 'cuda'"):
+        command.compose(command.parser().parse_args(["tiny", "--device", "cuda"]))
+
+
 def test_a_ratio_of_different_kernels_is_pointed_out(record):
     warned = "by different kernels on path"
     assert warned not in markdown(record)

@@ -140,6 +140,15 @@ def test_no_such_model(tmp_path):
         find_subjects(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "text", ['{"pruned": {}}', "5", '{"name": "x", "pru', '{"pruned": 5, "dense": {}}', "\xff"]
+)
+def test_a_file_that_is_no_record_is_named(text, tmp_path):
+    (tmp_path / "run.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"run\.json is no run\.json: "):
+        find_subjects(str(tmp_path))
+
+
 def test_names_tell_rows_apart():
     with pytest.raises(ValueError, match="two models are called small"):
         distinct([small(), small()])
