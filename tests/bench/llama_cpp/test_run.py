@@ -39,6 +39,27 @@ def test_a_run_that_cannot_be_compared_is_refused(record, message, tmp_path):
         find_models([tmp_path / "run.json"], tmp_path)
 
 
+def test_models_of_one_ratio_keep_their_own_name_and_gguf(tmp_path):
+    runs = []
+    for name in ("one", "other"):
+        record = make_record() | {"name": name}
+        for part in ("dense", "pruned"):
+            place = tmp_path / ("dense" if part == "dense" else name)
+            place.mkdir(exist_ok=True)
+            (place / "config.json").write_text(place.name)
+            record[part]["checkpoint"] = str(place)
+        runs.append(tmp_path / f"{name}.json")
+        runs[-1].write_text(json.dumps(record))
+    models = find_models(runs, tmp_path)
+    cut = "pruned 25% of kv_cache"
+    assert [model.name for model in models] == ["dense", f"{cut} (one)", f"{cut} (other)"]
+    assert len({model.gguf for model in models}) == 3
+    alone = find_models(runs[:1], tmp_path)[1]
+    assert alone.name == find_models([runs[0]] * 2, tmp_path)[1].name == cut
+    (tmp_path / "one" / "config.json").write_text("another")
+    assert find_models(runs[:1], tmp_path)[1].gguf != alone.gguf
+
+
 @pytest.mark.parametrize("changed", [{"stride": 64}, {"bos": "window"}])
 def test_windows_that_llama_cpp_does_not_read_are_refused(changed, tmp_path):
     known = RunRecord.model_validate(make_record()).models()["pruned"].evaluation.perplexity["squad"]
