@@ -107,6 +107,12 @@ def test_rivals_are_as_small_as_ours():
         cut_subjects(small(num_hidden_layers=8), 0.5, rivals=True)
 
 
+def test_cuts_that_round_alike_have_names_of_their_own():
+    wide = small(head_dim=256, num_hidden_layers=1)
+    names = [cut_subjects(wide, value, rivals=False)[0].name for value in (0.5, 0.501)]
+    assert names == ["KVPruner 50% KV", "KVPruner 50.1% KV"]
+
+
 def test_rope_pairs_of_a_cut_differ_between_heads_and_layers():
     (cut,) = cut_subjects(small(), 0.25, rivals=False)
     sets = {row for shape in layer_shapes(cut.config) for row in shape.rope_pairs}
