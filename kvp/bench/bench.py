@@ -24,17 +24,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvp.bench.limits import find_batch, find_context, predicted_batch
+from kvp.bench.limits import find_batch, find_context, held_in_place, predicted_batch
 from kvp.bench.models import Subject
 from kvp.bench.protocols import Protocol
 from kvp.bench.ratios import KEY, of_rows
 from kvp.bench.rounds import Round, Series, in_turns
 from kvp.bench.rows import Row, describe, make_rows
 from kvp.cost import device_name
-from kvp.measurement.cache import check_cache
 from kvp.measurement.measure import Measure
 from kvp.measurement.native_step import check_native
-from kvp.measurement.paths import DecodePath
+from kvp.measurement.paths import DecodePath, check_path
 from kvp.measurement.roofline import copy_bandwidth
 from kvp.provenance import provenance
 from kvp.store import Store, fingerprint
@@ -127,8 +126,8 @@ class Bench:
                 )
             for point in self.protocol.points(most=1):
                 point.check_positions(subject.config.max_position_embeddings)
-                length, native = point.prompt_length + point.new_tokens, set(self.paths) == {"native"}
-                check_cache(subject.config, length, native=native)
+                for path in self.paths:
+                    check_path(path, subject.config, point.prompt_length + point.new_tokens)
         for prompt, new in self.protocol.shapes:
             most = max(
                 predicted_batch(subject, length=prompt + new, limit=self.limit, dtype=self.dtype)
@@ -214,16 +213,18 @@ class Bench:
 
         def work() -> Row:
             log.info("limits of %s", subject.name)
-            model = self._load(subject)
+            model, trial = self._load(subject), set(self.paths) != {"eager"} or held_in_place(subject.config)
             batches = [
                 {
                     "prompt_length": prompt,
                     "new_tokens": new,
-                    **find_batch(subject, model, prompt_length=prompt, new_tokens=new, limit=limit),
+                    **find_batch(
+                        subject, model, prompt_length=prompt, new_tokens=new, limit=limit, trial=trial
+                    ),
                 }
                 for prompt, new in self.protocol.shapes
             ]
-            context = find_context(subject, model, limit=limit)
+            context = find_context(subject, model, limit=limit, trial=trial)
             return {"model": subject.name, "largest_batch": batches, "longest_context": context}
 
         return steps.once("limits", {"model": subject.name}, work)

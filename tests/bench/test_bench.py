@@ -329,7 +329,7 @@ def test_a_sparse_cache_is_timed_where_a_kernel_reads_it(sparse, tmp_path):
         "--memory",
         "0.05",
     ]
-    with pytest.raises(ValueError, match=r"packed cache .*: give --path native alone, or"):
+    with pytest.raises(ValueError, match=r"packed cache .*: give --path native or eager alone, or"):
         measure(tmp_path / "static", *words)
     record = measure(tmp_path / "native", *words, "--path", "native")
     dense, half = record["models"]
@@ -343,3 +343,25 @@ def test_a_sparse_cache_is_timed_where_a_kernel_reads_it(sparse, tmp_path):
     batches = [limits["largest_batch"][0] for limits in record["limits"]]
     assert 1.1 * batches[0]["predicted"] < batches[1]["predicted"]
     assert 0 < batches[1]["found"] <= batches[1]["predicted"]
+
+
+@pytest.mark.parametrize("kind", ["window", "sinks", "packed"])
+def test_what_no_fixed_cache_serves_is_benched_eagerly(kind, tmp_path):
+    model = {
+        "window": lambda: tiny_model("mistral", sliding_window=40),
+        "sinks": lambda: tiny_model("gpt_oss"),
+        "packed": lambda: apply(tiny_model(head_dim=16), Plan({})),
+    }[kind]()
+    if kind == "packed":
+        model.config.kvp_cache = {"format": "int", "key_bits": 4, "value_bits": 4}
+    model.save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "model"), *WORDS[3:], "--memory", "0.05", "--runs", "1", "--dtype", "float32"]
+    if kind != "window":
+        with pytest.raises(
+            ValueError, match="give --path eager alone" if kind == "packed" else "use --path eager"
+        ):
+            command.compose(command.parser().parse_args([*words, "--device", "cpu"])).check()
+    record = bench(*words, "--path", "eager", out=tmp_path / "out")
+    assert [row["failed"] for row in record["rows"]] == [None, None]
+    context = record["limits"][0]["longest_context"]
+    assert 0 < context["found"] <= context["predicted"] <= (32 if kind == "window" else context["positions"])
