@@ -98,8 +98,7 @@ def compose(options: argparse.Namespace) -> Bench:
     from kvp.bench.protocols import PROTOCOLS
     from kvp.measurement.measure import check_hardware
     from kvp.measurement.memory import available_bytes
-    from kvp.models.load import resolve_device, resolve_dtype
-    from kvp.pipeline.settings import check_device
+    from kvp.models.load import check_device, resolve_device, resolve_dtype
 
     if options.rivals and not options.cut:
         raise ValueError("--rivals match the cuts of --cut: give some, such as --cut 0.25,0.5")
