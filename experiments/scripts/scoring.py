@@ -148,10 +148,18 @@ def _in_a_process(words: Sequence[str], _: Path) -> Line:
 
 
 def _others(path: Path, lines: Sequence[Line]) -> list[Line]:
-    """Return the lines in a cost.jsonl of other methods or models."""
+    """Return the lines in a cost.jsonl of other methods or models; a failed one without a model makes way, too."""
     earlier = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     new = {(line["model"], line["strategy"]) for line in lines}
-    return [line for line in earlier if (line["model"], line["strategy"]) not in new]
+    measured = {line["strategy"] for line in lines}
+    return [
+        line
+        for line in earlier
+        if (line["model"], line["strategy"]) not in new
+        and not (
+            line["failed"] and line["model"] is None and line["strategy"] in measured
+        )  # a killed process
+    ]
 
 
 def write(lines: Sequence[Line], out: Path) -> None:
@@ -165,9 +173,10 @@ def write(lines: Sequence[Line], out: Path) -> None:
 
 def _title(line: Line) -> str:
     machine, read, ratio = line["provenance"], line["calibration"], line["ratio"]
+    device = machine.get("device_name") or machine["device"]  # an old line knows the kind alone
     return (
         f"**Cost of pruning {line['model']}**: {ratio['value']:.4g} of {ratio['of']}; {read['samples']} x "
-        f"{read['length']} tokens, batches of {read['batch_size']}; {line['dtype']}, {machine['device']}, "
+        f"{read['length']} tokens, batches of {read['batch_size']}; {line['dtype']}, {device}, "
         f"{machine['threads']} threads; weights {line['weights_bytes'] / 2**20:,.0f} MiB"
     )
 

@@ -186,24 +186,25 @@ def _costs(lines: Sequence[Line]) -> str:
 
 
 def fits(lines: Sequence[Line], unseen: str) -> dict[str, tuple[float, float]]:
-    """Return (a, b) of every work, without the unseen model."""
-    return {
-        work: line(
-            [
-                (each["macs"], each["cpu_seconds"] / each["tokens"])
-                for each in lines
-                if each["work"] == work and each["model"] != unseen
-            ]
-        )
+    """Return (a, b) of every work that was measured, without the unseen model."""
+    points = {
+        work: [
+            (each["macs"], each["cpu_seconds"] / each["tokens"])
+            for each in lines
+            if each["work"] == work and each["model"] != unseen
+        ]
         for work in WORKS
     }
+    return {work: line(those) for work, those in points.items() if those}
 
 
 def _fits(lines: Sequence[Line], unseen: str) -> str:
     """Return a row per work: the fit, and the unseen model as predicted and measured."""
     rows = []
     for work, (a, b) in fits(lines, unseen).items():
-        left_out = next(each for each in lines if (each["model"], each["work"]) == (unseen, work))
+        left_out = next((each for each in lines if (each["model"], each["work"]) == (unseen, work)), None)
+        if left_out is None:
+            continue
         predicted, seconds = a + b * left_out["macs"], left_out["cpu_seconds"] / left_out["tokens"]
         rows.append(
             [
@@ -223,11 +224,13 @@ def _fits(lines: Sequence[Line], unseen: str) -> str:
 
 def _large(lines: Sequence[Line], unseen: str) -> str:
     """Return a row per large shape and work: CPU seconds per token by the fit, and the estimated peak in bfloat16."""
-    rows = []
+    rows, fitted = [], fits(lines, unseen)
     for name in LARGE:
         timed, stored = foresee(shape(name, MEASURED)), foresee(shape(name, "bfloat16"))
         for each, small in zip(timed, stored, strict=True):
-            a, b = fits(lines, unseen)[each["work"]]
+            if each["work"] not in fitted:
+                continue
+            a, b = fitted[each["work"]]
             rows.append(
                 [
                     *[name, f"{each['params'] / 1e6:,.0f}", each["work"]],

@@ -13,9 +13,8 @@ from kvp.api.chosen import experiment
 from kvp.api.memory import check_in_memory, check_tokenizer
 from kvp.choices import choices
 from kvp.models.checkpoint.check import check_checkpoint
-from kvp.models.load import load_model, load_tokenizer, save
+from kvp.models.load import check_device, load_model, load_tokenizer, save
 from kvp.nearest import did_you_mean
-from kvp.pipeline.settings import check_device
 from kvp.serving.write import export as write_export
 
 

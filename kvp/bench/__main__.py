@@ -98,7 +98,7 @@ def compose(options: argparse.Namespace) -> Bench:
     from kvp.bench.protocols import PROTOCOLS
     from kvp.measurement.measure import check_hardware
     from kvp.measurement.memory import available_bytes
-    from kvp.models.load import resolve_device, resolve_dtype
+    from kvp.models.load import check_device, resolve_device, resolve_dtype
 
     if options.rivals and not options.cut:
         raise ValueError("--rivals match the cuts of --cut: give some, such as --cut 0.25,0.5")
@@ -106,6 +106,7 @@ def compose(options: argparse.Namespace) -> Bench:
     for value in options.cut:
         subjects += cut_subjects(subjects[0], value, rivals=options.rivals)
     subjects += [planned_subject(subjects[0], directory) for directory in options.plan]
+    check_device(options.device)
     device = torch.device(resolve_device(options.device))
     dtype = resolve_dtype(options.dtype, device.type)
     check_hardware(str(device), str(dtype).removeprefix("torch."))
@@ -136,6 +137,7 @@ def compose(options: argparse.Namespace) -> Bench:
         device=device,
         dtype=dtype,
         limit=int(limit),
+        limit_asked=options.memory is not None,
     )
 
 

@@ -1,7 +1,8 @@
 """A benchmark from its models to its record; refuses whatever it can before it makes a weight.
 
 Every step (the limits of a model, a round of all models) is a stage of a `kvp.store.Store` in the output directory.
-A benchmark that was killed goes on after its last step; a finished one removes the steps and is measured anew.
+Each benchmark has a store of its own there. One that was killed goes on after its last step; a finished one removes
+its steps and is measured anew.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import count
@@ -22,23 +24,24 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from kvp.bench.limits import find_batch, find_context, predicted_batch
+from kvp.bench.limits import find_batch, find_context, held_in_place, predicted_batch
 from kvp.bench.models import Subject
 from kvp.bench.protocols import Protocol
 from kvp.bench.ratios import KEY, of_rows
 from kvp.bench.rounds import Round, Series, in_turns
 from kvp.bench.rows import Row, describe, make_rows
 from kvp.cost import device_name
-from kvp.measurement.cache import check_cache
 from kvp.measurement.measure import Measure
 from kvp.measurement.native_step import check_native
-from kvp.measurement.paths import DecodePath
+from kvp.measurement.paths import DecodePath, check_path
 from kvp.measurement.roofline import copy_bandwidth
 from kvp.provenance import provenance
 from kvp.store import Store, fingerprint
 from kvp.whole import write_whole
 
-FILE, STEPS = "bench.json", "steps"  # the record, and the store of an unfinished benchmark
+FILE, STEPS = "bench.json", "steps"  # the record, and the stores of unfinished benchmarks
+CODE = ("kvp", "commit", "dirty_sha256")  # of provenance; rounds of different code are not mixed
+LIBRARIES = ("torch", "transformers")  # whose version decides what a round takes
 SCHEMA = 1  # of bench.json; raised when a key changes its meaning
 
 log = logging.getLogger(__name__)
@@ -51,8 +54,9 @@ class Steps:
         seconds: Time that earlier processes spent on the steps found so far.
     """
 
-    def __init__(self, store: Store, bench: Mapping[str, Any]) -> None:
-        self.store, self.bench, self.seconds = store, fingerprint("bench", SCHEMA, bench), 0.0
+    def __init__(self, root: Path, bench: Mapping[str, Any]) -> None:
+        self.bench, self.seconds = fingerprint("bench", SCHEMA, bench), 0.0
+        self.store = Store(root / self.bench[:16])
 
     def once(
         self, step: str, inputs: Mapping[str, Any], work: Callable[[], dict[str, Any]]
@@ -72,6 +76,12 @@ class Steps:
                 break
         return begun
 
+    def remove(self) -> None:
+        """Remove the steps of this benchmark; those of others, and files of users beside them, stay."""
+        shutil.rmtree(self.store.root)
+        with suppress(OSError):  # not empty
+            self.store.root.parent.rmdir()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
@@ -86,6 +96,7 @@ class Bench:
         device: Device of all models.
         dtype: Dtype of weights and cache.
         limit: Bytes that a model and its cache may take.
+        limit_asked: Whether the limit was asked for; else it is what happens to be free.
     """
 
     subjects: Sequence[Subject]
@@ -96,6 +107,7 @@ class Bench:
     device: torch.device
     dtype: torch.dtype
     limit: int
+    limit_asked: bool = False
 
     def check(self) -> None:
         """Refuse what cannot be run, from shapes alone.
@@ -114,8 +126,8 @@ class Bench:
                 )
             for point in self.protocol.points(most=1):
                 point.check_positions(subject.config.max_position_embeddings)
-                length, native = point.prompt_length + point.new_tokens, set(self.paths) == {"native"}
-                check_cache(subject.config, length, native=native)
+                for path in self.paths:
+                    check_path(path, subject.config, point.prompt_length + point.new_tokens)
         for prompt, new in self.protocol.shapes:
             most = max(
                 predicted_batch(subject, length=prompt + new, limit=self.limit, dtype=self.dtype)
@@ -136,7 +148,7 @@ class Bench:
         gc.collect()
         gc.freeze()  # a million objects of imported modules, which every later collection would visit
         header = self._header()
-        steps = Steps(Store(out / STEPS), header)
+        steps = Steps(out / STEPS, self.same())
         own = {
             "memory_limit_bytes": self.limit,
             "copy_bytes_per_second": copy_bandwidth(self.device),
@@ -166,11 +178,24 @@ class Bench:
             },
         }
         write_whole(out / FILE, json.dumps(record, indent=1))
-        shutil.rmtree(out / STEPS)
+        steps.remove()
         return json.loads(json.dumps(record))
 
+    def same(self) -> dict[str, Any]:
+        """Return what makes two benchmarks the same: the question, the code, and the memory if it was asked for.
+
+        The memory that happens to be free does not count.
+        """
+        made = provenance(str(self.device))
+        return {
+            **self._header(),
+            "memory": self.limit if self.limit_asked else None,
+            **{key: made[key] for key in CODE},
+            "versions": {name: made["versions"].get(name) for name in LIBRARIES},
+        }
+
     def _header(self) -> dict[str, Any]:
-        """Return what makes two benchmarks the same; the memory that happens to be free does not."""
+        """Return what the record says of the question."""
         return {
             "protocol": {"name": self.name, **asdict(self.protocol)},
             "paths": list(self.paths),
@@ -188,16 +213,18 @@ class Bench:
 
         def work() -> Row:
             log.info("limits of %s", subject.name)
-            model = self._load(subject)
+            model, trial = self._load(subject), set(self.paths) != {"eager"} or held_in_place(subject.config)
             batches = [
                 {
                     "prompt_length": prompt,
                     "new_tokens": new,
-                    **find_batch(subject, model, prompt_length=prompt, new_tokens=new, limit=limit),
+                    **find_batch(
+                        subject, model, prompt_length=prompt, new_tokens=new, limit=limit, trial=trial
+                    ),
                 }
                 for prompt, new in self.protocol.shapes
             ]
-            context = find_context(subject, model, limit=limit)
+            context = find_context(subject, model, limit=limit, trial=trial)
             return {"model": subject.name, "largest_batch": batches, "longest_context": context}
 
         return steps.once("limits", {"model": subject.name}, work)

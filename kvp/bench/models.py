@@ -84,12 +84,8 @@ def find_subjects(word: str) -> list[Subject]:
 def _recorded(path: Path) -> list[Subject]:
     if not path.is_file():
         raise ValueError(f"there is no {path}: a run writes its run.json into outputs/runs/NAME")
-    record: dict[str, Any] = json.loads(path.read_bytes())
-    if "pruned" not in record:
-        raise ValueError(f"{path} records no finished run: `pruned` is missing")
-    places = {"dense": record["dense"]["checkpoint"], record["name"]: record["pruned"]["checkpoint"]}
     subjects = []
-    for name, place in places.items():
+    for name, place in _places(path):
         checkpoint = Path(place)
         if not (checkpoint / "config.json").is_file():
             raise FileNotFoundError(
@@ -97,7 +93,28 @@ def _recorded(path: Path) -> list[Subject]:
                 "that is"
             )
         subjects.append(Subject(name=name, config=load_config(checkpoint), checkpoint=checkpoint))
-    return subjects if places["dense"] != record["pruned"]["checkpoint"] else subjects[:1]
+    first, second = subjects
+    return subjects if first.checkpoint != second.checkpoint else subjects[:1]
+
+
+def _places(path: Path) -> list[tuple[str, str]]:
+    """Return the names and checkpoints of the dense and the pruned model in a run.json."""
+    try:
+        record: Any = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no run.json: {error}; repeat its run, or give a checkpoint") from error
+    if isinstance(record, dict) and record.get("pruned") is None:
+        raise ValueError(f"{path} records no finished run: `pruned` is missing")
+    try:
+        places = [("dense", record["dense"]["checkpoint"]), (record["name"], record["pruned"]["checkpoint"])]
+    except (KeyError, TypeError):
+        places = []
+    if not places or not all(isinstance(word, str) for place in places for word in place):
+        raise ValueError(
+            f"{path} is no run.json: `name` and the `checkpoint` of `dense` and `pruned` are not all there; give one "
+            "that a run wrote, or a checkpoint"
+        )
+    return places
 
 
 def distinct(subjects: list[Subject]) -> list[Subject]:

@@ -41,12 +41,13 @@ def cut_subjects(dense: Subject, value: float, *, rivals: bool) -> list[Subject]
         ValueError: A method cannot reach its ratio on this model; names the nearest.
     """
     ours = cut_config(dense.config, KVPRUNER, "kv_cache", value)
-    found = {f"KVPruner {value:.0%} KV": ours}
+    cut = f"{100 * value:.4g}% KV"
+    found = {f"KVPruner {cut}": ours}
     if rivals:
         params = 1 - _params(ours) / _params(dense.config)
         wanted: tuple[tuple[Denominator, str, float], ...] = (
             ("params", f"{params:.1%} parameters", params),
-            ("kv_cache", f"{value:.0%} KV", value),
+            ("kv_cache", cut, value),
         )
         found |= {
             f"{name} {words}": cut_config(dense.config, method, of, ratio)

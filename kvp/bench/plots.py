@@ -21,7 +21,10 @@ BY_BYTES: dict[str, Any] = {"marker": "|", "markersize": 12, "markeredgewidth": 
 
 
 def write_plots(record: Mapping[str, Any], out: Path) -> list[Path]:
-    """Write decode and memory as PNG and SVG; return their paths, none without rows."""
+    """Write decode and memory as PNG and SVG; return their paths, none without rows.
+
+    At one batch size the decode plot compares with the first model; there is none where that does not fit.
+    """
     rows = [row for row in record["rows"] if not row["failed"]]
     if not rows:
         return []
@@ -29,7 +32,8 @@ def write_plots(record: Mapping[str, Any], out: Path) -> list[Path]:
     with style():
         several = len({row["batch_size"] for row in rows}) > 1
         decode = _decode(rows, names) if several else _gain(rows, names[0])
-        return [*save(decode, out, "decode"), *save(_memory(rows), out, "memory")]
+        written = [] if decode is None else save(decode, out, "decode")
+        return [*written, *save(_memory(rows), out, "memory")]
 
 
 def _decode(rows: Sequence[Row], names: Sequence[str]) -> Figure:
@@ -54,9 +58,14 @@ def _decode(rows: Sequence[Row], names: Sequence[str]) -> Figure:
     return figure
 
 
-def _gain(rows: Sequence[Row], first: str) -> Figure:
-    """Decode rate over the first model's at the one batch size there is, and what the bytes of a step predict."""
-    panels = _panels(rows)
+def _gain(rows: Sequence[Row], first: str) -> Figure | None:
+    """Decode rate over the first model's at the one batch size there is, and what the bytes of a step predict.
+
+    Rows of a path and shape at which the first model does not fit have no rate over it; None: all are such.
+    """
+    panels = _panels([row for row in rows if row["against_first"]])
+    if not panels:
+        return None
     figure, axes = _bars(panels)
     for ax, (title, group) in zip(axes, panels.items(), strict=True):
         names, against = [row["model"] for row in group], [row["against_first"] for row in group]

@@ -69,9 +69,7 @@ def run(given: Sequence[str]) -> None:
         raise ValueError(f"there is no {unknown[0]}: the flags are {', '.join(FLAGS[:3])}")
     words = [word for word in given if word not in flags]
     if "--check" in flags:
-        from kvp.fit.check import check, table
-
-        print(table(list(check(words))))
+        _check(words, flags)
         return
     from kvp.fit.answer import answer
     from kvp.fit.words import question
@@ -83,6 +81,22 @@ def run(given: Sequence[str]) -> None:
         from kvp.fit.show import show
 
         show(found)
+
+
+def _check(words: Sequence[str], flags: Sequence[str]) -> None:
+    """Measure what the estimates say; an error or Ctrl-C ends it after the table of what was measured."""
+    from kvp.fit.check import Row, check, table
+    from kvp.fit.words import check_fixed
+
+    if "--json" in flags:
+        raise ValueError("--check prints a table, and --json is for an answer: leave one of them out")
+    check_fixed(words)
+    rows: list[Row] = []
+    try:
+        rows.extend(check(words))
+    finally:
+        if rows:
+            print(table(rows), flush=True)
 
 
 if __name__ == "__main__":

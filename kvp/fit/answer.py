@@ -132,7 +132,7 @@ def answer(asked: Question) -> Answer:
                 f"strategy={x.chosen('strategy')} leaves no shape to tell before it has seen the model: no rows of cuts"
             )
             break
-        models[f"-{ratio:.0%} {x.budget.of}"] = cut
+        models[f"-{100 * ratio:.4g}% {x.budget.of}"] = cut
     clock = Clock(x, config, asked.tflops)
     serving = [
         row for name, each in models.items() for row in _serving(name, each, x, asked, context, memory)

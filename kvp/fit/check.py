@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from kvp import children
 from kvp.composing import compose
 from kvp.pipeline.experiment import Experiment
-from kvp.pipeline.needs import need_of
+from kvp.pipeline.needs import need_of, recipe_length
 from kvp.tables import markdown
 from kvp.threads import BRIEFLY
 
@@ -68,7 +68,7 @@ class Row:
 
 
 def check(model: Sequence[str], cases: Sequence[Case] = CASES) -> Iterator[Row]:
-    """Measure phases of runs on a model of conf/model.
+    """Measure phases of runs on a model of conf/model; a case longer than its positions is left out, and says so.
 
     Args:
         model: Options that choose the model, such as ["model=smollm2_135m"].
@@ -85,14 +85,29 @@ def check(model: Sequence[str], cases: Sequence[Case] = CASES) -> Iterator[Row]:
             source.write(checkpoint)
         for phase, work, options in tqdm(cases, desc="measuring", unit="work"):
             words = [*plain, *options]
-            x = Experiment.compose(compose(words), words)
-            need = need_of(x, source.expected(), phase)
+            x, config = Experiment.compose(compose(words), words), source.expected()
+            if (length := _length(x, phase)) > (positions := config.max_position_embeddings):
+                note = f"{work} of {length:,} tokens is left out: the model has {positions:,} positions"
+                tqdm.write(note, file=sys.stderr)
+                continue
+            need = need_of(x, config, phase)
             yield Row(
                 work=work,
                 size=need.size,
                 estimate=need.memory["total"],
                 **_measured(x, phase, words, checkpoint),
             )
+
+
+def _length(x: Experiment, phase: str) -> int:
+    """Return the tokens of a sequence in a phase; windows of a perplexity end at the positions themselves."""
+    if phase == "measure":
+        assert x.protocol is not None
+        return x.protocol.prompt_length + x.protocol.new_tokens
+    if phase == "recover":
+        assert x.recovery is not None
+        return recipe_length(x.recovery)
+    return 0 if phase == "perplexity" else x.calibration.length
 
 
 def _measured(x: Experiment, phase: str, words: Sequence[str], checkpoint: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def question(words: Sequence[str]) -> Question:
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"{word!r} is no option: options have the form option=value, see --help")
-        if key in OWN and not (key == "ratio" and not NUMBERS.fullmatch(value)):
+        if _is_own(key, value):
             own[key] = value
         elif key == "ratio.value":
             own["ratio"] = value
@@ -56,7 +56,7 @@ def question(words: Sequence[str]) -> Question:
             options.append(word)
     if "dtype" in own:
         options.append(f"model.dtype={own['dtype']}")
-    elif "device=cuda" in options and not torch.cuda.is_available():
+    elif _elsewhere(options):
         options.append("model.dtype=bfloat16")  # what such a GPU computes in
     return Question(
         options=tuple(options),
@@ -66,6 +66,29 @@ def question(words: Sequence[str]) -> Question:
         ratios=_ratios(own["ratio"]) if "ratio" in own else Question.ratios,
         tflops=_positive("tflops", own["tflops"]) if "tflops" in own else None,
     )
+
+
+def _elsewhere(options: Sequence[str]) -> bool:
+    """Return whether the dtype is left to a GPU that is not here to be asked."""
+    chosen = any(option.startswith("model.dtype=") for option in options)
+    return "device=cuda" in options and not chosen and not torch.cuda.is_available()
+
+
+def check_fixed(words: Sequence[str]) -> None:
+    """Refuse words that ask about sizes, where the cases that `kvp fit --check` measures are fixed.
+
+    Raises:
+        ValueError: A word is of `kvp fit` itself and no option of a run; names it.
+    """
+    for word in words:
+        key, _, value = word.partition("=")
+        if _is_own(key, value) and key != "dtype":  # which a run has, too
+            raise ValueError(f"--check measures fixed cases, got {word}: leave {key}= out")
+
+
+def _is_own(key: str, value: str) -> bool:
+    """Return whether a word is of this command; ratio=params is an option of a run."""
+    return key in OWN and not (key == "ratio" and not NUMBERS.fullmatch(value))
 
 
 def _bytes(text: str) -> int:

@@ -148,13 +148,14 @@ class SparseLayer(InPlace):
         return sum((states.bytes_per_token() for states in self.states), Fraction(0))
 
 
-def check_cache(config: PretrainedConfig, length: int, *, native: bool = False) -> None:
-    """Refuse a model whose cache cannot be held in place for `length` tokens; reads no weights.
+def check_cache(config: PretrainedConfig, length: int, *, path: str) -> None:
+    """Refuse a model whose cache cannot be held for `length` tokens on a path; reads no weights.
 
     Args:
         config: The config of a model.
         length: Tokens of a sequence.
-        native: Whether kernels for this CPU decode, one of which reads a sparse cache.
+        path: How it decodes. Eager takes the cache that the checkpoint asks for, the others hold one in place;
+            kernels for this CPU (native), one of which reads a sparse cache, hold that, too.
 
     Raises:
         ValueError: Its attention slides over fewer tokens, or its cache is packed, and no kernel reads it in place.
@@ -168,11 +169,11 @@ def check_cache(config: PretrainedConfig, length: int, *, native: bool = False) 
     if packed := cache_format(config):
         packed.check(config)
         served = type(packed) is Mustafar and has_layers_of(config)
-        if not (served and native):
-            native_path = "give --path native alone, or " if served else ""
+        if not (path == "eager" or (served and path == "native")):
+            others = "native or eager" if served else "eager"
             raise ValueError(
                 "this checkpoint decodes with a packed cache (kvp_cache), which no kernel of this path reads in place: "
-                f"{native_path}measure it with `python -m kvp`, measure=..."
+                f"give --path {others} alone, or measure it with `python -m kvp`, measure=..."
             )
 
 

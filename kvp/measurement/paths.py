@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from typing_extensions import override
 
@@ -59,6 +59,19 @@ class Decoder(Protocol):
         """
 
 
+def check_path(path: DecodePath, config: PretrainedConfig, length: int) -> None:
+    """Refuse a model that a path cannot decode `length` tokens of; reads no weights.
+
+    Raises:
+        ValueError: Its cache cannot be held there, or its attention has sinks; names the path that serves it.
+    """
+    check_cache(config, length, path=path)
+    if path != "eager" and family_of(config).sinks:
+        raise ValueError(
+            f"{config.model_type} has attention sinks, which the kernels of a fixed cache have not: use --path eager"
+        )
+
+
 @torch.inference_mode()
 def prepare(
     path: DecodePath, model: PreTrainedModel, *, batch_size: int, prompt_length: int, new_tokens: int
@@ -69,18 +82,18 @@ def prepare(
         ValueError: The path cannot serve this model.
     """
     length = prompt_length + new_tokens
-    check_cache(model.config, length, native=path == "native")
-    sinks = family_of(model.config).sinks
-    if sinks and path != "eager":
-        raise ValueError(
-            f"{model.config.model_type} has attention sinks, which the kernels of a fixed cache have not: use --path "
-            "eager"
-        )
+    check_path(path, model.config, length)
     if path == "native":
         check_native(model.device, model.dtype)
     natively = path in ("native", "compiled") and available(model.device, model.dtype)
     model.set_attn_implementation(
-        "eager" if sinks else "sdpa" if path == "eager" else NATIVE if natively else GROUPED
+        "eager"
+        if family_of(model.config).sinks
+        else "sdpa"
+        if path == "eager"
+        else NATIVE
+        if natively
+        else GROUPED
     )
     if path == "eager":
         return Eager(model)

@@ -119,6 +119,17 @@ def resolve_device(device: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
+def check_device(device: str) -> None:
+    """Refuse a GPU that this machine does not offer.
+
+    Raises:
+        ValueError: The message says what is missing.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        why = "sees no GPU" if torch.backends.cuda.is_built() else "is built without CUDA"
+        raise ValueError(f"device must be cpu or auto here, got 'cuda': torch {torch.__version__} {why}")
+
+
 def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     """Return the dtype that an option names.
 

@@ -24,13 +24,13 @@ from kvp.models.checkpoint.fields import check_fields
 from kvp.models.directions import Directions, stored_bits
 from kvp.models.family import family_of
 from kvp.models.linears import linear_names
-from kvp.models.load import load_tokenizer
+from kvp.models.load import check_device, load_tokenizer
 from kvp.models.shapes import require_whole_stream
 from kvp.models.sources import ModelSource, RandomModel
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.foretell import foretell
 from kvp.pipeline.room import check_room, check_weights
-from kvp.pipeline.settings import LONGEST_NAME, check_device
+from kvp.pipeline.settings import LONGEST_NAME
 from kvp.pipeline.stages import check_force
 from kvp.pipeline.texts import check_texts
 from kvp.strategies.limits import Limit, expected_ratio

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kvp.types import DEVICES, DTYPES
 
 # Where results go and when they are made, not what they are.
@@ -188,14 +186,3 @@ def _check_writable(key: str, place: Path) -> None:
         raise OSError(
             f"{key}={place}: {there} cannot be written ({error.strerror}); choose another place with {key}=DIR"
         ) from error
-
-
-def check_device(device: str) -> None:
-    """Refuse a GPU that this machine does not offer.
-
-    Raises:
-        ValueError: The message says what is missing.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        why = "sees no GPU" if torch.backends.cuda.is_built() else "is built without CUDA"
-        raise ValueError(f"device must be cpu or auto here, got 'cuda': torch {torch.__version__} {why}")

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kvp.bench import __main__ as command
 from kvp.bench.bench import Steps
+from kvp.bench.plots import write_plots
 from kvp.bench.protocols import PROTOCOLS
 from kvp.bench.table import markdown
 from kvp.measurement.measure import Measure
 from kvp.models.load import resolve_dtype
 from kvp.models.sparse_attention import readable
 from kvp.models.surgery import apply
-from kvp.store import Store
+from kvp.provenance import provenance
 from kvp.types import Plan
 from tests.conftest import tiny_model
 from tests.process import start
@@ -123,7 +125,7 @@ def test_rows_cover_the_grid_and_carry_their_limit(record):
 
 def finished(out, step):
     """Results of the finished steps of a kind, oldest first."""
-    found = sorted(out.glob(f"steps/{step}/[!.]*/result.json"), key=lambda path: path.stat().st_mtime_ns)
+    found = sorted(out.glob(f"steps/*/{step}/[!.]*/result.json"), key=lambda path: path.stat().st_mtime_ns)
     return [json.loads(path.read_bytes()) for path in found]
 
 
@@ -152,10 +154,10 @@ def test_a_killed_benchmark_goes_on_after_its_last_round(tmp_path, monkeypatch):
     assert not (tmp_path / "steps").exists()
 
 
-def test_another_benchmark_begins_anew(tmp_path):
-    def steps(*words):
+def test_another_benchmark_begins_anew(tmp_path, monkeypatch):
+    def steps(*words, **changes):
         made = command.compose(command.parser().parse_args([*WORDS, "--device", "cpu", *words]))
-        return Steps(Store(tmp_path), made._header())
+        return Steps(tmp_path, replace(made, **changes).same())
 
     def once(steps):
         return steps.once("round", {"number": 0}, lambda: {"worked": True, "again": calls.append(steps)})
@@ -169,12 +171,35 @@ def test_another_benchmark_begins_anew(tmp_path):
         ["--dtype", "float16"],
     ):
         once(steps(*words))
-    assert len(calls) == 4, "free memory does not make another benchmark"
+    assert len(calls) == 5, "a memory that was asked for makes another benchmark"
+    once(steps(limit=2**20))
+    assert len(calls) == 5, "free memory does not make another benchmark"
+    made = provenance("cpu")
+    for changed in ({"commit": "another"}, {"versions": made["versions"] | {"torch": "another"}}):
+        monkeypatch.setattr("kvp.bench.bench.provenance", lambda device, changed=changed: made | changed)
+        once(steps())
+    assert len(calls) == 7, "rounds of other code are not mixed with these"
+    monkeypatch.undo()
     words = [*WORDS, "--memory", "0.05", "--path", "eager"]
     again, once_more = (measure(tmp_path, *words) for _ in range(2))
     assert again["provenance"]["processes"] == 1
     assert once_more["provenance"]["processes"] == 1, "a finished one is measured again"
     assert once_more["rows"][0]["decode"] != again["rows"][0]["decode"]
+
+
+def test_a_finished_benchmark_removes_its_own_steps_alone(tmp_path):
+    other, own, note = (
+        Steps(tmp_path / "steps", {"n": 1}),
+        Steps(tmp_path / "steps", {"n": 2}),
+        "steps/note.txt",
+    )
+    other.once("round", {}, lambda: {"seconds": 1})
+    (tmp_path / note).write_text("mine")
+    own.remove()
+    assert Steps(tmp_path / "steps", {"n": 1}).once("round", {}, lambda: 1 / 0) == {"seconds": 1}
+    (tmp_path / note).unlink()
+    other.remove()
+    assert not (tmp_path / "steps").exists()
 
 
 def test_limits_are_found_and_predicted(record):
@@ -200,6 +225,14 @@ def test_tables_and_plots_are_written(record, directory):
     assert not (directory / "steps").exists()
 
 
+def test_where_the_first_model_does_not_fit_there_is_no_decode_plot(record, tmp_path):
+    rows = [row | {"against_first": None} for row in record["rows"] if row["batch_size"] == 3]
+    first = record["models"][0]["name"]
+    alone = [row | ({"failed": "does not fit the memory"} if row["model"] == first else {}) for row in rows]
+    names = {path.name for path in write_plots(record | {"rows": alone}, tmp_path)}
+    assert names == {"memory.png", "memory.svg"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -222,6 +255,12 @@ def test_bad_options_are_refused_and_nothing_is_written(words, message, tmp_path
     with pytest.raises(ValueError, match=message):
         bench(*words, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device must be cpu or auto here, got 'cuda'"):
+        command.compose(command.parser().parse_args(["tiny", "--device", "cuda"]))
 
 
 def test_a_ratio_of_different_kernels_is_pointed_out(record):
@@ -290,7 +329,7 @@ def test_a_sparse_cache_is_timed_where_a_kernel_reads_it(sparse, tmp_path):
         "--memory",
         "0.05",
     ]
-    with pytest.raises(ValueError, match=r"packed cache .*: give --path native alone, or"):
+    with pytest.raises(ValueError, match=r"packed cache .*: give --path native or eager alone, or"):
         measure(tmp_path / "static", *words)
     record = measure(tmp_path / "native", *words, "--path", "native")
     dense, half = record["models"]
@@ -304,3 +343,25 @@ def test_a_sparse_cache_is_timed_where_a_kernel_reads_it(sparse, tmp_path):
     batches = [limits["largest_batch"][0] for limits in record["limits"]]
     assert 1.1 * batches[0]["predicted"] < batches[1]["predicted"]
     assert 0 < batches[1]["found"] <= batches[1]["predicted"]
+
+
+@pytest.mark.parametrize("kind", ["window", "sinks", "packed"])
+def test_what_no_fixed_cache_serves_is_benched_eagerly(kind, tmp_path):
+    model = {
+        "window": lambda: tiny_model("mistral", sliding_window=40),
+        "sinks": lambda: tiny_model("gpt_oss"),
+        "packed": lambda: apply(tiny_model(head_dim=16), Plan({})),
+    }[kind]()
+    if kind == "packed":
+        model.config.kvp_cache = {"format": "int", "key_bits": 4, "value_bits": 4}
+    model.save_pretrained(tmp_path / "model")
+    words = [str(tmp_path / "model"), *WORDS[3:], "--memory", "0.05", "--runs", "1", "--dtype", "float32"]
+    if kind != "window":
+        with pytest.raises(
+            ValueError, match="give --path eager alone" if kind == "packed" else "use --path eager"
+        ):
+            command.compose(command.parser().parse_args([*words, "--device", "cpu"])).check()
+    record = bench(*words, "--path", "eager", out=tmp_path / "out")
+    assert [row["failed"] for row in record["rows"]] == [None, None]
+    context = record["limits"][0]["longest_context"]
+    assert 0 < context["found"] <= context["predicted"] <= (32 if kind == "window" else context["positions"])

@@ -107,6 +107,12 @@ def test_rivals_are_as_small_as_ours():
         cut_subjects(small(num_hidden_layers=8), 0.5, rivals=True)
 
 
+def test_cuts_that_round_alike_have_names_of_their_own():
+    wide = small(head_dim=256, num_hidden_layers=1)
+    names = [cut_subjects(wide, value, rivals=False)[0].name for value in (0.5, 0.501)]
+    assert names == ["KVPruner 50% KV", "KVPruner 50.1% KV"]
+
+
 def test_rope_pairs_of_a_cut_differ_between_heads_and_layers():
     (cut,) = cut_subjects(small(), 0.25, rivals=False)
     sets = {row for shape in layer_shapes(cut.config) for row in shape.rope_pairs}
@@ -137,6 +143,15 @@ def test_no_such_model(tmp_path):
         find_subjects(str(tmp_path / "run.json"))
     (tmp_path / "run.json").write_text('{"name": "x", "status": "running"}')
     with pytest.raises(ValueError, match="no finished run"):
+        find_subjects(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"pruned": {}}', "5", '{"name": "x", "pru', '{"pruned": 5, "dense": {}}', "\xff"]
+)
+def test_a_file_that_is_no_record_is_named(text, tmp_path):
+    (tmp_path / "run.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"run\.json is no run\.json: "):
         find_subjects(str(tmp_path))
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from kvp.fit.__main__ import main
 from kvp.fit.answer import answer
+from kvp.fit.check import CASES, Row, check
 from kvp.fit.words import question
 from kvp.models.published import PUBLISHED, config_of
 from kvp.models.shapes import layer_shapes, size
@@ -107,6 +108,40 @@ def test_units_and_names_are_read():
     )  # fmt: skip
 
 
+def test_a_dtype_that_was_chosen_stays(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert question(["device=cuda", "model.dtype=float32"]).options == ("device=cuda", "model.dtype=float32")
+    assert question(["device=cuda"]).options[-1] == "model.dtype=bfloat16"
+
+
+def test_ratios_that_round_alike_keep_their_own_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["model=llama3_8b", "memory=24GiB", "ratio=0.121,0.124,0.25", "tflops=1", "measure=none"]
+    found = list(dict.fromkeys(row.model for row in answer(question(words)).serving))
+    assert found == ["dense", "-12.1% kv_cache", "-12.4% kv_cache", "-25% kv_cache"]
+
+
+def test_a_check_that_fails_shows_what_it_measured(capsys, monkeypatch):
+    def failing(words):
+        yield Row(work="decode", size="small", estimate=2**20, measured=2**20)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr("kvp.fit.check.check", failing)
+    with pytest.raises(SystemExit):
+        main(["model=tiny", "--check"])
+    out, err = capsys.readouterr()
+    assert "| decode |" in out and "killed" in err
+
+
+def test_a_case_longer_than_the_positions_is_left_out(capsys):
+    words = ["model=tiny", "model.config.max_position_embeddings=1024"]
+    assert not list(check(words, [case for case in CASES if "2048" in " ".join(case[2])]))
+    assert (
+        "LoRA, checkpointing of 2,048 tokens is left out: the model has 1,024 positions"
+        in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -114,6 +149,9 @@ def test_units_and_names_are_read():
         ("model=llama3_9b", "there is no model=llama3_9b. Did you mean llama3_8b?"),
         ("model=tiny ratio=0.99", "ratio"),
         ("model=tiny --jsn", "there is no --jsn"),
+        ("model=tiny --check --json", "--check prints a table, and --json is for an answer"),
+        ("model=tiny --check context=64", "--check measures fixed cases, got context=64: leave context= out"),
+        ("model=tiny --check ratio=0.5", "leave ratio= out"),
         ("model=tiny device=cuda", "memory is not set, and there is no GPU here"),
     ],
 )

@@ -83,6 +83,23 @@ def test_a_killed_command_goes_on_after_its_last_method(tmp_path, monkeypatch):
     assert len((tmp_path / "cost.jsonl").read_text().splitlines()) == 3
 
 
+def test_machines_have_tables_of_their_own_and_a_killed_method_makes_way(tmp_path, monkeypatch):
+    killed = {"model": None, "failed": "killed by signal 9, see above"}
+    lines = [killed | {"strategy": name} for name in ("flap", "random")]
+    (tmp_path / "cost.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    other = LINE | {"strategy": "think", "options": [], "seconds": 1.0}
+    machines = [{"device": "cpu (x86_64)", "device_name": name, "threads": 1} for name in ("One", "Other")]
+    monkeypatch.setattr(
+        scoring, "_in_a_process", lambda *args: LINE | {"seconds": 1.0, "provenance": machines[0]}
+    )
+    run({"flap": []}, [], tmp_path, "the command")
+    kept = [json.loads(line) for line in (tmp_path / "cost.jsonl").read_text().splitlines()]
+    assert [(line["strategy"], bool(line["failed"])) for line in kept] == [("random", True), ("flap", False)]
+    scoring.write([kept[1], other | {"provenance": machines[1]}], tmp_path)
+    text = (tmp_path / "cost.md").read_text()
+    assert "float32, One, 1 threads" in text and "float32, Other, 1 threads" in text
+
+
 def test_a_strategy_brings_its_options_or_takes_the_small_budget():
     asked = parse("flap,adapruner strategy.trials=50 strategy.parts=2,search_llm")
     assert asked["flap"] == [] and asked["search_llm"] == METHODS["search_llm"]

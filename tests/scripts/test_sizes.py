@@ -50,6 +50,11 @@ def test_the_unseen_model_is_predicted_and_not_fitted():
     assert text.count("1.050") == len(SIZES) * len(WORKS)
 
 
+def test_tables_of_one_work_have_no_rows_of_others():
+    text = tables([each for each in lines() if each["work"] == "LoRA"], ["small", "large"], "middle")
+    assert text.count("| LoRA ") == 3 + 1 + 3 and "scoring" not in text  # measured, fitted, large
+
+
 def test_large_shapes_are_those_of_their_papers():
     params = [
         round(foresee(shape(name, "bfloat16"))[0]["params"] / 1e6) for name in ("LLaMA-7B", "Llama-3-70B")

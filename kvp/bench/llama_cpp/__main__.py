@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -28,38 +29,78 @@ from kvp.bench.llama_cpp.compare import (
 )
 from kvp.bench.llama_cpp.table import table
 from kvp.cost import device_name
+from kvp.models.contents import contents
 from kvp.provenance import provenance
 from kvp.record import RunRecord
 from kvp.serving.gguf_file import FILE
 from kvp.serving.write import export
-from kvp.store import Store
+from kvp.store import Store, fingerprint
 
 
 def find_models(runs: list[Path], store: Path) -> list[Model]:
-    """Return the dense model of the first run, and the pruned one of each.
+    """Return the dense model of the first run, and the pruned one of each; GGUFs lie by the content of checkpoints.
 
     Raises:
         ValueError: A run is unfinished, or has no perplexity of windows that llama.cpp can read one by one.
+        FileNotFoundError: A checkpoint is not there any more.
     """
+    records = [_finished(path) for path in runs]
+    places = _places(records)
     found: dict[str, Model] = {}
-    for path in runs:
-        record = RunRecord.read(path)
-        if record.status != "finished":
-            raise ValueError(f"{path} is {record.status}: finish the run first")
-        if (asked := record.ratio.asked) is None:
-            raise ValueError(f"{path} is of a dense model: name runs that prune, they hold the dense one too")
-        models = record.models()
-        pruned = f"pruned {asked.value:.0%} of {asked.of}"
+    for path, record in zip(runs, records, strict=True):
+        models, pruned = record.models(), _cut(record)
+        if len(places[pruned]) > 1:
+            pruned = f"{pruned} ({record.name})"
         for name, part in (("dense", models["dense"]), (pruned, models["pruned"])):
-            known = part.evaluation.perplexity
-            plain = all(one.protocol.stride == one.protocol.window for one in known.values())
-            if not known or not plain:
-                raise ValueError(
-                    f"{path} has no perplexity of windows that do not overlap: use evaluation=packaged"
-                )
-            directory = store / name.replace(" ", "_").replace("%", "")
-            found.setdefault(name, Model(name, Path(part.checkpoint), known, directory))
+            checkpoint = Path(part.checkpoint)
+            if name not in found:
+                gguf = store / _folder(name, checkpoint, path)
+                found[name] = Model(name, checkpoint, part.evaluation.perplexity, gguf)
+            elif name != "dense" and found[name].checkpoint != checkpoint:
+                raise ValueError(f"{path} is the second run called {record.name}: leave one of them out")
     return list(found.values())
+
+
+def _finished(path: Path) -> RunRecord:
+    """Return the record of a run that has pruned, and read windows that llama.cpp can read."""
+    record = RunRecord.read(path)
+    if record.status != "finished":
+        raise ValueError(f"{path} is {record.status}: finish the run first")
+    if record.ratio.asked is None:
+        raise ValueError(f"{path} is of a dense model: name runs that prune, they hold the dense one too")
+    models = record.models()
+    for known in (models[name].evaluation.perplexity for name in ("dense", "pruned")):
+        if not known or any(one.protocol.stride != one.protocol.window for one in known.values()):
+            raise ValueError(
+                f"{path} has no perplexity of windows that do not overlap: use evaluation=packaged"
+            )
+    return record
+
+
+def _cut(record: RunRecord) -> str:
+    """Return the name of a pruned model that needs no other: the fraction removed."""
+    asked = record.ratio.asked
+    assert asked is not None
+    return f"pruned {asked.value:.0%} of {asked.of}"
+
+
+def _places(records: list[RunRecord]) -> dict[str, set[str]]:
+    """Return the checkpoints of pruned models by name; several have one name if only their method differs."""
+    places: dict[str, set[str]] = {}
+    for record in records:
+        places.setdefault(_cut(record), set()).add(record.models()["pruned"].checkpoint)
+    return places
+
+
+def _folder(name: str, checkpoint: Path, run: Path) -> str:
+    """Return the folder of a GGUF: the model's name, and a fingerprint of the files of its checkpoint."""
+    if not (checkpoint / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{run} names the checkpoint {checkpoint}, which is not there: repeat its run"
+        )
+    files = sorted(file for file in checkpoint.iterdir() if file.is_file())
+    words = re.sub(r"[^\w.-]+", "_", name.replace("%", "")).strip("_")
+    return f"{words}-{fingerprint('gguf', 1, contents(files))[:16]}"
 
 
 def run(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import torch
 from kvp.bench.llama_cpp import compare
 from kvp.bench.llama_cpp.__main__ import find_models, run
 from kvp.bench.llama_cpp.compare import PROMPTS, Model, _perplexity, compare_speed
+from kvp.bench.llama_cpp.engine import time_once
 from kvp.bench.llama_cpp.table import table
 from kvp.data.corpora import PackagedCorpus
 from kvp.evaluation.perplexity import Perplexity
@@ -36,6 +37,27 @@ def test_a_run_that_cannot_be_compared_is_refused(record, message, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):
         find_models([tmp_path / "run.json"], tmp_path)
+
+
+def test_models_of_one_ratio_keep_their_own_name_and_gguf(tmp_path):
+    runs = []
+    for name in ("one", "other"):
+        record = make_record() | {"name": name}
+        for part in ("dense", "pruned"):
+            place = tmp_path / ("dense" if part == "dense" else name)
+            place.mkdir(exist_ok=True)
+            (place / "config.json").write_text(place.name)
+            record[part]["checkpoint"] = str(place)
+        runs.append(tmp_path / f"{name}.json")
+        runs[-1].write_text(json.dumps(record))
+    models = find_models(runs, tmp_path)
+    cut = "pruned 25% of kv_cache"
+    assert [model.name for model in models] == ["dense", f"{cut} (one)", f"{cut} (other)"]
+    assert len({model.gguf for model in models}) == 3
+    alone = find_models(runs[:1], tmp_path)[1]
+    assert alone.name == find_models([runs[0]] * 2, tmp_path)[1].name == cut
+    (tmp_path / "one" / "config.json").write_text("another")
+    assert find_models(runs[:1], tmp_path)[1].gguf != alone.gguf
 
 
 @pytest.mark.parametrize("changed", [{"stride": 64}, {"bos": "window"}])
@@ -67,6 +89,13 @@ def test_the_table_has_medians_and_ratios_of_rounds():
     assert "| dense | 1.0 | 7.389 / 7.400 | 0.0050 |" in said
     assert "| pruned | 100 | 8.0 [8.0, 12.0] | 2.00 | 4.0 [4.0, 6.0] | 2.00 |" in said
     assert "**pruned**, 1 of 2 tokens as in transformers: One *two three*" in said
+
+
+def test_as_many_steps_are_timed_as_were_asked_for():
+    read = []
+    engine = SimpleNamespace(reset=lambda: None, eval=lambda ids: read.append(list(ids)))
+    assert time_once(engine, [4, 5], 5, lambda: float(len(read))) == (1.0, 5.0)
+    assert read == [[4, 5], [4], [5], [4], [5], [4]]
 
 
 def test_a_stopped_comparison_goes_on_after_its_last_round(tmp_path, monkeypatch):
