@@ -121,8 +121,14 @@ def compose(options: argparse.Namespace) -> Bench:
             f"--memory must be above 0 and at most {available / GIB:.2f} GiB, what is free on {device}, got "
             f"{limit / GIB:g}"
         )
+    subjects = distinct(subjects)
+    if (held := sum(subject.weights_bytes(dtype) for subject in subjects)) > available:
+        raise ValueError(
+            f"the weights of all {len(subjects)} models take {held / GIB:.2f} GiB together, as they take turns in one "
+            f"process, and {available / GIB:.2f} GiB are free on {device}: leave models out, or give another --dtype"
+        )
     return Bench(
-        subjects=distinct(subjects),
+        subjects=subjects,
         name=options.protocol,
         protocol=PROTOCOLS[options.protocol].changed(
             prompts=options.prompt,

@@ -23,6 +23,7 @@ from kvp.estimate.serving import (
 )
 from kvp.fit.words import Question
 from kvp.measurement.memory import available_bytes
+from kvp.models.caches import bytes_per_token, cache_format
 from kvp.models.published import config_of
 from kvp.models.shapes import layer_shapes, size
 from kvp.pipeline.clock import Clock
@@ -209,9 +210,14 @@ def _phases(x: Experiment, config: PretrainedConfig, memory: int, clock: Clock) 
 
 def _notes(x: Experiment, config: PretrainedConfig, context: int) -> Iterator[str]:
     yield (
-        "fp8, q8_0 and q4_0 are arithmetic of what engines store, scales included: kvp does not run them, and weights "
-        "stay in " + str(x.dtype).removeprefix("torch.")
+        "fp8, q8_0 and q4_0 are arithmetic of what engines store, scales included; weights stay in "
+        + str(x.dtype).removeprefix("torch.")
     )
+    if packed := cache_format(config):
+        kind, stored = type(packed).__name__, bytes_per_token(config, x.dtype.itemsize)
+        yield f"rows are of a plain cache: this checkpoint packs its own ({kind}), {stored:,} bytes per token"
+    if x.cache is not None:
+        yield f"rows are of a plain cache: cache={x.chosen('cache')} is not counted here"
     yield "activations: a prompt is read in slices of at most 8,192 tokens on a GPU, 1,024 on a CPU, or one prompt"
     yield "not counted: the CUDA context (0.3 to 0.6 GiB), or the interpreter and its libraries on a CPU (0.4 GiB)"
     window = getattr(config, "sliding_window", None)

@@ -365,3 +365,10 @@ def test_what_no_fixed_cache_serves_is_benched_eagerly(kind, tmp_path):
     assert [row["failed"] for row in record["rows"]] == [None, None]
     context = record["limits"][0]["longest_context"]
     assert 0 < context["found"] <= context["predicted"] <= (32 if kind == "window" else context["positions"])
+
+
+def test_models_that_do_not_fit_together_are_refused(monkeypatch):
+    words = command.parser().parse_args(["llama_7b_shape", "--cut", "0.25,0.5", "--dtype", "bfloat16"])
+    monkeypatch.setattr("kvp.measurement.memory.available_bytes", lambda device: 20 * 2**30)
+    with pytest.raises(ValueError, match=r"all 3 models take 3\d\.\d\d GiB together, .* 20\.00 GiB are free"):
+        command.compose(words)

@@ -183,3 +183,9 @@ def test_a_strategy_that_must_see_the_model_says_so(tmp_path, monkeypatch):
     found = answer(question(words))
     assert {row.model for row in found.serving} == {"dense"}
     assert any("strategy=wanda" in note for note in found.notes)
+
+
+def test_a_cache_that_rows_leave_out_is_named():
+    words = ["model=tiny", "memory=1GiB", "tflops=1", "cache=kivi4"]
+    assert any("cache=kivi4 is not counted here" in note for note in answer(question(words)).notes)
+    assert not any("not counted here" in note for note in answer(question(words[:3])).notes)
