@@ -23,9 +23,8 @@ from kvp.composing import compose
 from kvp.pipeline.experiment import Experiment
 from kvp.pipeline.needs import need_of, recipe_length
 from kvp.tables import markdown
-from kvp.threads import BRIEFLY
 
-MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", **BRIEFLY}
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 HEADS = ("work", "size", "estimate (MiB)", "measured (MiB)", "measured / estimate")
 Case = tuple[str, str, tuple[str, ...]]  # a phase, its name in the table, and the options of its run
 CASES: tuple[Case, ...] = (

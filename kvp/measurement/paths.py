@@ -86,14 +86,9 @@ def prepare(
     if path == "native":
         check_native(model.device, model.dtype)
     natively = path in ("native", "compiled") and available(model.device, model.dtype)
+    sinks = family_of(model.config).sinks
     model.set_attn_implementation(
-        "eager"
-        if family_of(model.config).sinks
-        else "sdpa"
-        if path == "eager"
-        else NATIVE
-        if natively
-        else GROUPED
+        "eager" if sinks else "sdpa" if path == "eager" else NATIVE if natively else GROUPED
     )
     if path == "eager":
         return Eager(model)

@@ -34,11 +34,7 @@ CHANNELS_PER_UNIT: dict[Kind, int] = {
     "v_latent": 1,
     "ffn": 1,
 }
-LAYER_PARTS: set[Kind] = {
-    "block",
-    "attention",
-    "mlp",
-}  # they compete across layers, whatever a layer's sensitivity
+LAYER_PARTS: set[Kind] = {"block", "attention", "mlp"}  # they compete across layers, by their scores alone
 
 
 @options
